@@ -1,0 +1,5 @@
+"""``python -m kernelnorm``: the command line."""
+
+from kernelnorm.cli import main
+
+main()

@@ -1,0 +1,125 @@
+"""Checks of what users pass: each error names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from kernelnorm.ops.windows import Geometry
+
+Evaluation = Literal["expected", "plain", "monte_carlo"]
+"""What stands in evaluation for the dropout on the statistics; see :class:`kernelnorm.KNConv2d`."""
+
+# The names that torch.nn gives, and those of torch.nn.functional.pad.
+PADDING_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
+
+
+def geometry(
+    d: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> Geometry:
+    """How the window slides over ``d`` dimensions; named paddings are left to :func:`pads`."""
+    kernel_size = _integers("kernel_size", kernel_size, d, at_least=1)
+    stride = _integers("stride", stride, d, at_least=1)
+    dilation = _integers("dilation", dilation, d, at_least=1)
+    if not isinstance(padding, str):
+        padding = _integers("padding", padding, d, at_least=0)
+        return Geometry(kernel_size, stride, padding, dilation)
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+    if padding == "same" and set(stride) != {1}:
+        raise ValueError(f"padding='same' needs a stride of 1, got stride {stride}")
+    return Geometry(kernel_size, stride, (0,) * d, dilation)
+
+
+def pads(geometry: Geometry, padding: int | Sequence[int] | str) -> list[tuple[int, int]]:
+    """The padding before and after the input, for each spatial dimension."""
+    if padding != "same":
+        return [(p, p) for p in geometry.padding]
+    totals = [geometry.reach(i) - 1 for i in range(len(geometry.kernel_size))]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def _integers(name: str, value: int | Sequence[int], d: int, at_least: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * d
+    if len(values) == 1:
+        values = values * d
+    if len(values) != d or not all(isinstance(v, int) and v >= at_least for v in values):
+        raise ValueError(
+            f"{name} must be an integer of at least {at_least}, or {d} of them, got {value!r}"
+        )
+    return values
+
+
+def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
+    """The arguments that KernelNorm and KNConv share."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    if evaluation not in get_args(Evaluation):
+        raise ValueError(f"evaluation must be one of {get_args(Evaluation)}, got {evaluation!r}")
+
+
+def check_convolution(activation: str | None, padding_mode: str) -> None:
+    """The arguments of KNConv that name a choice."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
+
+
+def check_input(input: Tensor, d: int) -> None:
+    """A floating-point tensor with ``d`` spatial dimensions, with or without a batch."""
+    if not input.is_floating_point():
+        raise TypeError(f"input must be a real floating-point tensor, got {input.dtype}")
+    if d not in (1, 2, 3) or input.dim() not in (d + 1, d + 2):
+        dims = f"{d + 2} dimensions, or {d + 1} without a batch" if d in (1, 2, 3) else "3, 4 or 5"
+        raise ValueError(f"input must have {dims}, got shape {tuple(input.shape)}")
+
+
+def check_filters(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """A weight and a bias that fit the input and each other."""
+    out_channels, in_channels, d = weight.shape[0], weight.shape[1] * groups, weight.dim() - 2
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a real floating-point tensor, got {weight.dtype}")
+    if groups < 1 or out_channels % groups:
+        raise ValueError(
+            f"groups must be positive and divide the {out_channels} output channels, got {groups}"
+        )
+    if input.shape[-d - 1] != in_channels:
+        raise ValueError(
+            f"input must have {in_channels} channels for a weight of shape {tuple(weight.shape)} "
+            f"and groups={groups}, got {input.shape[-d - 1]} in shape {tuple(input.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (out_channels,):
+        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+
+
+def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """One dtype for all."""
+    if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
+        others = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise TypeError(f"input must have the weight's dtype, got input {input.dtype}, {others}")
+
+
+def check_windows_fit(x: Tensor, geometry: Geometry) -> None:
+    """At least one window in the padded input."""
+    for i, size in enumerate(x.shape[2:]):
+        padded = size + 2 * geometry.padding[i]
+        if geometry.reach(i) > padded:
+            raise ValueError(
+                f"kernel_size {geometry.kernel_size} with dilation {geometry.dilation} is larger "
+                f"than the padded input: {geometry.reach(i)} against {padded} pixels along "
+                f"dimension {i - len(geometry.kernel_size)}"
+            )

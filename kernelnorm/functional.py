@@ -1,0 +1,165 @@
+"""Kernel normalisation as functions, without state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernelnorm import arguments
+from kernelnorm.arguments import Evaluation
+from kernelnorm.ops import knconv
+from kernelnorm.ops.mask import draw_seed, keep_mask, rounded_p
+
+__all__ = ["kernel_norm", "kn_conv"]
+
+
+def kernel_norm(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    *,
+    dropout_p: float = 0.1,
+    training: bool = True,
+    eps: float = 1e-5,
+    evaluation: Evaluation = "expected",
+) -> Tensor:
+    r"""Normalises each window of the input by its own mean and variance.
+
+    See :class:`~kernelnorm.KernelNorm2d` for the formula and the arguments. There are as many
+    spatial dimensions as numbers in ``kernel_size``; with a single number the input has a batch.
+
+    Shape:
+        - input: :math:`(N, C, L_1, ..., L_d)` with :math:`d` of 1, 2 or 3
+        - Output: :math:`(N, C, O_1, ..., O_d)`,
+          :math:`O_i = k_i \lfloor (L_i + 2 p_i - k_i) / s_i + 1 \rfloor`
+
+    Raises:
+        TypeError: ``input`` is not a floating-point tensor
+        ValueError: an argument is out of its range, or no window fits into the padded input
+
+    Example::
+
+        >>> x = torch.randn(8, 3, 32, 32)
+        >>> kernel_norm(x, 3, stride=2, padding=1).shape
+        torch.Size([8, 3, 48, 48])
+    """
+    d = len(kernel_size) if isinstance(kernel_size, Sequence) else input.dim() - 2
+    arguments.check_input(input, d)
+    stride = kernel_size if stride is None else stride
+    geometry = arguments.geometry(d, kernel_size, stride, padding, 1)
+    arguments.check_normalization(dropout_p, eps, evaluation)
+    x = input if input.dim() == d + 2 else input.unsqueeze(0)
+    arguments.check_windows_fit(x, geometry)
+    p, seed = _dropout(x, dropout_p, training, evaluation)
+
+    if geometry.pointwise:
+        x_hat = _normalize(x, [1], p, seed, eps)
+    else:
+        # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
+        u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
+        for i, (k, s) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
+            u = u.unfold(2 + i, k, s)
+        u_hat = _normalize(u, [1, *range(2 + d, 2 + 2 * d)], p, seed, eps)
+        u_hat = u_hat.permute(0, 1, *(axis for i in range(d) for axis in (2 + i, 2 + d + i)))
+        sizes = [k * u.shape[2 + i] for i, k in enumerate(geometry.kernel_size)]
+        x_hat = u_hat.reshape(*x.shape[:2], *sizes)
+    return x_hat if input.dim() == d + 2 else x_hat.squeeze(0)
+
+
+def _normalize(u: Tensor, unit: list[int], p: float, seed: Tensor | None, eps: float) -> Tensor:
+    """Equations 1 to 3 over the dimensions ``unit``, in float32 at least."""
+    wide = u if u.dtype == torch.float64 else u.float()
+    if seed is not None:
+        dropped = torch.where(keep_mask(seed, u.shape, p), wide, 0) / (1 - rounded_p(p))
+        var, mu = torch.var_mean(dropped, unit, correction=0, keepdim=True)
+    else:
+        var, mu = torch.var_mean(wide, unit, correction=0, keepdim=True)
+        n = prod(u.shape[axis] for axis in unit)
+        var = var + knconv.kappa(p, n) * (var + mu.square())
+    return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
+
+
+def kn_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    dropout_p: float = 0.1,
+    training: bool = True,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    evaluation: Evaluation = "expected",
+) -> Tensor:
+    r"""Convolves windows that are normalised by their own mean and variance.
+
+    See :class:`~kernelnorm.KNConv2d` for the formula and the arguments. There are as many spatial
+    dimensions as ``weight`` has.
+
+    Shape:
+        - input: :math:`(N, C, L_1, ..., L_d)` or :math:`(C, L_1, ..., L_d)` with :math:`d` of 1, 2
+          or 3
+        - weight: :math:`(K, C / \text{groups}, k_1, ..., k_d)`
+        - bias: :math:`(K,)`
+        - Output: that of :func:`torch.nn.functional.conv2d`
+
+    Raises:
+        TypeError: a tensor is not floating-point, or the dtypes differ outside of autocast
+        ValueError: an argument is out of its range, shapes do not fit each other, or the window is
+            larger than the padded input
+
+    Example::
+
+        >>> x, weight = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 3, 3)
+        >>> kn_conv(x, weight, padding=1, activation="relu").shape
+        torch.Size([8, 16, 32, 32])
+    """
+    d = weight.dim() - 2
+    arguments.check_input(input, d)
+    arguments.check_filters(input, weight, bias, groups)
+    geometry = arguments.geometry(d, tuple(weight.shape[2:]), stride, padding, dilation)
+    arguments.check_normalization(dropout_p, eps, evaluation)
+    arguments.check_convolution(activation, padding_mode)
+    x = _autocast(input, weight, bias)
+    x = x if input.dim() == d + 2 else x.unsqueeze(0)
+
+    pads = arguments.pads(geometry, padding)
+    if padding_mode != "zeros" or any(before != after for before, after in pads):
+        sides = [side for pair in reversed(pads) for side in pair]
+        x = F.pad(x, sides, arguments.PADDING_MODES[padding_mode])
+    else:
+        geometry = geometry._replace(padding=tuple(before for before, _ in pads))
+    arguments.check_windows_fit(x, geometry)
+
+    p, seed = _dropout(x, dropout_p, training, evaluation)
+    settings = knconv.Settings(geometry, groups, p, eps, relu=activation == "relu")
+    y = knconv.kn_conv(x, weight, bias, seed, settings)
+    return y if input.dim() == d + 2 else y.squeeze(0)
+
+
+def _dropout(
+    x: Tensor, p: float, training: bool, evaluation: Evaluation
+) -> tuple[float, Tensor | None]:
+    """The probability of dropout on the statistics, and the mask's seed, ``None`` for no mask."""
+    if training or evaluation == "monte_carlo":
+        return p, draw_seed(x.device) if rounded_p(p) > 0 else None
+    return (p if evaluation == "expected" else 0.0), None
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The input in autocast's dtype; like the layers of torch.nn, it leaves float64 alone."""
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if input.dtype != torch.float64:
+            return input.to(torch.get_autocast_dtype(device))
+    arguments.check_same_dtype(input, weight, bias)
+    return input

@@ -1,0 +1,340 @@
+"""Kernel normalisation as modules: parameters, and a forward that is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernelnorm import arguments, functional
+from kernelnorm.arguments import Evaluation
+
+__all__ = [
+    "KNConv1d",
+    "KNConv2d",
+    "KNConv3d",
+    "KernelNorm1d",
+    "KernelNorm2d",
+    "KernelNorm3d",
+    "set_evaluation",
+]
+
+
+class _KernelNorm(nn.Module):
+    _dims: ClassVar[int]
+
+    def __init__(
+        self,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        dropout_p: float = 0.1,
+        eps: float = 1e-5,
+        *,
+        evaluation: Evaluation = "expected",
+    ) -> None:
+        super().__init__()
+        arguments.check_normalization(dropout_p, eps, evaluation)
+        stride = kernel_size if stride is None else stride
+        geometry = arguments.geometry(self._dims, kernel_size, stride, padding, 1)
+        self.kernel_size, self.stride, self.padding, _ = geometry
+        self.dropout_p = dropout_p
+        self.eps = eps
+        self.evaluation: Evaluation = evaluation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises each window of the input."""
+        return functional.kernel_norm(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            eps=self.eps,
+            evaluation=self.evaluation,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, as ``print(module)`` shows them."""
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dropout_p={self.dropout_p}, eps={self.eps}"
+        )
+
+
+class KernelNorm1d(_KernelNorm):
+    r"""Normalises each window of :math:`(N, C, L)` inputs by its own mean and variance.
+
+    See :class:`KernelNorm2d`, of which this is the form for one spatial dimension.
+
+    Shape:
+        - Input: :math:`(N, C, L)` or :math:`(C, L)`
+        - Output: :math:`(N, C, O)` or :math:`(C, O)`
+
+    Example::
+
+        >>> KernelNorm1d(3, stride=1, padding=1)(torch.randn(8, 16, 100)).shape
+        torch.Size([8, 16, 300])
+    """
+
+    _dims = 1
+
+
+class KernelNorm2d(_KernelNorm):
+    r"""Normalises each window of :math:`(N, C, H, W)` inputs by its own mean and variance.
+
+    A window :math:`u` has all channels and slides like a pooling window; the normalised windows are
+    laid side by side. There are no parameters and no running statistics, and samples do not see
+    each other. With :math:`m` a dropout mask of the window's own (0 with probability :math:`p`,
+    else :math:`1/(1-p)`):
+
+    .. math::
+        u' = m u \qquad
+        \hat u = \frac{u - \text{mean}(u')}{\sqrt{\text{var}(u') + \epsilon}}
+
+    Mean and (biased) variance are those of the dropped-out window :math:`u'`, the elements that
+    they normalise are the original ones: a regularising effect. Padded zeros are elements of their
+    windows. Where windows overlap, elements appear in the output more than once; where the stride
+    is larger than the window, some do not appear.
+
+    Args:
+        kernel_size: the window's height and width, in pixels
+        stride: of the window, in pixels. Default: ``kernel_size``
+        padding: zeros added on each side of the input, in pixels
+        dropout_p: :math:`p`, in steps of 1/65536. The paper has 0.1 and, before the last pooling of
+            a network, 0.2
+        eps: :math:`\epsilon`, added to the variance
+        evaluation: the variance in evaluation, see :class:`KNConv2d`
+
+    Shape:
+        - Input: :math:`(N, C, H, W)` or :math:`(C, H, W)`
+        - Output: :math:`(N, C, H_{out}, W_{out})` or :math:`(C, H_{out}, W_{out})`,
+          :math:`H_{out} = k_h \lfloor (H + 2 p_h - k_h) / s_h + 1 \rfloor`, and likewise the width
+
+    Raises:
+        TypeError: the input is not a floating-point tensor
+        ValueError: an argument is out of its range, the input has another number of dimensions, or
+            no window fits into the padded input
+
+    Source: Section 3, Equations 1 to 3. That eps is inside the root is Equation 3's.
+
+    Example::
+
+        >>> x = torch.randn(8, 64, 7, 7)
+        >>> KernelNorm2d(kernel_size=1, dropout_p=0.2)(x).shape
+        torch.Size([8, 64, 7, 7])
+        >>> KernelNorm2d(kernel_size=3, stride=2, padding=1)(x).shape
+        torch.Size([8, 64, 12, 12])
+    """
+
+    _dims = 2
+
+
+class KernelNorm3d(_KernelNorm):
+    r"""Normalises each window of :math:`(N, C, D, H, W)` inputs by its own mean and variance.
+
+    See :class:`KernelNorm2d`, of which this is the form for three spatial dimensions.
+
+    Shape:
+        - Input: :math:`(N, C, D, H, W)` or :math:`(C, D, H, W)`
+        - Output: :math:`(N, C, D_{out}, H_{out}, W_{out})` or without :math:`N`
+
+    Example::
+
+        >>> KernelNorm3d(2)(torch.randn(2, 4, 8, 8, 8)).shape
+        torch.Size([2, 4, 8, 8, 8])
+    """
+
+    _dims = 3
+
+
+class _KNConv(nn.modules.conv._ConvNd):
+    """What the three KNConvs share; it stands before ``nn.ConvNd`` among their bases."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dropout_p: float = 0.1,
+        eps: float = 1e-5,
+        activation: str | None = None,
+        evaluation: Evaluation = "expected",
+    ) -> None:
+        arguments.check_normalization(dropout_p, eps, evaluation)
+        arguments.check_convolution(activation, padding_mode)
+        window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
+        conv: Any = super().__init__
+        conv(
+            in_channels,
+            out_channels,
+            window.kernel_size,
+            window.stride,
+            padding if isinstance(padding, str) else window.padding,
+            window.dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self.dropout_p = dropout_p
+        self.eps = eps
+        self.activation = activation
+        self.evaluation: Evaluation = evaluation
+
+    _dims: ClassVar[int]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves the normalised windows of the input."""
+        return functional.kn_conv(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            padding_mode=self.padding_mode,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            eps=self.eps,
+            activation=self.activation,
+            evaluation=self.evaluation,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, as ``print(module)`` shows them."""
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
+
+
+class KNConv1d(_KNConv, nn.Conv1d):
+    r"""A convolution of windows that are normalised by their own statistics, for :math:`(N, C, L)`.
+
+    See :class:`KNConv2d`, of which this is the form for one spatial dimension.
+
+    Shape:
+        - Input: :math:`(N, C_{in}, L)` or :math:`(C_{in}, L)`
+        - Output: that of :class:`torch.nn.Conv1d`
+
+    Example::
+
+        >>> KNConv1d(16, 33, 3, stride=2)(torch.randn(20, 16, 50)).shape
+        torch.Size([20, 33, 24])
+    """
+
+    _dims = 1
+
+
+class KNConv2d(_KNConv, nn.Conv2d):
+    r"""A convolution of windows that are normalised by their own mean and variance.
+
+    It stands where a convolution with a BatchNorm stood. There are no running statistics, and
+    samples do not see each other: a network trains as well with two images a batch as with 256.
+    With :math:`u` a window of the input (all channels), :math:`m` the dropout mask (0 with
+    probability :math:`p`, else :math:`1/(1-p)`), and :math:`\star` the product with a filter:
+
+    .. math::
+        u' = m u \qquad
+        \hat u = \frac{u - \text{mean}(u')}{\sqrt{\text{var}(u') + \epsilon}} \qquad
+        y = \text{act}(\hat u \star W + b)
+
+    Nothing is unfolded: this is computed as
+    :math:`(u \star W - \text{mean}(u') \sum W) / \sqrt{\text{var}(u') + \epsilon} + b`, with the
+    statistics as sliding sums. For those, overlapping windows share one mask over the input;
+    :class:`KernelNorm2d`, which has each window on its own, has a mask for each. Padded zeros are
+    elements of their windows. With ``groups``, the statistics still run over all channels.
+
+    In evaluation there is no dropout, but the variance that training saw had some in it:
+    :math:`\mathbb{E}[\text{var}(u')] = \text{var}(u) + \frac{p}{1-p}(1 - \frac1n) \text{mean}(u^2)`
+    for the :math:`n` elements of a window. ``evaluation`` says what is used:
+
+    - ``"expected"``, that expectation: deterministic, and the match of training
+    - ``"plain"``, :math:`\text{var}(u)`: the paper as read; trained networks lose accuracy by it
+    - ``"monte_carlo"``: dropout stays on, as in the authors' code; two evaluations differ
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        padding_mode, device, dtype: those of :class:`torch.nn.Conv2d`. The state dict is that of
+            the convolution too, so its weights load
+        dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
+        eps: :math:`\epsilon`, added to the variance
+        activation: ``"relu"`` for a ReLU that costs no pass over the output and keeps nothing for
+            the backward, or ``None``
+        evaluation: ``"expected"``, ``"plain"`` or ``"monte_carlo"``; :func:`set_evaluation` changes
+            it in a whole network
+
+    Shape:
+        - Input: :math:`(N, C_{in}, H, W)` or :math:`(C_{in}, H, W)`
+        - Output: that of :class:`torch.nn.Conv2d`
+
+    Raises:
+        TypeError: the input is not a floating-point tensor, or has another dtype than the weight
+            outside of autocast
+        ValueError: an argument is out of its range, the input has other dimensions or channels than
+            expected, or the window is larger than the padded input
+
+    Source: Section 3, Equations 4 and 5, Algorithm 1.
+
+    Example::
+
+        >>> layer = KNConv2d(3, 64, kernel_size=3, padding=1, activation="relu")
+        >>> layer(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 64, 32, 32])
+    """
+
+    _dims = 2
+
+
+class KNConv3d(_KNConv, nn.Conv3d):
+    r"""A convolution of windows that are normalised by their own statistics, for volumes.
+
+    See :class:`KNConv2d`, of which this is the form for three spatial dimensions.
+
+    Shape:
+        - Input: :math:`(N, C_{in}, D, H, W)` or :math:`(C_{in}, D, H, W)`
+        - Output: that of :class:`torch.nn.Conv3d`
+
+    Example::
+
+        >>> KNConv3d(4, 8, 3, padding=1)(torch.randn(2, 4, 8, 8, 8)).shape
+        torch.Size([2, 8, 8, 8, 8])
+    """
+
+    _dims = 3
+
+
+def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
+    """Sets what every KernelNorm and KNConv in a network does in evaluation.
+
+    Args:
+        module: a layer or a network; it is changed in place
+        evaluation: ``"expected"``, ``"plain"`` or ``"monte_carlo"``, see :class:`KNConv2d`
+
+    Returns:
+        The module.
+
+    Example::
+
+        >>> layer = set_evaluation(KNConv2d(3, 8, 3), "plain").eval()
+        >>> layer.evaluation
+        'plain'
+    """
+    arguments.check_normalization(dropout_p=0, eps=1, evaluation=evaluation)
+    for layer in module.modules():
+        if isinstance(layer, (_KernelNorm, _KNConv)):
+            layer.evaluation = evaluation
+    return module

@@ -1,0 +1,14 @@
+"""The efficient algorithm. This file is its one seam: which row primitives run where."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from kernelnorm.ops import rows_torch
+
+
+def rows_for(x: Tensor) -> ModuleType:
+    """The module whose row primitives are used for inputs like ``x``."""
+    return rows_torch

@@ -1,0 +1,128 @@
+"""The row primitives in PyTorch operations, for every device and dtype.
+
+A row is the channels of one pixel. Each primitive reads the large tensors once in principle; here
+it takes a few operations to do so. *Maps* have one value for each pixel, :math:`(N, 1, *)`;
+*vectors* have one value for each output channel, :math:`(K,)`. All of it is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernelnorm.ops.mask import keep_mask, rounded_p
+
+
+def statistics(
+    x: Tensor, seed: Tensor | None, p: float, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    r"""Mean and mean square over the channels of each pixel, after dropout.
+
+    .. math::
+        \text{mean} = \frac1C \sum_c m_c x_c \qquad
+        \text{square} = \frac1C \sum_c (m_c x_c)^2
+
+    Args:
+        seed: the mask's seed; ``None`` for no mask, :math:`m = 1`
+        wide: dtype of the returned maps. The square is the squared mean, already in this dtype,
+            plus the *centred* second moment, so that nothing is lost where the mean is large
+            beside the deviation. Where dropout adds to the variance there is nothing to lose.
+
+    Shape:
+        - x: :math:`(N, C, *)`
+        - Output: two maps
+    """
+    if seed is None:
+        x = x.to(_accumulator(x))
+        mean = x.mean(1, keepdim=True)
+        spread = (x - mean).square().mean(1, keepdim=True)
+        mean = mean.to(wide)
+        return mean, spread.to(wide) + mean.square()
+    kept = 1 - rounded_p(p)
+    x = torch.where(keep_mask(seed, x.shape, p), x, 0).to(_accumulator(x))
+    mean = x.mean(1, keepdim=True)
+    square = x.square().mean(1, keepdim=True)
+    return mean.to(wide) / kept, square.to(wide) / kept**2
+
+
+def epilogue(
+    z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
+) -> Tensor:
+    r"""The output from the convolution's result.
+
+    .. math:: y_k = \text{act}((z_k + \sum_i \text{maps}_i \text{vectors}_{i,k}) r + b_k)
+
+    A map may have one channel for each group instead of one for all.
+
+    Shape:
+        - z, Output: :math:`(N, K, *)`
+    """
+    y = z
+    for m, v in zip(maps, vectors, strict=True):
+        if m.shape[1] > 1:
+            m = m.repeat_interleave(z.shape[1] // m.shape[1], 1)
+        y = torch.addcmul(y, m, _as_channels(v, z))
+    y = y * r if bias is None else torch.addcmul(_as_channels(bias, z).to(r.dtype), y, r)
+    if relu:
+        y = y.relu_()
+    return y.to(z.dtype)
+
+
+def output_gradient(
+    grad: Tensor, y: Tensor, r: Tensor, mu: Tensor, sums: Tensor, bias: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""The gradient of the convolution's result, and the reductions of the gradient.
+
+    With :math:`g` the gradient where the ReLU was on and zero where it was off, and
+    :math:`y - b = z r` there:
+
+    .. math::
+        \text{grad\_z} = g r \quad
+        \text{grad\_r} = \sum_k g_k (y_k - b_k) / r \quad
+        \text{grad\_mu} = - \sum_k g_k r S_k \quad
+        \text{grad\_bias}_k = \sum g_k \quad
+        \text{grad\_sums}_k = - \sum g_k r \mu
+
+    Shape:
+        - grad, y, grad_z: :math:`(N, K, *)`
+        - r, mu, grad_r, grad_mu: maps
+        - sums, bias, grad_bias, grad_sums: vectors
+    """
+    if relu:
+        grad = torch.where(y > 0, grad, 0)
+    others = [0, *range(2, grad.dim())]
+    grad_z = (grad * r).to(grad.dtype)
+    centred = y if bias is None else y - _as_channels(bias, y)
+    grad_r = (grad * centred).sum(1, keepdim=True, dtype=r.dtype) / r
+    grad_mu = -(grad_z * _as_channels(sums, y)).sum(1, keepdim=True, dtype=r.dtype)
+    grad_bias = grad.sum(others, dtype=r.dtype)
+    grad_sums = -(grad_z * mu).sum(others, dtype=r.dtype)
+    return grad_z, grad_r, grad_mu, grad_bias, grad_sums
+
+
+def input_gradient(
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, p: float
+) -> Tensor:
+    r"""Adds the gradient that comes through the statistics to the convolution's input gradient.
+
+    .. math:: \text{grad} + m (a + b m x)
+
+    Shape:
+        - grad, x, Output: :math:`(N, C, *)`
+        - a, b: maps
+    """
+    if seed is None:
+        through = torch.addcmul(a, b, x)
+    else:
+        kept = 1 - rounded_p(p)
+        through = torch.addcmul(a / kept, b / kept**2, x)
+        through = torch.where(keep_mask(seed, x.shape, p), through, 0)
+    return (grad + through).to(x.dtype)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _as_channels(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.dim() - 2))

@@ -1,0 +1,165 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernelnorm.norms import NORMS, LocalContextNorm2d, PositionalNorm2d, make_norm
+
+LAYERS = [name for name in NORMS if name != "kernel"]
+
+
+def randomised(norm: nn.Module) -> nn.Module:
+    """The norm in float64, with a scale and a shift that differ from channel to channel."""
+    norm = norm.double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
+def by_tiles(norm: nn.Module, x: Tensor, group_size: int, rows: int, columns: int) -> Tensor:
+    """Normalises one tile after another: what the layers are checked against."""
+    y = torch.empty_like(x)
+    n, c, h, w = x.shape
+    for sample in range(n):
+        for k in range(0, c, group_size):
+            for i in range(0, h, rows):
+                for j in range(0, w, columns):
+                    at = (
+                        sample,
+                        slice(k, k + group_size),
+                        slice(i, i + rows),
+                        slice(j, j + columns),
+                    )
+                    unit = x[at]
+                    deviation = (unit.var(unbiased=False) + norm.eps).sqrt()
+                    y[at] = (unit - unit.mean()) / deviation
+    return y * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+
+SHAPES = [(1, 4, 1, 1), (1, 6, 5, 7), (2, 8, 6, 9), (3, 12, 8, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_positional_norm_normalises_each_position(shape):
+    norm = randomised(PositionalNorm2d(shape[1]))
+    x = torch.randn(shape, dtype=torch.float64) + 3
+    torch.testing.assert_close(norm(x), by_tiles(norm, x, shape[1], 1, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [1, 3, 4, (2, 5), 100])
+@pytest.mark.parametrize("group_size", [1, 2, "all"])
+def test_local_context_norm_normalises_each_tile(shape, window, group_size):
+    group_size = shape[1] if group_size == "all" else group_size
+    norm = randomised(LocalContextNorm2d(shape[1], group_size, window))
+    x = torch.randn(shape, dtype=torch.float64) + 3
+    torch.testing.assert_close(norm(x), by_tiles(norm, x, group_size, *norm.window))
+
+
+@pytest.mark.parametrize("norm", [PositionalNorm2d(4), LocalContextNorm2d(4, 2, (2, 3))])
+def test_gradients(norm):
+    norm = randomised(norm)
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x)
+    assert torch.autograd.gradgradcheck(norm, x)
+
+
+@pytest.mark.parametrize(
+    ("channels", "group_size"), [(64, 32), (16, 16), (48, 24), (33, 11), (51, 17), (37, 1)]
+)
+def test_group_norm_has_groups_of_32_or_the_largest_divisor_below(channels, group_size):
+    norm = randomised(make_norm("group", channels))
+    x = torch.randn(2, channels, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), by_tiles(norm, x, group_size, 3, 3))
+
+
+def test_layer_norm_has_one_unit_a_sample():
+    norm = randomised(make_norm("layer", 6))
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), by_tiles(norm, x, 6, 3, 4))
+
+
+def test_instance_norm_has_one_unit_a_channel_and_no_statistics_of_the_past():
+    norm = randomised(make_norm("instance", 6))
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), by_tiles(norm, x, 1, 3, 4))
+    assert not list(norm.buffers())
+
+
+def test_instance_norm_refuses_maps_of_one_position():
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        make_norm("instance", 4)(torch.randn(2, 4, 1, 1))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_shape_is_kept_and_every_parameter_is_a_scale_or_a_shift(name):
+    norm = make_norm(name, 64)
+    x = torch.randn(2, 64, 9, 11)
+    assert norm(x).shape == x.shape
+    assert [tuple(p.shape) for p in norm.parameters()] == ([] if name == "none" else [(64,)] * 2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_batch_norm_depends_on_the_batch(name):
+    norm = make_norm(name, 8)
+    x = torch.randn(3, 8, 5, 5)
+    alone, together = norm(x[:1]), norm(x)[:1]
+    assert torch.allclose(alone, together, atol=1e-6) == (name != "batch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [PositionalNorm2d(64), LocalContextNorm2d(64, 32, 4)])
+def test_half_precision_inputs_have_float32_statistics(norm, dtype):
+    x = (100 + torch.randn(2, 64, 9, 9)).to(dtype)
+    assert torch.equal(norm(x), norm(x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("norm", [PositionalNorm2d(4), LocalContextNorm2d(4, 2, 3)])
+def test_constant_units_and_empty_batches(norm):
+    x = torch.full((2, 4, 5, 5), 7.0, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros_like(y))
+    assert x.grad.isfinite().all()
+    assert norm(torch.empty(0, 4, 5, 5)).shape == (0, 4, 5, 5)
+
+
+def test_repr_shows_the_arguments():
+    assert repr(PositionalNorm2d(4)) == "PositionalNorm2d(4, eps=1e-05)"
+    assert (
+        repr(LocalContextNorm2d(4, 2, 3))
+        == "LocalContextNorm2d(4, eps=1e-05, group_size=2, window=(3, 3))"
+    )
+
+
+@pytest.mark.parametrize("norm", [PositionalNorm2d(4), LocalContextNorm2d(4, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (4, 5, 5), (2, 4, 5)])
+def test_wrong_inputs_are_refused(norm, shape):
+    with pytest.raises(ValueError, match=r"expected an input \(n, 4, h, w\), got"):
+        norm(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1, 2), "channels must be positive, got 0"),
+        ((6, 4, 2), "group_size must divide channels = 6, got 4"),
+        ((6, 0, 2), "group_size must divide channels = 6, got 0"),
+        ((6, 2, 0), "window must be one or two positive numbers, got 0"),
+        ((6, 2, (3, -1)), r"window must be one or two positive numbers, got \(3, -1\)"),
+        ((6, 2, (1, 2, 3)), r"window must be one or two positive numbers, got \(1, 2, 3\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LocalContextNorm2d(*arguments)
+
+
+def test_unknown_norms_are_refused_with_the_choices():
+    choices = "batch, group, layer, instance, positional, local_context, none, kernel"
+    with pytest.raises(ValueError, match=f"unknown norm 'bacth', choose one of: {choices}"):
+        make_norm("bacth", 4)
+
+
+def test_kernel_is_no_layer_after_a_convolution():
+    with pytest.raises(ValueError, match="replaces the convolution by KNConv2d"):
+        make_norm("kernel", 4)
