@@ -74,11 +74,12 @@ def kernel_norm(
 def _normalize(u: Tensor, unit: list[int], p: float, seed: Tensor | None, eps: float) -> Tensor:
     """Equations 1 to 3 over the dimensions ``unit``, in float32 at least."""
     wide = u if u.dtype == torch.float64 else u.float()
+    dropped = wide
     if seed is not None:
         dropped = torch.where(keep_mask(seed, u.shape, p), wide, 0) / (1 - rounded_p(p))
-        var, mu = torch.var_mean(dropped, unit, correction=0, keepdim=True)
-    else:
-        var, mu = torch.var_mean(wide, unit, correction=0, keepdim=True)
+    mu = dropped.mean(unit, keepdim=True)
+    var = (dropped - mu).square().mean(unit, keepdim=True)
+    if seed is None:
         n = prod(u.shape[axis] for axis in unit)
         var = var + knconv.kappa(p, n) * (var + mu.square())
     return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
@@ -136,8 +137,8 @@ def kn_conv(
     if padding_mode != "zeros" or any(before != after for before, after in pads):
         sides = [side for pair in reversed(pads) for side in pair]
         x = F.pad(x, sides, arguments.PADDING_MODES[padding_mode])
-    else:
-        geometry = geometry._replace(padding=tuple(before for before, _ in pads))
+        pads = [(0, 0)] * d
+    geometry = geometry._replace(padding=tuple(before for before, _ in pads))
     arguments.check_windows_fit(x, geometry)
 
     p, seed = _dropout(x, dropout_p, training, evaluation)
@@ -158,8 +159,8 @@ def _dropout(
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The input in autocast's dtype; like the layers of torch.nn, it leaves float64 alone."""
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        if input.dtype != torch.float64:
-            return input.to(torch.get_autocast_dtype(device))
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if on and input.dtype != torch.float64:
+        return input.to(torch.get_autocast_dtype(device))
     arguments.check_same_dtype(input, weight, bias)
     return input

@@ -131,7 +131,7 @@ def test_width_multiplies_the_channels_of_vgg8():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", QUICK)
-def test_every_parameter_gets_a_gradient(name, norm):
+def test_every_parameter_gets_a_gradient_under_every_norm(name, norm):
     network = create_model(name, norm=norm, num_classes=5)
     scores = network(torch.randn(2, 3, 64, 64))
     assert scores.shape == (2, 5)
@@ -142,9 +142,9 @@ def test_every_parameter_gets_a_gradient(name, norm):
         assert parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["batch", "kernel"])
 @pytest.mark.parametrize("name", list_models())
-def test_every_network_takes_every_norm(name, norm):
+def test_every_network_takes_other_images_and_classes(name, norm):
     network = on_meta(name, norm=norm, num_classes=7, in_channels=1)
     assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
 

@@ -53,11 +53,11 @@ def kn_conv(
         weight: may have a wider dtype than ``x``, which decides the output's
     """
     with _without_autocast(x):
-        y: Tensor = KNConvFunction.apply(x, weight, bias, seed, settings)[0]
+        y: Tensor = _KNConv.apply(x, weight, bias, seed, settings)[0]
     return y
 
 
-class KNConvFunction(torch.autograd.Function):
+class _KNConv(torch.autograd.Function):
     """What is kept for the backward: input, output, and two one-channel maps."""
 
     generate_vmap_rule = True

@@ -47,9 +47,10 @@ def keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     size = prod(shape)
     word = torch.arange((size + _LANES - 1) // _LANES, dtype=torch.int64, device=seed.device)
     word = word * _STEP + seed
-    # The last step is a product, not the usual shift: a shift would copy the sign into the top
-    # lane. Its low lanes are as good as the high ones, for the shift before it mixed them.
-    word = (word ^ (word >> 32)) * _MIX_1
+    # The seed goes in twice, or the masks of two seeds could be shifted copies of each other. The
+    # last step is a product, not the usual shift: a shift would copy the sign into the top lane.
+    # Its low lanes are as good as the high ones, for the shift before it mixed them.
+    word = (word ^ (word >> 32)) * _MIX_1 + seed
     word = (word ^ (word >> 29)) * _MIX_2
     lanes = word.view(torch.int16)[:size]
     keep = lanes >= round(rounded_p(p) * _RESOLUTION) - _RESOLUTION // 2

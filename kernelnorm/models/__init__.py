@@ -1,0 +1,64 @@
+"""The paper's networks, each with any of the norms in ``kernelnorm.norms.NORMS``."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
+from kernelnorm.models.resnet import resnet18, resnet34, resnet50, resnet101
+from kernelnorm.models.vgg import vgg8
+
+__all__ = [
+    "create_model",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "list_models",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "vgg8",
+]
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vgg8": vgg8,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "densenet121": densenet121,
+    "densenet161": densenet161,
+    "densenet169": densenet169,
+    "densenet201": densenet201,
+}
+
+
+def list_models() -> list[str]:
+    """Returns the names that :func:`create_model` takes."""
+    return list(_MODELS)
+
+
+def create_model(name: str, *, norm: str = "kernel", **options: Any) -> nn.Module:
+    """Returns the network ``name``, normalised by ``norm``.
+
+    Args:
+        name: one of :func:`list_models`
+        norm: one of ``kernelnorm.norms.NORMS``
+        options: what else the network's constructor takes, as ``num_classes`` and ``in_channels``
+
+    Raises:
+        ValueError: if there is no such network or norm.
+
+    Example::
+
+        >>> import torch
+        >>> network = create_model("vgg8", norm="kernel", num_classes=7)
+        >>> network(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 7])
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}, choose one of: {', '.join(_MODELS)}")
+    return _MODELS[name](norm=norm, **options)

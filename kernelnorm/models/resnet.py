@@ -1,0 +1,165 @@
+"""Residual networks (K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016).
+
+With ``norm="batch"`` the parameters have the names, the order and the shapes of torchvision's.
+"""
+
+from torch import Tensor, nn
+
+from kernelnorm.models.blocks import Layers, init_convolutions, layers_for
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside the identity, or a 1x1 convolution where the shape changes."""
+
+    expansion = 1
+
+    def __init__(
+        self, layers: Layers, in_channels: int, width: int, stride: int, before_head: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = layers.conv(in_channels, width, 3, stride, padding=1)
+        self.bn1 = layers.norm(width)
+        self.relu = layers.relu()
+        self.conv2 = layers.conv(width, width, 3, padding=1, before_head=before_head)
+        self.bn2 = layers.norm(width)
+        self.downsample = _shortcut(layers, in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y = self.relu(y + self.downsample(x))
+        return y
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 convolutions beside the identity or a 1x1 convolution."""
+
+    expansion = 4
+
+    def __init__(
+        self, layers: Layers, in_channels: int, width: int, stride: int, before_head: bool
+    ) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = layers.conv(in_channels, width, 1)
+        self.bn1 = layers.norm(width)
+        self.conv2 = layers.conv(width, width, 3, stride, padding=1)
+        self.bn2 = layers.norm(width)
+        self.conv3 = layers.conv(width, out_channels, 1, before_head=before_head)
+        self.bn3 = layers.norm(out_channels)
+        self.relu = layers.relu()
+        self.downsample = _shortcut(layers, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y = self.relu(y + self.downsample(x))
+        return y
+
+
+def _shortcut(layers: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    conv = layers.conv(in_channels, out_channels, 1, stride)
+    return nn.Sequential(conv, layers.norm(out_channels))
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks, average pooling and a linear layer.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`Bottleneck`
+        depths: the blocks of each stage
+        norm, num_classes, in_channels, small_images: see :func:`resnet18`
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, int, int, int],
+        norm: str,
+        num_classes: int,
+        in_channels: int,
+        small_images: bool,
+    ) -> None:
+        super().__init__()
+        layers = layers_for(norm)
+        kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
+        self.conv1 = layers.conv(in_channels, 64, kernel_size, stride, padding)
+        self.bn1 = layers.norm(64)
+        self.relu = layers.relu()
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
+
+        channels = 64
+        stages = []
+        for stage, depth in enumerate(depths):
+            width = 64 * 2**stage
+            blocks = nn.Sequential()
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                before_head = (stage, index) == (3, depth - 1)
+                blocks.append(block(layers, channels, width, stride, before_head))
+                channels = width * block.expansion
+            stages.append(blocks)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+
+        self.head = layers.head()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        init_convolutions(self, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        scores: Tensor = self.fc(self.avgpool(self.head(x)).flatten(1))
+        return scores
+
+
+def resnet18(
+    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+) -> ResNet:
+    """ResNet-18.
+
+    Args:
+        norm: one of ``kernelnorm.norms.NORMS``
+        num_classes: the size of the output
+        in_channels: the channels of the images
+        small_images: a stem for images of about 32x32, a 3x3 convolution of stride 1 and no
+            max-pooling, in place of the 7x7 convolution of stride 2 and the max-pooling
+
+    Shape:
+        ``(n, in_channels, h, w)`` to ``(n, num_classes)``.
+
+    Example::
+
+        >>> import torch
+        >>> network = resnet18(num_classes=10, small_images=True)
+        >>> network(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    return ResNet(BasicBlock, (2, 2, 2, 2), norm, num_classes, in_channels, small_images)
+
+
+def resnet34(
+    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+) -> ResNet:
+    """ResNet-34, with the arguments of :func:`resnet18`."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), norm, num_classes, in_channels, small_images)
+
+
+def resnet50(
+    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+) -> ResNet:
+    """ResNet-50, with the arguments of :func:`resnet18`; the stride is in the 3x3 convolutions."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), norm, num_classes, in_channels, small_images)
+
+
+def resnet101(
+    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+) -> ResNet:
+    """ResNet-101, with the arguments of :func:`resnet18`; the stride is in the 3x3 convolutions."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), norm, num_classes, in_channels, small_images)

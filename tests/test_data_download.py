@@ -1,0 +1,253 @@
+"""Downloads: checked, resumed, unpacked whole or not at all; from a server of the test's own."""
+
+import hashlib
+import io
+import random
+import re
+import tarfile
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from kernelnorm.experiments.data import DATASETS, DataError, disk, download, load_images
+
+
+def tar(members):
+    """A .tgz of ``members``: name to content, or to a ``TarInfo``'s type and target."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                archive.addfile(info)
+    return buffer.getvalue()
+
+
+def png(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+GOOD = tar(
+    {
+        "imagenette2-160/train/n01/a.png": png("red"),
+        "imagenette2-160/train/n02/b.png": png("green"),
+        "imagenette2-160/val/n02/c.png": png("blue"),
+        "imagenette2-160/notes.csv": random.Random(0).randbytes(1 << 19),
+    }
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves ``server.content``; the first ``server.breaks`` answers stop half way."""
+
+    def do_GET(self):
+        server = self.server
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        server.requests.append((self.path, start))
+        if server.status or start >= len(server.content):
+            return self.send_error(server.status or 416)
+        rest = server.content[start if server.ranges else 0 :]
+        self.send_response(206 if server.ranges else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        broken = len(server.requests) <= server.breaks
+        self.wfile.write(rest[: len(rest) // 2] if broken else rest)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.requests = GOOD, []
+        server.breaks, server.ranges, server.status = 0, True, None
+        server.url = f"http://127.0.0.1:{server.server_port}/imagenette2-160.tgz"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch, tmp_path):
+    """Imagenette as the tests serve it, nothing on the network, no waiting between attempts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("pooch.core.time.sleep", lambda _: None)
+    for name in DATASETS:
+        monkeypatch.setenv(f"KERNELNORM_{name.upper()}_URL", "http://127.0.0.1:9/nothing")
+    publish(monkeypatch, GOOD)
+
+
+def publish(monkeypatch, content):
+    md5 = hashlib.md5(content).hexdigest()
+    entry = replace(DATASETS["imagenette"], md5=md5, megabytes=0, image_size=16)
+    monkeypatch.setitem(download.DATASETS, "imagenette", entry)
+
+
+def load(tmp_path, split="train", **kwargs):
+    return load_images("imagenette", split, data_dir=tmp_path / "data", **kwargs)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_published_checksums():
+    assert DATASETS["cifar10"].md5 == "c32a1d4ab5d03f1284b67883e8d87530"
+    assert DATASETS["imagewoof"].md5 == "0f46d997ec2264e97609196c95897a44"
+    assert DATASETS["imagewoof"].archive == "imagewoof2-320.tgz"
+
+
+def test_downloaded_once_then_used_from_the_folder(server, tmp_path):
+    train = load(tmp_path, url=server.url)
+    assert train.pixels.shape == (2, 3, 16, 16)
+    assert train.classes == ("n01", "n02")
+    assert load(tmp_path, "test", download=False).labels.tolist() == [1]
+    assert names(tmp_path / "data") == ["imagenette2-160", "imagenette2-160.tgz"]
+    assert server.requests == [("/imagenette2-160.tgz", 0)]
+
+
+def test_archive_that_is_there_is_unpacked(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenette2-160.tgz").write_bytes(GOOD)
+    assert len(load(tmp_path, download=False)) == 2
+
+
+def test_url_from_the_environment(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELNORM_IMAGENETTE_URL", server.url)
+    assert len(load(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_broken_download_is_resumed_or_restarted(server, tmp_path, ranges):
+    server.breaks, server.ranges = 2, ranges
+    assert len(load(tmp_path, url=server.url)) == 2
+    starts = [start for _, start in server.requests]
+    assert len(starts) == 3
+    assert 0 == starts[0] < starts[1]
+    assert names(tmp_path / "data") == ["imagenette2-160", "imagenette2-160.tgz"]
+
+
+def test_download_that_keeps_breaking_goes_on_the_next_time(server, tmp_path):
+    server.breaks = 3
+    with pytest.raises(DataError, match=r"cannot download imagenette from .*what has arrived is"):
+        load(tmp_path, url=server.url)
+    assert names(tmp_path / "data") == ["imagenette2-160.tgz.part"]
+    assert len(load(tmp_path, url=server.url)) == 2
+    assert server.requests[3][1] > 0
+    assert names(tmp_path / "data") == ["imagenette2-160", "imagenette2-160.tgz"]
+
+
+def test_process_killed_after_the_last_byte(server, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenette2-160.tgz.part").write_bytes(GOOD)
+    assert len(load(tmp_path, url=server.url)) == 2
+    assert len(server.requests) == 1
+
+
+def test_wrong_half_is_fetched_again_from_the_start(server, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenette2-160.tgz.part").write_bytes(b"something else")
+    assert len(load(tmp_path, url=server.url)) == 2
+    assert [start for _, start in server.requests] == [14, 0]
+
+
+def test_wrong_content(server, tmp_path):
+    server.content = b"<html>Sign in to the hotel's network</html>"
+    with pytest.raises(DataError, match=r"from http://127.* is not imagenette: the md5 of .*tgz"):
+        load(tmp_path, url=server.url)
+    assert names(tmp_path / "data") == []
+
+
+def test_wrong_archive_in_the_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenette2-160.tgz").write_bytes(GOOD[:-1])
+    with pytest.raises(DataError, match=r"tgz is broken or another version: its md5 is .* Delete"):
+        load(tmp_path)
+
+
+def test_nothing_there_and_no_download(tmp_path):
+    message = r"imagenette is not in .*data: expected the archive imagenette2-160\.tgz.*fetch http"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, download=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_server_that_answers_with_an_error(server, tmp_path):
+    server.status = 404
+    message = "cannot download .*404.*KERNELNORM_IMAGENETTE_URL.* by hand"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, url=server.url)
+
+
+def test_empty_answer(server, tmp_path):
+    server.content = b""
+    with pytest.raises(DataError, match="is not imagenette"):
+        load(tmp_path, url=server.url)
+
+
+def test_no_server(tmp_path):
+    with pytest.raises(DataError, match=r"cannot download imagenette from http://127.0.0.1:9/noth"):
+        load(tmp_path)
+
+
+def test_no_space_for_the_download(server, tmp_path, monkeypatch):
+    usage = disk.shutil.disk_usage(tmp_path)._replace(free=-1)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match=r"no disk space in .*data: .* are needed"):
+        load(tmp_path, url=server.url)
+    assert server.requests == []
+
+
+def test_read_only_data_folder(server, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(disk.os, "access", lambda path, _: path != tmp_path / "data")
+    assert len(load(tmp_path, url=server.url)) == 2
+    assert len(load(tmp_path, download=False)) == 2
+    assert names(tmp_path / "data") == []
+    assert names(tmp_path / "home" / "kernelnorm") == ["imagenette2-160", "imagenette2-160.tgz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("../outside.png", b"x"),
+        ("imagenette2-160/../../outside.png", b"x"),
+        ("/outside.png", b"x"),
+        ("elsewhere/outside.png", b"x"),
+        ("imagenette2-160/link", (tarfile.SYMTYPE, "/")),
+        ("imagenette2-160/hard", (tarfile.LNKTYPE, "../outside.png")),
+        ("imagenette2-160/pipe", (tarfile.FIFOTYPE, "")),
+    ],
+)
+def test_hostile_archive_writes_nothing(tmp_path, monkeypatch, name, content):
+    archive = tar({"imagenette2-160/train/n01/a.png": png("red"), name: content})
+    publish(monkeypatch, archive)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenette2-160.tgz").write_bytes(archive)
+    with pytest.raises(DataError, match=rf"holds '{name}', which is not a plain file or folder in"):
+        load(tmp_path)
+    assert names(tmp_path / "data") == ["imagenette2-160.tgz"]
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_two_processes_may_unpack_at_once(tmp_path):
+    target = tmp_path / "folder"
+    with disk.replacing(target, 0) as second:
+        second.mkdir()
+        with disk.replacing(target, 0) as first:
+            first.mkdir()
+            (first / "file").touch()
+    assert names(tmp_path) == ["folder"]
+    assert names(target) == ["file"]

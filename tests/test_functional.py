@@ -1,0 +1,402 @@
+"""The fast path against Equations 1 to 4, in values, gradients, precision and errors."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernelnorm import reference
+from kernelnorm.functional import kernel_norm, kn_conv
+from kernelnorm.ops.mask import draw_seed, keep_mask, rounded_p
+from tests.strategies import CHANNELS_LAST, Case, cases
+
+CPU = torch.device("cpu")
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+def mask_of(seed: int, shape: torch.Size, p: float, device=CPU) -> torch.Tensor | None:
+    """The mask that the next call draws after ``torch.manual_seed(seed)``; seeds it once more."""
+    torch.manual_seed(seed)
+    keep = keep_mask(draw_seed(device), shape, p) if rounded_p(p) > 0 else None
+    torch.manual_seed(seed)
+    return None if keep is None else keep.double() / (1 - rounded_p(p))
+
+
+def assert_same(y, expected, inputs, tolerance=1e-9):
+    """Equal values, and equal gradients for the same random output gradient."""
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().max()))
+
+
+def more_than_one_element(case: Case) -> bool:
+    """A window of one element normalises to zero, on which side of it rounding decides."""
+    return case.in_channels * prod(case.geometry.kernel_size) > 1
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    cases().filter(more_than_one_element),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, "relu"]),
+    st.sampled_from(PADDING_MODES),
+)
+def test_kn_conv_agrees_with_equation_4(case: Case, p, training, with_bias, activation, mode):
+    _, stride, padding, dilation = case.geometry
+    if mode in ("reflect", "circular") and any(
+        a >= size for a, size in zip(padding, case.sizes, strict=True)
+    ):
+        mode = "replicate"
+    x, (weight, bias) = case.input().requires_grad_(), case.filters()
+    inputs = [x, weight.requires_grad_(), bias.requires_grad_()][: 3 if with_bias else 2]
+    sides = [side for side in reversed(padding) for _ in range(2)]
+    padded = x if mode == "zeros" else F.pad(x, sides, "constant" if mode == "zeros" else mode)
+    mask = mask_of(case.seed, padded.shape, p) if training else None
+
+    y = kn_conv(
+        *(inputs if with_bias else [*inputs, None]), stride, padding, dilation, case.groups,
+        padding_mode=mode, dropout_p=p, training=training, activation=activation,
+        evaluation="plain",
+    )  # fmt: skip
+    none = [0] * case.d
+    expected = reference.kn_conv(
+        padded, weight, bias if with_bias else None, stride, padding if mode == "zeros" else none,
+        dilation, case.groups, mask,
+    )  # fmt: skip
+    assert_same(y, expected.relu() if activation else expected, inputs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(dilated=False), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
+def test_kernel_norm_agrees_with_equation_3(case: Case, p, training):
+    kernel_size, stride, padding, dilation = case.geometry
+    x = case.input().requires_grad_()
+    mask = None
+    if training:
+        shape = reference.windows(x, kernel_size, stride, padding, dilation).movedim(1 + case.d, 1)
+        mask = mask_of(case.seed, shape.shape, p)
+        mask = None if mask is None else mask.movedim(1, 1 + case.d)
+    y = kernel_norm(
+        x, kernel_size, stride, padding, dropout_p=p, training=training, evaluation="plain"
+    )
+    assert_same(y, reference.kernel_norm(x, kernel_size, stride, padding, mask), [x])
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_same_padding_keeps_the_size(d, dilation, kernel_size, mode):
+    x = torch.randn(2, 3, *[8, 7, 9][:d], dtype=torch.float64)
+    weight = torch.randn(4, 3, *[kernel_size] * d, dtype=torch.float64)
+    y = kn_conv(
+        x, weight, None, 1, "same", dilation, padding_mode=mode, training=False, evaluation="plain"
+    )
+    total = dilation * (kernel_size - 1)
+    pad = [total // 2, total - total // 2] * d
+    padded = F.pad(x, pad, "constant" if mode == "zeros" else mode)
+    none = [0] * d
+    expected = reference.kn_conv(padded, weight, None, [1] * d, none, [dilation] * d, 1)
+    assert y.shape[2:] == x.shape[2:]
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_valid_padding_is_none():
+    x, weight = torch.randn(2, 3, 9, 8), torch.randn(4, 3, 3, 3)
+    options = {"training": False}
+    valid, zero = (kn_conv(x, weight, None, 2, p, **options) for p in ("valid", 0))
+    torch.testing.assert_close(valid, zero, rtol=0, atol=0)
+
+
+def gradient_case(d: int, groups: int, training: bool, activation: str | None, bias: bool):
+    """A small layer as a function of its tensors, whose mask is the same in each call."""
+    generator = torch.Generator().manual_seed(d + 10 * groups)
+    sizes = [3, 2, 2][:d]
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    inputs = [randn(1, 2, *sizes), randn(2, 2 // groups, *[2] * d)] + [randn(2)] * bias
+
+    def layer(x, weight, bias=None):
+        torch.manual_seed(1)
+        return kn_conv(
+            x, weight, bias, 1, 1, 1, groups, dropout_p=0.3, training=training,
+            activation=activation,
+        )  # fmt: skip
+
+    return layer, inputs
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_kn_conv_gradcheck(d, groups, training, activation):
+    layer, inputs = gradient_case(d, groups, training, activation, bias=d != 1)
+    assert torch.autograd.gradcheck(layer, inputs)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_kn_conv_gradgradcheck(d, groups, training, activation):
+    layer, inputs = gradient_case(d, groups, training, activation, bias=d != 1)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_kernel_norm_gradcheck_and_gradgradcheck(kernel_size, training):
+    def layer(x):
+        torch.manual_seed(1)
+        return kernel_norm(x, kernel_size, 1, dropout_p=0.3, training=training)
+
+    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_frozen_tensors_get_no_gradient_and_do_not_change_the_others(case: Case):
+    _, stride, padding, dilation = case.geometry
+    tensors = [case.input(), *case.filters()]
+    full = [t.clone().requires_grad_() for t in tensors]
+    torch.manual_seed(0)
+    kn_conv(*full, stride, padding, dilation, case.groups).square().sum().backward()
+    for kept in range(3):
+        some = [t.clone().requires_grad_(i == kept) for i, t in enumerate(tensors)]
+        torch.manual_seed(0)
+        kn_conv(*some, stride, padding, dilation, case.groups).square().sum().backward()
+        torch.testing.assert_close(some[kept].grad, full[kept].grad)
+        assert all(t.grad is None for i, t in enumerate(some) if i != kept)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_expected_variance_is_the_mean_over_masks(p):
+    """E[var(m u)], estimated with many masks, against the closed form that evaluation uses."""
+    u = torch.randn(1, 6, 3, 3, dtype=torch.float64) + 1
+    weight = torch.randn(1, 6, 3, 3, dtype=torch.float64)
+    masks = keep_mask(torch.tensor(5), (200_000, u.numel()), p).double() / (1 - rounded_p(p))
+    variances = (masks * u.flatten()).var(1, correction=0)
+    var, error = variances.mean(), variances.std() / len(variances) ** 0.5
+    y = kn_conv(u, weight, dropout_p=p, training=False, eps=1e-12)
+    numerator = ((u - u.mean()) * weight).sum()
+    assert abs((numerator / y) ** 2 - var).item() < 5 * error
+    # The plain variance is another number altogether.
+    assert abs(u.var(correction=0) - var) > 20 * error
+    y = kernel_norm(u, 3, dropout_p=p, training=False, eps=1e-12)
+    assert abs(((u - u.mean()) / y)[0, 0, 0, 0] ** 2 - var).item() < 5 * error
+
+
+def test_evaluation_modes():
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+
+    def run(training, evaluation, seed):
+        torch.manual_seed(seed)
+        return kn_conv(x, weight, training=training, evaluation=evaluation)
+
+    for deterministic in ("expected", "plain"):
+        assert torch.equal(run(False, deterministic, 0), run(False, deterministic, 1))
+    assert torch.equal(run(False, "monte_carlo", 0), run(True, "expected", 0))
+    assert not torch.equal(run(False, "monte_carlo", 0), run(False, "monte_carlo", 1))
+    assert not torch.allclose(run(False, "expected", 0), run(False, "plain", 0), rtol=1e-2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_samples_do_not_see_each_other(case: Case):
+    _, stride, padding, dilation = case.geometry
+    x, (weight, bias) = case.input(), case.filters()
+    layer = [weight, bias, stride, padding, dilation, case.groups]
+    batch = kn_conv(x, *layer, training=False)
+    for i in range(len(x)):
+        alone = kn_conv(x[i : i + 1], *layer, training=False)
+        torch.testing.assert_close(alone[0], batch[i], rtol=1e-12, atol=1e-12)
+        unbatched = kn_conv(x[i], *layer, training=False)
+        torch.testing.assert_close(unbatched, batch[i], rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_memory_format_changes_neither_result_nor_mask(case: Case):
+    _, stride, padding, dilation = case.geometry
+    x, (weight, bias) = case.input().contiguous(), case.filters()
+    outputs = []
+    for form in (torch.contiguous_format, CHANNELS_LAST.get(case.d, torch.contiguous_format)):
+        torch.manual_seed(3)
+        y = kn_conv(
+            x.contiguous(memory_format=form), weight, bias, stride, padding, dilation, case.groups
+        )
+        outputs.append(y)
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_channels_last_comes_out_as_it_went_in():
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = kn_conv(x, torch.randn(16, 8, 3, 3), torch.randn(16), padding=1, activation="relu")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_low_precision_is_as_good_as_a_convolution_of_standardised_inputs(dtype, p, groups):
+    """A mean of 10 beside a deviation of 1 leaves few digits to a difference of large numbers."""
+    x = (torch.randn(4, 64, 12, 12) + 10).to(dtype)
+    weight, bias = torch.randn(32, 64 // groups, 3, 3) / 24, torch.zeros(32)
+    weight = weight + 0.05  # filters whose sum is far from zero
+    arguments = {"groups": groups, "dropout_p": p}
+    seed = 11
+    mask = mask_of(seed, x.shape, p)
+    with torch.autocast("cpu", dtype):
+        y = kn_conv(x, weight, bias, **arguments)
+    wide = [x.double(), weight.double(), bias.double()]
+    exact = reference.kn_conv(*wide, [1, 1], [0, 0], [1, 1], groups, mask)
+
+    standard = (x.double() - 10).to(dtype)
+    plain = F.conv2d(standard, weight.to(dtype), groups=groups)
+    exact_plain = F.conv2d(standard.double(), weight.double(), groups=groups)
+    assert relative_error(y, exact) <= 2 * relative_error(plain, exact_plain)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_float32_with_a_mean_of_1000(memory_format):
+    x = (torch.randn(4, 64, 12, 12) + 1000).contiguous(memory_format=memory_format)
+    weight, grad = torch.randn(32, 64, 3, 3) / 24, torch.randn(4, 32, 10, 10)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        y = kn_conv(*inputs, dropout_p=0)
+        results.append([y, *torch.autograd.grad(y, inputs, grad.to(dtype))])
+    for single, double in zip(*results, strict=True):
+        assert relative_error(single, double) < 1e-3
+    normalized = kernel_norm(x, 3, dropout_p=0)
+    assert relative_error(normalized, kernel_norm(x.double(), 3, dropout_p=0)) < 1e-3
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_constant_windows_are_finite(value, dtype, training):
+    x = torch.full((2, 3, 6, 6), value, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=dtype, requires_grad=True)
+    for p in (0.0, 0.1):
+        y = kn_conv(x, weight, padding=1, dropout_p=p, training=training, activation="relu")
+        z = kernel_norm(x, 2, dropout_p=p, training=training)
+        for tensor in (y, z, *torch.autograd.grad(y.sum() + z.sum(), [x, weight])):
+            assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batches(training):
+    x = torch.randn(0, 3, 8, 8, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    y = kn_conv(x, weight, torch.randn(4), padding=1, training=training)
+    assert y.shape == (0, 4, 8, 8)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    assert kernel_norm(x, 3, 1, training=training).shape == (0, 3, 18, 18)
+
+
+def test_backward_keeps_input_output_and_one_channel_maps():
+    """Nothing of the input's or the output's size is kept but those two, once."""
+    x = torch.randn(4, 32, 16, 16, requires_grad=True)
+    weight, bias = (torch.randn(32, 32, 3, 3, requires_grad=True), torch.zeros(32))
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = kn_conv(x, weight, bias, padding=1, activation="relu")
+    for t in (x, y, weight, bias):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    maps = 2 * 4 * 16 * 16 * 4
+    assert sum(kept.values()) <= maps + 4 * 32 + 8
+
+
+GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.randn(2, 4, 8)}, ValueError, r"input must have 4 channels .*got 2"),
+        ({"input": torch.randn(4, 8)}, ValueError, r"input must have 4 dim.*3 without.*\(4, 8\)"),
+        ({"input": torch.ones(2, 4, 8, 8, dtype=torch.int)}, TypeError, r"input.*torch\.int32"),
+        ({"input": torch.ones(2, 4, 8, 8) * 1j}, TypeError, r"input must be a real .*complex64"),
+        ({"input": torch.randn(2, 5, 8, 8)}, ValueError, r"input must have 4 channels.* got 5"),
+        ({"input": GOOD["input"].double()}, TypeError, r"dtype, got input torch\.float64, weight"),
+        ({"weight": torch.randn(6, 4)}, ValueError, r"input must have 3, 4 or 5"),
+        ({"weight": GOOD["weight"].long()}, TypeError, r"weight must be a real .*int64"),
+        ({"bias": torch.randn(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
+        ({"bias": torch.randn(6).double()}, TypeError, r"bias torch\.float64"),
+        ({"groups": 0}, ValueError, r"groups must be positive and divide the 6 .*got 0"),
+        ({"groups": 4}, ValueError, r"groups must be positive and divide the 6 .*got 4"),
+        ({"stride": 0}, ValueError, r"stride must be an integer of at least 1.*got 0"),
+        ({"stride": (1, 2, 3)}, ValueError, r"stride must be .* or 2 of them, got \(1, 2, 3\)"),
+        ({"padding": -1}, ValueError, r"padding must be an integer of at least 0.*got -1"),
+        ({"padding": "full"}, ValueError, r"padding must be 'same', 'valid' or.*got 'full'"),
+        ({"padding": "same", "stride": 2}, ValueError, r"padding='same' needs a stride of 1"),
+        ({"dilation": 0}, ValueError, r"dilation must be an integer of at least 1.*got 0"),
+        ({"dilation": 5}, ValueError, r"kernel_size \(3, 3\) with dilation \(5, 5\).*11 against 8"),
+        ({"padding_mode": "wrap"}, ValueError, r"padding_mode must be one of .*got 'wrap'"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be at least 0 and below 1, got 1\.0"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p must be .*got -0\.1"),
+        ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be .*got nan"),
+        ({"eps": 0.0}, ValueError, r"eps must be positive, got 0\.0"),
+        ({"activation": "gelu"}, ValueError, r"activation must be None or 'relu', got 'gelu'"),
+        ({"evaluation": "mean"}, ValueError, r"evaluation must be one of .*got 'mean'"),
+    ],
+)
+def test_kn_conv_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        kn_conv(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, r"input must be.*uint8"),
+        (
+            {"input": torch.randn(4, 4)},
+            ValueError,
+            r"input must have 3, 4 or 5, got shape",
+        ),
+        ({"kernel_size": (3, 3, 3, 3)}, ValueError, r"input must have 3, 4 or 5"),
+        ({"kernel_size": 0}, ValueError, r"kernel_size must be an integer of at least 1.*got 0"),
+        ({"kernel_size": 5}, ValueError, r"kernel_size \(5, 5\).*5 against 4 pixels"),
+        ({"stride": 0}, ValueError, r"stride must be an integer of at least 1"),
+        ({"padding": -1}, ValueError, r"padding must be an integer of at least 0"),
+        ({"dropout_p": 2}, ValueError, r"dropout_p must be .*got 2"),
+        ({"eps": -1.0}, ValueError, r"eps must be positive, got -1\.0"),
+        ({"evaluation": ""}, ValueError, r"evaluation must be one of"),
+    ],
+)
+def test_kernel_norm_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        kernel_norm(**{"input": torch.randn(2, 3, 4, 4), "kernel_size": 2, **change})
