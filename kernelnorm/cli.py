@@ -1,18 +1,272 @@
 """The command line: arguments to calls.
 
-The experiments are imported where they are used, so that help and mistakes answer at once.
+The experiments are imported where they are used, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 from jsonargparse import ArgumentParser, Namespace
 
 from kernelnorm import __version__
 from kernelnorm.norms import NORMS
+
+_CASES = "digits-vgg8, cifar10-vgg8, imagenette-densenet121 or imagewoof-resnet18"
+
+
+class _Help(RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the examples, and tells the defaults that there are."""
+
+    def _get_help_string(self, action: Action) -> str:
+        tell = bool(action.default) and action.default != SUPPRESS
+        return f"{action.help} (default: %(default)s)" if tell else action.help or ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line, with ``argv`` in place of the process's own arguments.
+
+    A mistake in the arguments exits with 2, a problem that the user can solve with 1 and one line.
+    """
+    parser = ArgumentParser(
+        prog="kernelnorm",
+        description="Train kernel normalized networks, and compare them with other normalisations.",
+        version=__version__,
+        formatter_class=_Help,
+    )
+    commands = parser.add_subcommands(required=False, dest="command")
+    for name, (make_parser, _, summary) in _COMMANDS.items():
+        commands.add_subcommand(name, make_parser(), help=summary)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return
+
+    from kernelnorm.experiments.data import DataError
+    from kernelnorm.experiments.runs import RunError
+
+    try:
+        _COMMANDS[arguments.command][1](arguments[arguments.command])
+    except (DataError, RunError) as error:
+        sys.exit(f"kernelnorm: {error}")
+    except KeyboardInterrupt:
+        print("kernelnorm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _train_parser() -> ArgumentParser:
+    parser = _parser(
+        "Train a network. The same command goes on with a run that was stopped.",
+        "kernelnorm train digits-vgg8",
+        "kernelnorm train cifar10-vgg8 --norm batch --batch-size 2 --data-dir ~/data",
+        "kernelnorm train --model resnet18 --dataset photos/ --image-size 64 --epochs 20",
+        "torchrun --nproc-per-node 4 -m kernelnorm train imagewoof-resnet18 --batch-size 256",
+    )
+    parser.add_argument("--norm", choices=NORMS, default="kernel", help="the normalisation")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a step, in all processes")
+    _add_run_arguments(parser)
+    parser.add_argument("--out", type=Path | None, help="the run's folder; without it runs/CASE/...")
+    parser.add_argument("--devices", type=int, default=1, help="how many; torchrun decides itself")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files too")
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=10.0, help="time between checkpoints in an epoch"
+    )
+    parser.add_argument("--max-steps", type=int | None, help="pause after that many steps: a trial")
+    return parser
+
+
+def _train(arguments: Namespace) -> None:
+    from kernelnorm.experiments.trainer import Launch, train
+
+    config = _configure(arguments, arguments.norm, arguments.batch_size)
+    launch = Launch(
+        out=arguments.out,
+        devices=arguments.devices,
+        tensorboard=arguments.tensorboard,
+        checkpoint_minutes=arguments.checkpoint_minutes,
+        max_steps=arguments.max_steps,
+        **_where(arguments),
+    )
+    _echo(f"{train(config, launch).path}")
+
+
+def _compare_parser() -> ArgumentParser:
+    parser = _parser(
+        "Train what is missing of every norm and batch size, then write a table and a picture.",
+        "kernelnorm compare digits-vgg8",
+        "kernelnorm compare cifar10-vgg8 --norms batch,kernel --batch-sizes 2,32,256 --epochs 5",
+    )
+    parser.add_argument(
+        "--norms", type=_names, default=["batch", "group", "layer", "kernel"], help="with commas"
+    )
+    parser.add_argument("--batch-sizes", type=_numbers, default=[2, 32], help="with commas")
+    _add_run_arguments(parser)
+    parser.add_argument("--out", type=Path | None, help="the folder; without it runs/CASE")
+    return parser
+
+
+def _compare(arguments: Namespace) -> None:
+    from kernelnorm.experiments.compare import compare
+    from kernelnorm.experiments.trainer import Launch
+
+    configs = [
+        _configure(arguments, norm, batch_size)
+        for batch_size in arguments.batch_sizes
+        for norm in arguments.norms
+    ]
+    out = arguments.out or Path("runs") / configs[0].case
+    compare(configs, out, Launch(**_where(arguments)))
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _parser(
+        "Print a run's loss and accuracy on its test images.",
+        "kernelnorm evaluate runs/digits-vgg8/kernel-b32-seed0-0123abcd",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--evaluation",
+        type=Literal["all", "expected", "plain", "monte_carlo"],
+        default="all",
+        help="how kernel layers take their statistics outside training",
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data is")
+    _add_trained_arguments(parser, "last")
+    return parser
+
+
+def _evaluate(arguments: Namespace) -> None:
+    from kernelnorm.experiments.evaluation import EVALUATIONS, evaluate
+
+    chosen = EVALUATIONS if arguments.evaluation == "all" else (arguments.evaluation,)
+    scores = evaluate(
+        arguments.run,
+        data_dir=arguments.data_dir,
+        evaluations=chosen,
+        checkpoint=arguments.checkpoint,
+        accelerator=arguments.accelerator,
+    )
+    print(f"{'evaluation':12}  {'test loss':>9}  test accuracy")
+    for score in scores:
+        spread = f" ± {score.accuracy_spread:.2%} ({score.passes} passes)" * (score.passes > 1)
+        print(f"{score.evaluation:12}  {score.loss:9.4f}  {score.accuracy:13.2%}{spread}")
+
+
+def _predict_parser() -> ArgumentParser:
+    parser = _parser(
+        "Print the three likeliest classes of images.",
+        "kernelnorm predict runs/photos-resnet18/kernel-b32-seed0-0123abcd cat.jpg dog.jpg",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    _add_trained_arguments(parser, "best")
+    return parser
+
+
+def _predict(arguments: Namespace) -> None:
+    from kernelnorm.experiments.evaluation import predict
+
+    predictions = predict(
+        arguments.run,
+        arguments.images,
+        checkpoint=arguments.checkpoint,
+        accelerator=arguments.accelerator,
+    )
+    for image, classes in zip(arguments.images, predictions, strict=True):
+        print(f"{image}: " + ", ".join(f"{name} {p:.1%}" for name, p in classes))
+
+
+_COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], None], str]] = {
+    "train": (_train_parser, _train, "train a network, or go on with its training"),
+    "compare": (_compare_parser, _compare, "train several normalisations: a table and a picture"),
+    "evaluate": (_evaluate_parser, _evaluate, "accuracy of a trained network on its test images"),
+    "predict": (_predict_parser, _predict, "classes of image files"),
+}
+
+
+def _parser(description: str, *examples: str) -> ArgumentParser:
+    text = "\n".join([description, "", "examples:", *(f"  {example}" for example in examples)])
+    return ArgumentParser(description=text, print_config=None)
+
+
+def _add_run_arguments(parser: ArgumentParser) -> None:
+    """Add what says what is trained, on which data, and where."""
+    add = parser.add_argument
+    add("case", nargs="?", type=str | None, help=f"{_CASES}; without it, and without a model, digits")
+    add("--model", type=str | None, help="any network, with --dataset, in place of the case's")
+    add("--dataset", type=str | None, help="a folder of train/CLASS/* and val/CLASS/*, or a name")
+    add("--model-options", type=dict[str, Any], default={}, help='such as {"small_images": true}')
+    add("--image-size", type=int | None, metavar="PIXELS", help="resize images to it; without it the case's")
+    add("--epochs", type=int | None, help="the most epochs; without it the case's")
+    add("--lr", type=Literal["auto"] | float, default="auto", help="auto: the paper's Table 4")
+    add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
+    add("--subset", type=int | None, help="train and test on that many images: a trial")
+    add(
+        "--precision",
+        type=Literal["32-true", "bf16-mixed", "16-mixed"],
+        default="32-true",
+        help="of the arithmetic",
+    )
+    add("--data-dir", type=Path, default=Path("data"), help="where datasets are, or will be put")
+    add("--accelerator", default="auto", help="cpu, cuda, mps or auto")
+    add("--compile", action="store_true", help="run the network through torch.compile")
+    add("--config", action="config", help="a YAML file with these options")
+
+
+def _add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Literal["last", "best"],
+        default=checkpoint,
+        help="last: after the last epoch; best: that with the best test accuracy",
+    )
+    parser.add_argument("--accelerator", default="auto", help="cpu, cuda, mps or auto")
+
+
+def _configure(arguments: Namespace, norm: str, batch_size: int) -> Any:
+    """Return the configuration of a run, and tell where its learning rate comes from."""
+    from kernelnorm.experiments.recipes import configure, paper_lr, recipe_for
+
+    recipe = recipe_for(arguments.case, model=arguments.model, dataset=arguments.dataset)
+    lr = arguments.lr
+    if lr == "auto":
+        lr, source = paper_lr(recipe, norm, batch_size)
+        _echo(f"learning rate {lr:g}: {source}")
+    given = {
+        "image_size": arguments.image_size,
+        "epochs": arguments.epochs,
+        "model_options": arguments.model_options or None,
+    }
+    return configure(
+        recipe,
+        norm=norm,
+        batch_size=batch_size,
+        lr=lr,
+        seed=arguments.seed,
+        subset=arguments.subset,
+        precision=arguments.precision,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _where(arguments: Namespace) -> dict[str, Any]:
+    return {name: arguments[name] for name in ("data_dir", "accelerator", "compile")}
+
+
+def _echo(text: str) -> None:
+    """Print, in one of the processes only."""
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+    rank_zero_only(print)(text, flush=True)
+
+
+def _names(value: str | list[str]) -> list[str]:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _numbers(value: str | list[int]) -> list[int]:
+    return [int(part) for part in value.split(",")] if isinstance(value, str) else value

@@ -80,7 +80,7 @@ def _normalize(u: Tensor, unit: list[int], p: float, seed: Tensor | None, eps: f
     mu = dropped.mean(unit, keepdim=True)
     var = (dropped - mu).square().mean(unit, keepdim=True)
     if seed is None:
-        n = prod(u.shape[axis] for axis in unit)
+        n = prod([u.shape[axis] for axis in unit])
         var = var + knconv.kappa(p, n) * (var + mu.square())
     return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
 
@@ -130,8 +130,7 @@ def kn_conv(
     geometry = arguments.geometry(d, tuple(weight.shape[2:]), stride, padding, dilation)
     arguments.check_normalization(dropout_p, eps, evaluation)
     arguments.check_convolution(activation, padding_mode)
-    x = _autocast(input, weight, bias)
-    x = x if input.dim() == d + 2 else x.unsqueeze(0)
+    x = input if input.dim() == d + 2 else input.unsqueeze(0)
 
     pads = arguments.pads(geometry, padding)
     if padding_mode != "zeros" or any(before != after for before, after in pads):
@@ -140,6 +139,7 @@ def kn_conv(
         pads = [(0, 0)] * d
     geometry = geometry._replace(padding=tuple(before for before, _ in pads))
     arguments.check_windows_fit(x, geometry)
+    x = _autocast(x, weight, bias)  # padding may have left autocast's dtype
 
     p, seed = _dropout(x, dropout_p, training, evaluation)
     settings = knconv.Settings(geometry, groups, p, eps, relu=activation == "relu")
@@ -156,11 +156,11 @@ def _dropout(
     return (p if evaluation == "expected" else 0.0), None
 
 
-def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The input in autocast's dtype; like the layers of torch.nn, it leaves float64 alone."""
-    device = input.device.type
+    device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if on and input.dtype != torch.float64:
-        return input.to(torch.get_autocast_dtype(device))
-    arguments.check_same_dtype(input, weight, bias)
-    return input
+    if on and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    arguments.check_same_dtype(x, weight, bias)
+    return x

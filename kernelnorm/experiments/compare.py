@@ -1,0 +1,131 @@
+"""Normalisations side by side: what is missing is trained, then a table and a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
+
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import DivergedError, Metrics, final_accuracy, write_whole
+from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.trainer import Launch, train
+
+__all__ = ["Row", "compare"]
+
+_HEADINGS = ("norm", "batch size", "lr", "epochs", "train loss", "test accuracy", "s/epoch")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a comparison; ``failure`` says why there is no accuracy."""
+
+    config: RunConfig
+    history: Sequence[Metrics]
+    failure: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row's cells, as text."""
+        config, history = self.config, self.history
+        choices = (LABELS[config.norm], str(config.batch_size), f"{config.lr:g}")
+        if self.failure:
+            return (*choices, "-", "-", "diverged", "-")
+        return (
+            *choices,
+            str(len(history)),
+            f"{history[-1]['train_loss']:.4f}",
+            f"{final_accuracy(history):.2%}",
+            f"{sum(metrics['seconds'] for metrics in history) / len(history):.2f}",
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as JSON knows it."""
+        return {
+            "folder": self.config.name,
+            "run": self.config.record(),
+            "failure": self.failure,
+            "final_accuracy": None if self.failure else final_accuracy(self.history),
+            "metrics": list(self.history),
+        }
+
+
+def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = None) -> list[Row]:
+    """Train the runs that are missing or unfinished, and compare all of them.
+
+    The table grows on the screen, by a row as each run ends. ``comparison.md``,
+    ``comparison.json`` and ``comparison.png`` are written into ``out`` at the end. A run that
+    diverges is a row that says so; the others go on.
+
+    Args:
+        configs: the runs, in the order of the table.
+        out: the folder of the comparison and of its runs' folders.
+        launch: how the runs are executed; its ``out`` is not used.
+    """
+    launch = launch or Launch()
+    echo = rank_zero_only(print)
+    widths = [max(len(LABELS[config.norm]) for config in configs), *map(len, _HEADINGS[1:])]
+    echo(_line(_HEADINGS, widths), flush=True)
+    rows = []
+    for config in configs:
+        try:
+            folder = train(config, replace(launch, out=out / config.name, verbose=False))
+            row = Row(config, folder.read_metrics())
+        except DivergedError as error:
+            row = Row(config, [], str(error))
+        rows.append(row)
+        echo(_line(row.cells(), widths), flush=True)
+    rank_zero_only(_write)(rows, out)
+    echo(f"\n{_CAPTION}\nTable:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
+    return rows
+
+
+_CAPTION = "Test accuracy is the mean over the last five epochs."
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+def _write(rows: Sequence[Row], out: Path) -> None:
+    table = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *(row.cells() for row in rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    title = f"# {rows[0].config.case}"
+    text = "\n".join([title, "", *lines, "", _CAPTION, "", "![curves](comparison.png)", ""])
+    write_whole(out / "comparison.md", text.encode())
+    record = json.dumps([row.record() for row in rows], indent=1)
+    write_whole(out / "comparison.json", record.encode())
+    picture = io.BytesIO()
+    _draw(rows).savefig(picture, dpi=150)
+    write_whole(out / "comparison.png", picture.getbuffer())
+
+
+def _draw(rows: Sequence[Row]) -> Figure:
+    """Draw training loss and test accuracy by epoch, one column for each batch size."""
+    batch_sizes = sorted({row.config.batch_size for row in rows})
+    figure = Figure(figsize=(1 + 4 * len(batch_sizes), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(batch_sizes), squeeze=False, sharex=True, sharey="row")
+    for (top, bottom), batch_size in zip(axes.T, batch_sizes, strict=True):
+        top.set_title(f"batch size {batch_size}")
+        top.set_yscale("log")
+        bottom.set_xlabel("epoch")
+        for row in rows:
+            if row.failure or row.config.batch_size != batch_size:
+                continue
+            style = {**line_style(row.config.norm), "markevery": 1 + len(row.history) // 12}
+            epochs = [metrics["epoch"] for metrics in row.history]
+            top.plot(epochs, [metrics["train_loss"] for metrics in row.history], **style)
+            accuracies = [100 * metrics["test_accuracy"] for metrics in row.history]
+            bottom.plot(epochs, accuracies, **style)
+            final = 100 * final_accuracy(row.history)
+            bottom.axhline(final, color=style["color"], linestyle="--", linewidth=0.8)
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("test accuracy, % (dashed: final)")
+    lines = {line.get_label(): line for top in axes[0] for line in top.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(len(lines), 1))
+    return figure

@@ -1,0 +1,22 @@
+"""Images for the experiments: found or downloaded, decoded once, augmented on the device.
+
+:func:`load_images` gives :class:`Images`; :func:`batches` gives what a network trains on.
+"""
+
+from kernelnorm.experiments.data.batches import Augment, Preprocess, batches, steps_per_epoch
+from kernelnorm.experiments.data.decode import read_image
+from kernelnorm.experiments.data.download import DATASETS
+from kernelnorm.experiments.data.images import DataError, Images
+from kernelnorm.experiments.data.load import load_images
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "DataError",
+    "Images",
+    "Preprocess",
+    "batches",
+    "load_images",
+    "read_image",
+    "steps_per_epoch",
+]

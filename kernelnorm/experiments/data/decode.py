@@ -1,0 +1,117 @@
+"""Image files to bytes: decoded once, in parallel, into memory or a file that is mapped into it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from kernelnorm.experiments.data.disk import replacing, writable_home
+from kernelnorm.experiments.data.images import DataError
+
+IN_MEMORY = 16 << 20  # bytes of pixels, decoded in a second or two; more are kept in a file
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def read_image(path: str | Path, image_size: int | None = None, channels: int = 3) -> Tensor:
+    """One image as ``uint8`` of shape :math:`(C, H, W)`.
+
+    Args:
+        path: the file. Grey, palette and CMYK images are converted, transparency is dropped, and of
+            an animation the first picture counts.
+        image_size: the shorter side is resized to it (bilinear, antialiased), and the longer one
+            is cut at both ends, which keeps the aspect. The paper only says "resized to 160x160";
+            squashing to a square would be the other reading. ``None`` keeps the image's own size.
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        DataError: if the file is missing, corrupt, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise DataError(
+                    f"the image {path} has pixels of type {image.mode!r}, more than 8 bits a "
+                    "channel: scale it to 8 bits first, as clipping it would lose the picture"
+                )
+            if image_size is not None:
+                image.draft(None, (image_size, image_size))
+            picture = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"cannot read the image {path}: {error}. Replace the file or remove it"
+        ) from error
+    return to_pixels(picture, image_size)
+
+
+def to_pixels(picture: Image.Image, image_size: int | None) -> Tensor:
+    """A grey or RGB picture as :math:`(C, H, W)`, resized as :func:`read_image` says."""
+    if image_size is not None and picture.size != (image_size, image_size):
+        picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BILINEAR)
+    rows = torch.from_numpy(np.array(picture))
+    return rows.unsqueeze(0) if rows.ndim == 2 else rows.permute(2, 0, 1).contiguous()
+
+
+def decode(folder: Path, files: Sequence[Path], image_size: int | None, data_dir: Path) -> Tensor:
+    """The images ``files``, all below ``folder``, as ``uint8`` of shape :math:`(N, 3, H, W)`.
+
+    More than ``IN_MEMORY`` bytes are written to a file in ``data_dir/.cache``, or in the user's
+    cache folder where ``data_dir`` is read-only, and mapped into memory. The file's name stands for
+    the folder, the image size and each file's name, size and time: it is used again as long as
+    these are the same, and removed when they are not.
+    """
+    shape = (len(files), *read_image(files[0], image_size).shape)
+    needed = math.prod(shape)
+    if needed <= IN_MEMORY:
+        pixels = np.empty(shape, np.uint8)
+        for row, image in zip(pixels, _read_all(files, image_size, shape[1:]), strict=True):
+            row[...] = image
+        return torch.from_numpy(pixels)
+
+    place = _digest([str(folder.resolve()), str(image_size)])
+    stamps = ((file.relative_to(folder), file.stat()) for file in files)
+    content = _digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stamps)
+    cache = writable_home(data_dir) / ".cache"
+    target = cache / f"{place}-{content}.uint8"
+    if not target.is_file() or target.stat().st_size != needed:
+        with replacing(target, needed) as temporary, temporary.open("wb") as output:
+            for image in _read_all(files, image_size, shape[1:]):
+                output.write(image.data)
+        for outdated in set(cache.glob(f"{place}-*.uint8")) - {target}:
+            outdated.unlink(missing_ok=True)
+    return torch.from_numpy(np.memmap(target, np.uint8, mode="c", shape=shape))
+
+
+def _read_all(
+    files: Sequence[Path], image_size: int | None, shape: tuple[int, ...]
+) -> Iterator[NDArray[np.uint8]]:
+    def read(file: Path) -> NDArray[np.uint8]:
+        image = read_image(file, image_size)
+        if image.shape != shape:
+            raise DataError(
+                f"the image {file} is {image.shape[2]} pixels wide and {image.shape[1]} high, but "
+                f"{files[0]} is {shape[2]} by {shape[1]}: give an image_size for all"
+            )
+        return image.numpy()
+
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(desc="decoding images", total=len(files), unit=" images", disable=None) as bar,
+    ):
+        for start in range(0, len(files), 1024):  # no more than this many wait in memory
+            for image in pool.map(read, files[start : start + 1024]):
+                yield image
+                bar.update()
+
+
+def _digest(lines: Iterator[str] | Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,61 @@
+"""Files and folders that appear whole or not at all, on a disk that may be full or read-only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kernelnorm.experiments.data.images import DataError
+
+
+def writable_home(data_dir: Path) -> Path:
+    """``data_dir`` if it can be written to, or made; else the user's cache folder."""
+    if data_dir.exists() and not data_dir.is_dir():
+        raise DataError(f"the data folder {data_dir} is not a folder; name one, existing or new")
+    nearest = next(p for p in (data_dir, *data_dir.absolute().parents) if p.exists())
+    if os.access(nearest, os.W_OK):
+        return data_dir
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernelnorm"
+
+
+@contextmanager
+def space_for(needed: int, folder: Path) -> Iterator[None]:
+    """Make ``folder`` for a block that writes ``needed`` bytes; say so if the disk is too full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    message = (
+        f"no disk space in {folder}: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB were "
+        "free at the start. Make room, or name a data folder on another disk"
+    )
+    if free < needed:
+        raise DataError(message)
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(message) from error
+        raise
+
+
+@contextmanager
+def replacing(target: Path, needed: int) -> Iterator[Path]:
+    """Yield a path for a file or folder that becomes ``target`` if the block succeeds.
+
+    If the block fails, nothing is left. Where two processes make the same folder, the first wins.
+    """
+    with (
+        space_for(needed, target.parent),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder,
+    ):
+        temporary = Path(folder) / target.name
+        yield temporary
+        try:
+            temporary.replace(target)
+        except OSError:
+            if not target.is_dir():
+                raise

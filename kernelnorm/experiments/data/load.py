@@ -1,0 +1,158 @@
+"""From the name of a data set, or a folder, to its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kernelnorm.experiments.data.decode import SUFFIXES, decode, to_pixels
+from kernelnorm.experiments.data.download import DATASETS, locate
+from kernelnorm.experiments.data.images import DataError, Images
+
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR10_RECORDS = 10_000  # in each file
+Split = Literal["train", "test"]
+
+
+def load_images(
+    dataset: str | Path,
+    split: Split,
+    *,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    download: bool = True,
+    url: str | None = None,
+) -> Images:
+    """Load one split of a data set.
+
+    Args:
+        dataset: one of
+
+            - ``"digits"``: scikit-learn's 1,797 handwritten digits, 1 x 8 x 8, nothing to download;
+              every fifth image of each digit is a test image;
+            - ``"cifar10"``: 3 x 32 x 32, 50,000 and 10,000 images;
+            - ``"imagenette"``: 3 x 160 x 160, 9,469 and 3,925 images;
+            - ``"imagewoof"``: 3 x 192 x 192, 9,025 and 3,929 images;
+            - a folder with ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*``. The
+              classes are those of ``train``, by name.
+        split: ``"train"`` or ``"test"``.
+        data_dir: where the data is or goes: an archive as published, the same unpacked, or a folder
+            of images, named like the data set or ``data_dir`` itself. It may be read-only: what has
+            to be written then goes to ``$XDG_CACHE_HOME/kernelnorm`` (``~/.cache/kernelnorm``).
+        image_size: height and width; see :func:`read_image` for how images get there. Default: the
+            data set's own, as listed; the images of a folder must then all have one size.
+        download: whether a named data set that is not in ``data_dir`` may be downloaded.
+        url: where to download it from; default: the environment variable
+            ``KERNELNORM_<DATASET>_URL``, else the publisher. The md5 is checked in any case.
+
+    Raises:
+        DataError: if the data is missing, broken or does not fit the disk.
+
+    Examples::
+
+        >>> train = load_images("digits", "train")
+        >>> len(train), train.pixels.shape, train.pixels.dtype
+        (1442, torch.Size([1442, 1, 8, 8]), torch.uint8)
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    data_dir = Path(data_dir)
+    if dataset == "digits":
+        return _resized(_digits(split), image_size)
+    if dataset not in DATASETS:
+        return _folder(Path(dataset), split, image_size, data_dir)
+    folder = locate(str(dataset), data_dir, download=download, url=url)
+    if folder.name == DATASETS["cifar10"].folder:
+        return _resized(_cifar10(folder, split), image_size)
+    return _folder(folder, split, image_size or DATASETS[str(dataset)].image_size, data_dir)
+
+
+def _digits(split: Split) -> Images:
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    digits = load_digits()
+    labels = torch.from_numpy(digits.target).long()
+    place_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
+    pixels = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    chosen = (place_in_class % 5 == 0) == (split == "test")
+    return Images(pixels[chosen], labels[chosen], tuple(str(digit) for digit in range(10)))
+
+
+def _cifar10(folder: Path, split: Split) -> Images:
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    records = torch.cat([_cifar10_records(folder / name) for name in names])
+    pixels = records[:, 1:].reshape(-1, 3, 32, 32)
+    return Images(pixels, records[:, 0].long(), CIFAR10_CLASSES)
+
+
+def _cifar10_records(file: Path) -> Tensor:
+    """A label and 3 x 32 x 32 pixels a row."""
+    expected = CIFAR10_RECORDS * 3073
+    size = file.stat().st_size if file.is_file() else 0
+    if size != expected:
+        raise DataError(
+            f"{file} is missing or truncated: it has {size:,} bytes, expected {expected:,}. Delete "
+            f"the folder {file.parent}, so that it is unpacked or downloaded again"
+        )
+    return torch.from_numpy(np.fromfile(file, np.uint8)).reshape(-1, 3073)
+
+
+def _resized(images: Images, image_size: int | None) -> Images:
+    """As :func:`read_image` resizes, for data sets that are not files."""
+    if image_size in (None, images.pixels.shape[-1]):
+        return images
+    pictures = (
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()) for pixels in images.pixels
+    )
+    pixels = torch.stack([to_pixels(picture, image_size) for picture in pictures])
+    return Images(pixels, images.labels, images.classes)
+
+
+def _folder(root: Path, split: Split, image_size: int | None, data_dir: Path) -> Images:
+    names = ("train",) if split == "train" else ("val", "test")
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None or not (root / "train").is_dir():
+        problem = "lacks the folder train, val or test" if root.is_dir() else "is not a folder"
+        raise DataError(
+            f"{root} {problem}: a data set is digits, {', '.join(DATASETS)}, or a folder with "
+            "train/<class>/ and val/<class>/ or test/<class>/"
+        )
+    classes = _subfolders(root / "train")
+    files: list[Path] = []
+    labels: list[int] = []
+    for name in _subfolders(folder):
+        if name not in classes:
+            raise DataError(
+                f"{folder} has a class {name!r} that {root / 'train'} has not: the classes are "
+                f"{', '.join(classes)}. Rename or remove it"
+            )
+        images = [file for file in sorted((folder / name).iterdir()) if _is_image(file)]
+        if not images:
+            raise DataError(
+                f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)}). Fill it "
+                "or remove it"
+            )
+        files += images
+        labels += [classes.index(name)] * len(images)
+    if not files:
+        raise DataError(f"{folder} has no class folders: expected {folder / '<class>' / '*'}")
+    pixels = decode(folder, files, image_size, data_dir)
+    return Images(pixels, torch.tensor(labels), tuple(classes))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

@@ -1,0 +1,187 @@
+"""What a trained network is worth, and what it sees in an image."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import nn
+
+from kernelnorm import set_evaluation
+from kernelnorm.experiments.data import Images, Preprocess, batches, load_images, read_image
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.models import create_model
+
+__all__ = ["Score", "build_network", "evaluate", "load_split", "measure", "predict"]
+
+EVALUATIONS = ("expected", "plain", "monte_carlo")
+TEST_BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Score:
+    """The test loss and accuracy under one evaluation behaviour; spreads are over its passes."""
+
+    evaluation: str
+    loss: float
+    accuracy: float
+    passes: int = 1
+    accuracy_spread: float = 0.0
+
+
+def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:
+    """Make the untrained network of a run, in the memory layout that convolutions like."""
+    network = create_model(
+        config.model,
+        norm=config.norm,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        **config.model_options,
+    )
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def load_split(config: RunConfig, split: str, data_dir: str | os.PathLike[str]) -> Images:
+    """Load the training or the test images of a run."""
+    images = load_images(
+        config.dataset, split, data_dir=Path(data_dir), image_size=config.image_size
+    )
+    return images if config.subset is None else images.subset(min(config.subset, len(images)))
+
+
+def measure(
+    network: nn.Module, images: Images, preprocess: Preprocess, fabric: Fabric
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy, the images shared out over the processes."""
+    sums = torch.zeros(2, device=fabric.device)
+    network.eval()
+    with torch.no_grad(), fabric.autocast():
+        for x, y in batches(
+            images,
+            TEST_BATCH_SIZE,
+            train=False,
+            preprocess=preprocess,
+            device=fabric.device,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        ):
+            logits = network(x.to(memory_format=torch.channels_last)).float()
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+    network.train()
+    loss, correct = fabric.all_reduce(sums, reduce_op="sum").tolist()
+    return loss / len(images), correct / len(images)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data_dir: str | Path = "data",
+    evaluations: Sequence[str] = EVALUATIONS,
+    checkpoint: str = "last",
+    accelerator: str = "auto",
+    passes: int = 5,
+) -> list[Score]:
+    """Score a run's network on its test images.
+
+    Args:
+        run: the run's folder.
+        data_dir: where the data is.
+        evaluations: behaviours of the kernel layers in evaluation, see
+            :func:`kernelnorm.set_evaluation`; a network without such layers has one score, ``"-"``.
+        checkpoint: ``"last"``, or ``"best"``, which was chosen on the same test images.
+        accelerator: as Lightning Fabric names them.
+        passes: how many seeded passes ``"monte_carlo"`` averages.
+
+    Raises:
+        RunError: the folder holds no such checkpoint, or a damaged one.
+        DataError: the test images are missing or damaged.
+    """
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    config, content, network = _trained(run, checkpoint, fabric)
+    images = load_split(config, "test", data_dir)
+    preprocess = _preprocess(content)
+    scores = []
+    for evaluation in evaluations if config.norm == "kernel" else ("-",):
+        if evaluation != "-":
+            set_evaluation(network, evaluation)
+        losses, accuracies = [], []
+        for seed in range(passes if evaluation == "monte_carlo" else 1):
+            torch.manual_seed(seed)
+            loss, accuracy = measure(network, images, preprocess, fabric)
+            losses.append(loss)
+            accuracies.append(accuracy)
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        mean = statistics.fmean
+        scores.append(Score(evaluation, mean(losses), mean(accuracies), len(losses), spread))
+    return scores
+
+
+@torch.no_grad()
+def predict(
+    run: str | Path,
+    images: Sequence[str | Path],
+    *,
+    checkpoint: str = "best",
+    accelerator: str = "auto",
+    top: int = 3,
+) -> list[list[tuple[str, float]]]:
+    """Return for each image the likeliest classes and their probabilities, the likeliest first.
+
+    Args:
+        run: the run's folder.
+        images: image files; they are resized as the training images were.
+        checkpoint: ``"best"`` or ``"last"``.
+        accelerator: as Lightning Fabric names them.
+        top: how many classes.
+
+    Raises:
+        RunError: the folder holds no such checkpoint, or a damaged one.
+        DataError: an image cannot be read.
+    """
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    _, content, network = _trained(run, checkpoint, fabric)
+    channels, _, size = content["image_shape"]
+    classes, preprocess = content["classes"], _preprocess(content)
+    network.eval()
+    predictions = []
+    for image in images:
+        pixels = read_image(image, size, channels)[None].to(fabric.device)
+        probabilities = network(preprocess(pixels))[0].softmax(0)
+        best = probabilities.topk(min(top, len(classes)))
+        predictions.append(
+            [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        )
+    return predictions
+
+
+def _trained(
+    run: str | Path, checkpoint: str, fabric: Fabric
+) -> tuple[RunConfig, dict[str, Any], nn.Module]:
+    """Return a run's configuration, the whole of its ``config.yaml`` and its trained network."""
+    folder = RunFolder(run)
+    content = folder.read_config()
+    config = RunConfig.from_record(content["run"])
+    state = folder.load(f"{checkpoint}.ckpt")
+    if state is None:
+        raise RunError(f"{folder.path} has no {checkpoint}.ckpt yet: train it further")
+    network = build_network(
+        config, num_classes=len(content["classes"]), in_channels=content["image_shape"][0]
+    )
+    network.load_state_dict(state["model"])
+    return config, content, network.to(fabric.device)
+
+
+def _preprocess(content: dict[str, Any]) -> Preprocess:
+    statistics_ = content["standardise"]
+    if statistics_ is None:
+        return Preprocess()
+    return Preprocess(mean=tuple(statistics_["mean"]), std=tuple(statistics_["std"]))

@@ -1,0 +1,235 @@
+"""The paper's case studies as recipes, and the configuration of a run made from one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kernelnorm.experiments.runs import Metrics, RunError
+from kernelnorm.models import list_models
+from kernelnorm.norms import NORMS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["RECIPES", "Recipe", "RunConfig", "configure", "paper", "paper_lr", "recipe_for"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one network is trained on one dataset, whatever its normalisation and batch size.
+
+    The optimiser is SGD and the loss cross-entropy, for all of them.
+
+    Args:
+        case: the name of the case study, for people and for folders.
+        dataset: ``"digits"``, ``"cifar10"``, ``"imagenette"``, ``"imagewoof"``, or a folder with
+            ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*``.
+        model: one of :func:`kernelnorm.models.list_models`.
+        model_options: further keyword arguments of the model.
+        image_size: height and width that images are brought to; ``None`` keeps the dataset's.
+        epochs: the most epochs; training stops before when it has converged.
+        augment: random crop and horizontal flip of the training images.
+        standardise: subtract a mean and divide by a deviation per colour. It applies to every
+            normalisation except ``"kernel"``, whose first layer does it by itself (Section 5).
+        momentum: of SGD.
+        weight_decay: of SGD.
+        lr_milestones: after that many epochs the learning rate is multiplied by 0.1.
+        lr_table: the case study in whose part of Table 4 ``--lr auto`` looks.
+    """
+
+    case: str
+    dataset: str
+    model: str
+    model_options: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    epochs: int = 80
+    augment: bool = False
+    standardise: bool = False
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    lr_milestones: tuple[int, ...] = ()
+    lr_table: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Recipe):
+    """A recipe with its choices made: everything that determines the trained weights.
+
+    Two runs with equal configurations are the same run, so :attr:`name` names its folder.
+
+    Args:
+        norm: one of :data:`kernelnorm.norms.NORMS`.
+        batch_size: images a step, over all processes together.
+        lr: the learning rate at the start.
+        seed: of the initial weights, the order of the images, augmentation and dropout.
+        subset: train and test on that many images only, the classes balanced; ``None`` is all.
+        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
+    """
+
+    norm: str
+    batch_size: int
+    lr: float
+    seed: int = 0
+    subset: int | None = None
+    precision: str = "32-true"
+
+    def lr_at(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, counted from 0."""
+        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.lr_milestones)
+
+    def finished(self, history: Sequence[Metrics]) -> bool:
+        """Tell whether training ends here: all epochs done, or the paper's sign of convergence."""
+        last = history[-5:]
+        converged = len(last) == 5 and all(metrics["train_loss"] < 1e-3 for metrics in last)
+        return converged or len(history) >= self.epochs
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as JSON and YAML know them."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return fields
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration whose :meth:`record` this is."""
+        return cls(**{**record, "lr_milestones": tuple(record["lr_milestones"])})
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder: what people look for, and a hash of every field."""
+        digest = hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+        return f"{self.norm}-b{self.batch_size}-seed{self.seed}-{digest[:8]}"
+
+
+CIFAR10 = Recipe(case="cifar10-vgg8", dataset="cifar10", model="vgg8", lr_table="cifar10-vgg8")
+IMAGENETTE = Recipe(
+    case="imagenette-densenet121",
+    dataset="imagenette",
+    model="densenet121",
+    image_size=160,
+    augment=True,
+    standardise=True,
+    lr_table="imagenette-densenet121",
+)
+IMAGEWOOF = Recipe(
+    case="imagewoof-resnet18",
+    dataset="imagewoof",
+    model="resnet18",
+    image_size=192,
+    augment=True,
+    standardise=True,
+    weight_decay=1e-4,
+    lr_milestones=(60,),
+    lr_table="imagewoof-resnet18",
+)
+DIGITS = replace(  # our own, for a first look: a minute or two on any machine, no download
+    CIFAR10,
+    case="digits-vgg8",
+    dataset="digits",
+    model_options={"width": 0.25},
+    image_size=16,  # VGG8 halves it three times
+    epochs=6,
+)
+RECIPES = {recipe.case: recipe for recipe in (DIGITS, CIFAR10, IMAGENETTE, IMAGEWOOF)}
+_FAMILIES = {"vgg": CIFAR10, "densenet": IMAGENETTE, "resnet": IMAGEWOOF}
+
+
+def recipe_for(
+    case: str | None = None, *, model: str | None = None, dataset: str | None = None
+) -> Recipe:
+    """Return the recipe of a case study, or one for any model and dataset.
+
+    A model without a case is trained by the recipe of the paper's case study with a network of its
+    family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, resnet by Imagewoof-ResNet18.
+
+    Raises:
+        RunError: the case or the model is unknown, or there is a model but no dataset.
+    """
+    if model is not None and model not in list_models():
+        raise RunError(f"unknown model {model!r}: choose from {', '.join(list_models())}")
+    if case is not None and case not in RECIPES:
+        raise RunError(f"unknown case {case!r}: choose from {', '.join(RECIPES)}")
+    if case is None and model is None and dataset is None:
+        return DIGITS
+    if case is None and dataset is None:
+        raise RunError(f"--model {model} needs --dataset (a folder or a name), or a case")
+    if case is None:
+        model = model or "resnet18"
+        base = next(r for family, r in _FAMILIES.items() if model.startswith(family))
+    else:
+        base = RECIPES[case]
+    if model in (None, base.model) and dataset in (None, base.dataset):
+        return base
+    model, dataset = model or base.model, dataset or base.dataset
+    return replace(
+        base,
+        case=f"{Path(dataset).resolve().name}-{model}",
+        dataset=dataset,
+        model=model,
+        model_options=base.model_options if model == base.model else {},
+    )
+
+
+def configure(
+    recipe: Recipe, *, norm: str, batch_size: int, lr: float | None = None, **choices: Any
+) -> RunConfig:
+    """Make a run's configuration from a recipe.
+
+    Args:
+        recipe: from :func:`recipe_for`.
+        norm: one of :data:`kernelnorm.norms.NORMS`.
+        batch_size: images a step.
+        lr: the learning rate; ``None`` takes :func:`paper_lr`.
+        choices: other fields of :class:`RunConfig`; those of the recipe that are given replace it.
+
+    Raises:
+        RunError: a value is out of its range.
+    """
+    if norm not in NORMS:
+        raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
+    for name, value in {"batch_size": batch_size, **choices}.items():
+        if name in ("batch_size", "epochs", "image_size", "subset") and not (value or 1) > 0:
+            raise RunError(f"{name} must be positive, got {value}")
+    if lr is None:
+        lr, _ = paper_lr(recipe, norm, batch_size)
+    if not (lr > 0 and math.isfinite(lr)):
+        raise RunError(f"the learning rate must be positive, got {lr}")
+    fields = {**asdict(recipe), "norm": norm, "batch_size": batch_size, "lr": lr, **choices}
+    return RunConfig(**fields)
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """Return the paper's figures (``paper.toml``) by case study: accuracy, learning rate, time."""
+    return tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
+
+
+def paper_lr(recipe: Recipe, norm: str, batch_size: int) -> tuple[float, str]:
+    """Return the paper's learning rate and where it stands.
+
+    A batch size that the table does not have takes the row of the nearest one, in ratio; a
+    normalisation that it does not have takes the column of GroupNorm.
+
+    Example::
+
+        >>> paper_lr(RECIPES["cifar10-vgg8"], "kernel", 32)
+        (0.025, 'Table 4(a), KernelNorm, batch size 32')
+    """
+    table = paper()[recipe.lr_table]["learning_rate"]
+    row = min(table["rows"], key=lambda row: abs(math.log(row["batch_size"] / batch_size)))
+    column = norm if norm in row else "group"
+    source = f"{table['table']}, {column.capitalize()}Norm, batch size {row['batch_size']}"
+    if column != norm:
+        source += f" (it has no {norm})"
+    if row["batch_size"] != batch_size:
+        source += f" (the nearest to {batch_size})"
+    return row[column], source

@@ -1,0 +1,155 @@
+"""The files of a run's folder, each written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+__all__ = ["DivergedError", "Metrics", "RunError", "RunFolder", "final_accuracy", "write_whole"]
+
+Metrics = dict[str, float]
+"""One line of ``metrics.jsonl``; accuracies are fractions."""
+
+
+def final_accuracy(history: Sequence[Metrics]) -> float:
+    """Return the accuracy to report: the mean over the last five epochs, never the best one."""
+    last = history[-5:]
+    return sum(metrics["test_accuracy"] for metrics in last) / len(last)
+
+
+class RunError(Exception):
+    """Something that the user can put right; the message says what and how."""
+
+
+class DivergedError(RunError):
+    """The loss became infinite or not a number."""
+
+
+def write_whole(file: Path, content: bytes | memoryview) -> None:
+    """Write a file beside its place, then put it there: a reader sees the old or the new.
+
+    Raises:
+        RunError: it cannot be written; what was there before is untouched.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {file}: {error.strerror}. What was saved before is intact: "
+            "put that right, then give the same command to go on"
+        ) from error
+
+
+class RunFolder:
+    """The folder of one run.
+
+    ``config.yaml``
+        the configuration under ``run``, then ``classes``, ``image_shape`` and ``environment``.
+    ``metrics.jsonl``
+        one line per finished epoch.
+    ``last.ckpt``
+        the state of training, to go on from; its ``model`` is what :func:`evaluate` reports.
+    ``best.ckpt``
+        the weights with the best test accuracy, for use: having been chosen on the test images,
+        their accuracy is not a result.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    def read_config(self) -> dict[str, Any]:
+        """Return what ``config.yaml`` holds.
+
+        Raises:
+            RunError: the file is not there, or is not a run's.
+        """
+        file = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunError(f"{self.path} is not the folder of a run: {error}") from error
+        if not isinstance(content, dict) or "run" not in content:
+            raise RunError(f"{self.path} is not the folder of a run: {file} has no section 'run'")
+        return content
+
+    def write_config(self, content: Mapping[str, Any]) -> None:
+        """Write ``config.yaml``."""
+        write_whole(
+            self.path / "config.yaml", yaml.safe_dump(dict(content), sort_keys=False).encode()
+        )
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Check that the folder is new, or of the run with this configuration.
+
+        Raises:
+            RunError: it is another run's, or holds a checkpoint of nobody knows what.
+        """
+        if not (self.path / "config.yaml").exists():
+            if (self.path / "last.ckpt").exists():
+                raise RunError(f"{self.path} has a checkpoint but no config.yaml: give another --out")
+            return
+        there = self.read_config()["run"]
+        differing = [
+            f"{key} is {there.get(key)!r} there and {record.get(key)!r} here"
+            for key in {**record, **there}
+            if there.get(key) != record.get(key)
+        ]
+        if differing:
+            raise RunError(
+                f"{self.path} holds another run: {'; '.join(differing)}. "
+                "Give another --out, or the options of that run to go on with it"
+            )
+
+    def read_metrics(self) -> list[Metrics]:
+        """Return the lines of ``metrics.jsonl``; none where there is no such file."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def write_metrics(self, history: Sequence[Metrics]) -> None:
+        """Write ``metrics.jsonl``."""
+        lines = "".join(f"{json.dumps(metrics)}\n" for metrics in history)
+        write_whole(self.path / "metrics.jsonl", lines.encode())
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_whole(self.path / name, buffer.getbuffer())
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """Return a checkpoint, on the CPU; ``None`` where there is no such file.
+
+        Raises:
+            RunError: the file cannot be read.
+        """
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in every layer of the reader
+            raise RunError(
+                f"{file} is damaged ({error}). Restore it, or delete it to start from the beginning"
+            ) from error
+        return state
