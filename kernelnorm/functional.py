@@ -76,7 +76,7 @@ def _normalize(u: Tensor, unit: list[int], p: float, seed: Tensor | None, eps: f
     wide = u if u.dtype == torch.float64 else u.float()
     dropped = wide
     if seed is not None:
-        dropped = torch.where(keep_mask(seed, u.shape, p), wide, 0) / (1 - rounded_p(p))
+        dropped = wide * keep_mask(seed, u.shape, p, wide.dtype) / (1 - rounded_p(p))
     mu = dropped.mean(unit, keepdim=True)
     var = (dropped - mu).square().mean(unit, keepdim=True)
     if seed is None:

@@ -154,6 +154,8 @@ class KernelNorm3d(_KernelNorm):
 class _KNConv(nn.modules.conv._ConvNd):
     """What the three KNConvs share; it stands before ``nn.ConvNd`` among their bases."""
 
+    _dims: ClassVar[int]
+
     def __init__(
         self,
         in_channels: int,
@@ -176,8 +178,8 @@ class _KNConv(nn.modules.conv._ConvNd):
         arguments.check_normalization(dropout_p, eps, evaluation)
         arguments.check_convolution(activation, padding_mode)
         window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
-        conv: Any = super().__init__
-        conv(
+        init: Any = super().__init__  # of nn.ConvNd, not of the base that the type checker sees
+        init(
             in_channels,
             out_channels,
             window.kernel_size,
@@ -194,8 +196,6 @@ class _KNConv(nn.modules.conv._ConvNd):
         self.eps = eps
         self.activation = activation
         self.evaluation: Evaluation = evaluation
-
-    _dims: ClassVar[int]
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves the normalised windows of the input."""
@@ -217,8 +217,9 @@ class _KNConv(nn.modules.conv._ConvNd):
 
     def extra_repr(self) -> str:
         """The arguments, as ``print(module)`` shows them."""
+        convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
         activation = "" if self.activation is None else f", activation={self.activation}"
-        return f"{super().extra_repr()}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
+        return f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
 
 
 class KNConv1d(_KNConv, nn.Conv1d):

@@ -23,9 +23,9 @@ PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 def mask_of(seed: int, shape: torch.Size, p: float, device=CPU) -> torch.Tensor | None:
     """The mask that the next call draws after ``torch.manual_seed(seed)``; seeds it once more."""
     torch.manual_seed(seed)
-    keep = keep_mask(draw_seed(device), shape, p) if rounded_p(p) > 0 else None
+    keep = keep_mask(draw_seed(device), shape, p, torch.float64) if rounded_p(p) > 0 else None
     torch.manual_seed(seed)
-    return None if keep is None else keep.double() / (1 - rounded_p(p))
+    return None if keep is None else keep / (1 - rounded_p(p))
 
 
 def assert_same(y, expected, inputs, tolerance=1e-9):
@@ -192,7 +192,7 @@ def test_expected_variance_is_the_mean_over_masks(p):
     """E[var(m u)], estimated with many masks, against the closed form that evaluation uses."""
     u = torch.randn(1, 6, 3, 3, dtype=torch.float64) + 1
     weight = torch.randn(1, 6, 3, 3, dtype=torch.float64)
-    masks = keep_mask(torch.tensor(5), (200_000, u.numel()), p).double() / (1 - rounded_p(p))
+    masks = keep_mask(torch.tensor(5), (200_000, u.numel()), p, u.dtype) / (1 - rounded_p(p))
     variances = (masks * u.flatten()).var(1, correction=0)
     var, error = variances.mean(), variances.std() / len(variances) ** 0.5
     y = kn_conv(u, weight, dropout_p=p, training=False, eps=1e-12)

@@ -4,5 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ORDER = ["reference", "ops.mask", "ops.windows", "ops.rows_torch", "ops", "ops.knconv", "arguments", "functional", "modules", "kernelnorm", "norms", "models.blocks", "models.vgg", "models.resnet", "models.densenet", "models", "experiments", "experiments.recipes", "cli"]
+ORDER = [
+    "reference",
+    "ops.mask",
+    "ops.windows",
+    "ops.rows_torch",
+    "ops",
+    "ops.knconv",
+    "arguments",
+    "functional",
+    "modules",
+    "kernelnorm",
+    "norms",
+    "models.blocks",
+    "models.vgg",
+    "models.resnet",
+    "models.densenet",
+    "models",
+    "experiments",
+    "experiments.recipes",
+    "cli",
+]
 PACKAGE = Path(__file__).parent.parent / "kernelnorm"

@@ -55,6 +55,7 @@ def test_compile_fullgraph_traces_forward_and_backward(x: Tensor, training: bool
     assert_all_close(run(compiled, x, parameters), run(module, x, parameters))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
 def test_compile_fullgraph_with_inductor(x: Tensor):
     module = conv_and_norm()
     compiled = torch.compile(module, fullgraph=True)

@@ -53,7 +53,7 @@ def kn_conv(
         weight: may have a wider dtype than ``x``, which decides the output's
     """
     with _without_autocast(x):
-        y: Tensor = _KNConv.apply(x, weight, bias, seed, settings)[0]
+        y: Tensor = _KNConv.apply(x, weight, bias, seed, settings)[0]  # type: ignore[no-untyped-call]
     return y
 
 

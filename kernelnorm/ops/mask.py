@@ -34,8 +34,8 @@ def rounded_p(p: float) -> float:
     return min(round(p * _RESOLUTION), _RESOLUTION - 1) / _RESOLUTION
 
 
-def keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
-    """A boolean mask, ``False`` with probability :func:`rounded_p`.
+def keep_mask(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+    """A mask of zeros and ones, zero with probability :func:`rounded_p`.
 
     The elements are counted with the channels innermost, whatever the memory format of the tensor
     that the mask is for: a network gives the same result in either format.
@@ -45,13 +45,17 @@ def keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """
     n, channels, *spatial = shape
     size = prod(shape)
-    word = torch.arange((size + _LANES - 1) // _LANES, dtype=torch.int64, device=seed.device)
-    word = word * _STEP + seed
-    # The seed goes in twice, or the masks of two seeds could be shifted copies of each other. The
-    # last step is a product, not the usual shift: a shift would copy the sign into the top lane.
-    # Its low lanes are as good as the high ones, for the shift before it mixed them.
-    word = (word ^ (word >> 32)) * _MIX_1 + seed
-    word = (word ^ (word >> 29)) * _MIX_2
+    counter = torch.arange((size + _LANES - 1) // _LANES, dtype=torch.int64, device=seed.device)
+    # The seed comes before the first product: compilers take it that the product of a loop's
+    # counter does not overflow, and it does. It goes in twice, or the masks of two seeds could be
+    # shifted copies of each other. The last step is a product, not the usual shift: a shift would
+    # copy the sign into the top lane. Its low lanes are as good as the high ones, for the shift
+    # before it mixed them.
+    word = (counter + seed).mul_(_STEP)
+    word = word.bitwise_xor_(word >> 32).mul_(_MIX_1).add_(seed * _STEP)
+    word = word.bitwise_xor_(word >> 29).mul_(_MIX_2)
     lanes = word.view(torch.int16)[:size]
-    keep = lanes >= round(rounded_p(p) * _RESOLUTION) - _RESOLUTION // 2
+    # A comparison, in three operations that are a tenth of its time on a CPU.
+    first_kept = round(rounded_p(p) * _RESOLUTION) - _RESOLUTION // 2
+    keep = (lanes.clamp(first_kept - 1, first_kept) - (first_kept - 1)).to(dtype)
     return keep.view(n, *spatial, channels).movedim(-1, 1)

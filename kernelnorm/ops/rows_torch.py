@@ -32,16 +32,15 @@ def statistics(
         - x: :math:`(N, C, *)`
         - Output: two maps
     """
+    x = x.to(_accumulator(x))
     if seed is None:
-        x = x.to(_accumulator(x))
         mean = x.mean(1, keepdim=True)
         spread = (x - mean).square().mean(1, keepdim=True)
         mean = mean.to(wide)
         return mean, spread.to(wide) + mean.square()
     kept = 1 - rounded_p(p)
-    x = torch.where(keep_mask(seed, x.shape, p), x, 0).to(_accumulator(x))
-    mean = x.mean(1, keepdim=True)
-    square = x.square().mean(1, keepdim=True)
+    x = x * keep_mask(seed, x.shape, p, x.dtype)
+    mean, square = x.mean(1, keepdim=True), x.square().mean(1, keepdim=True)
     return mean.to(wide) / kept, square.to(wide) / kept**2
 
 
@@ -89,15 +88,17 @@ def output_gradient(
         - sums, bias, grad_bias, grad_sums: vectors
     """
     if relu:
-        grad = torch.where(y > 0, grad, 0)
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    g = grad.to(r.dtype)
+    grad_z = g * r
+    grad_r = (g * y).sum(1, keepdim=True)
+    if bias is not None:
+        grad_r = grad_r - _dot(g, bias)
+    grad_mu = -r * _dot(g, sums)
     others = [0, *range(2, grad.dim())]
-    grad_z = (grad * r).to(grad.dtype)
-    centred = y if bias is None else y - _as_channels(bias, y)
-    grad_r = (grad * centred).sum(1, keepdim=True, dtype=r.dtype) / r
-    grad_mu = -(grad_z * _as_channels(sums, y)).sum(1, keepdim=True, dtype=r.dtype)
-    grad_bias = grad.sum(others, dtype=r.dtype)
-    grad_sums = -(grad_z * mu).sum(others, dtype=r.dtype)
-    return grad_z, grad_r, grad_mu, grad_bias, grad_sums
+    grad_bias = g.sum(others)
+    grad_sums = -(grad_z * mu).sum(others)
+    return grad_z.to(y.dtype), grad_r / r, grad_mu, grad_bias, grad_sums
 
 
 def input_gradient(
@@ -116,12 +117,17 @@ def input_gradient(
     else:
         kept = 1 - rounded_p(p)
         through = torch.addcmul(a / kept, b / kept**2, x)
-        through = torch.where(keep_mask(seed, x.shape, p), through, 0)
-    return (grad + through).to(x.dtype)
+        through = through.mul_(keep_mask(seed, x.shape, p, through.dtype))
+    return through.add_(grad).to(x.dtype)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dot(x: Tensor, vector: Tensor) -> Tensor:
+    """The product of each row with a vector: a map."""
+    return (x.movedim(1, -1) @ vector.to(x.dtype)).unsqueeze(1)
 
 
 def _as_channels(vector: Tensor, like: Tensor) -> Tensor:

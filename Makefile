@@ -1,0 +1,48 @@
+# Each target does all of its own set-up, in .venv; Python 3.10 or later is all that has to be there.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format figures clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.experiments  ## compare four normalisations on real digits: a table and a picture
+	$(BIN)/kernelnorm compare digits-vgg8 --norms batch,group,layer,kernel --batch-sizes 2,32 \
+		--out runs/demo
+
+test: $(VENV)/.dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## check style, types and the examples of the docstrings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --doctest-modules kernelnorm
+
+format: $(VENV)/.dev  ## format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+figures: $(VENV)/.experiments  ## draw the figures of the documentation
+	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove what the targets above have made, but not runs and data
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.experiments: pyproject.toml constraints.txt
+	$(call install,experiments)
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,dev)
+
+define install
+@echo "installing kernelnorm[$(1)] into $(VENV): the first time takes a few minutes"
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+@$(PIP) --editable '.[$(1)]'
+@touch $@
+endef

@@ -1,0 +1,85 @@
+"""A comparison trains what is missing, and shows what the runs' folders hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kernelnorm.cli import main
+from kernelnorm.experiments.compare import Row, compare
+from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
+from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.trainer import train
+from kernelnorm.norms import NORMS
+
+
+def small(norm: str, batch_size: int) -> RunConfig:
+    choices = {"epochs": 2, "subset": 50, "image_size": 8}
+    return configure(recipe_for("digits-vgg8"), norm=norm, batch_size=batch_size, **choices)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    options = ["--epochs=2", "--subset=50", "--image-size=8", f"--out={folder}"]
+    main(["compare", "digits-vgg8", "--norms=batch,kernel", "--batch-sizes=10,25", *options])
+    return folder
+
+
+def test_table_and_picture_come_out(out: Path) -> None:
+    table = (out / "comparison.md").read_text()
+    assert table.count("| BatchNorm |") == table.count("| KernelNorm |") == 2
+    with Image.open(out / "comparison.png") as picture:
+        assert picture.width > 1000
+    records = json.loads((out / "comparison.json").read_text())
+    assert [record["run"]["batch_size"] for record in records] == [10, 10, 25, 25]
+    assert all((out / record["folder"] / "last.ckpt").exists() for record in records)
+
+
+def test_again_it_trains_nothing_and_shows_the_same(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*/*")}
+    table = (out / "comparison.md").read_text()
+    configs = [small(norm, size) for size in (10, 25) for norm in ("batch", "kernel")]
+    compare(configs, out)
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*/*")} == before
+    assert (out / "comparison.md").read_text() == table
+    assert f"Picture: {out / 'comparison.png'}" in capsys.readouterr().out
+
+
+def test_it_goes_on_with_an_unfinished_run(tmp_path: Path) -> None:
+    config = small("group", 10)
+    train(config, Launch(out=tmp_path / config.name, max_steps=3, verbose=False))
+    (row,) = compare([config], tmp_path)
+    assert [metrics["epoch"] for metrics in row.history] == [1, 2]
+
+
+def test_a_run_that_diverges_is_a_row_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = compare([replace(small("none", 10), lr=1e8), small("batch", 10)], tmp_path)
+    assert "training has diverged" in rows[0].failure
+    assert "diverged" in capsys.readouterr().out.splitlines()[1]
+    assert rows[1].history == RunFolder(tmp_path / small("batch", 10).name).read_metrics()
+    records = json.loads((tmp_path / "comparison.json").read_text())
+    assert records[0]["final_accuracy"] is None
+
+
+def test_final_accuracy_is_never_the_best_one() -> None:
+    epoch = {"train_loss": 0.5, "seconds": 2.0}
+    history = [{**epoch, "test_accuracy": a} for a in (0.99, 0.5, 0.5, 0.5, 0.5, 0.6)]
+    cells = Row(small("batch", 10), history).cells()
+    assert cells == ("BatchNorm", "10", "0.005", "6", "0.5000", "52.00%", "2.00")
+
+
+def test_every_norm_has_its_own_look() -> None:
+    assert set(LABELS) == set(NORMS)
+    assert len({line_style(norm)["color"] for norm in NORMS}) == len(NORMS)
+    assert len({line_style(norm)["marker"] for norm in NORMS}) == len(NORMS)

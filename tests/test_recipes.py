@@ -1,0 +1,143 @@
+"""The recipes are the paper's, and a configuration names its run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kernelnorm.experiments.recipes import (
+    RECIPES,
+    RunConfig,
+    configure,
+    paper,
+    paper_lr,
+    recipe_for,
+)
+from kernelnorm.experiments.runs import RunError
+
+
+def test_recipes_are_the_papers() -> None:
+    woof = RECIPES["imagewoof-resnet18"]
+    assert (woof.weight_decay, woof.lr_milestones, woof.image_size) == (1e-4, (60,), 192)
+    nette = RECIPES["imagenette-densenet121"]
+    assert (nette.weight_decay, nette.lr_milestones, nette.image_size) == (0, (), 160)
+    cifar = RECIPES["cifar10-vgg8"]
+    assert not cifar.augment
+    assert not cifar.standardise
+    for recipe in (woof, nette, cifar):
+        assert (recipe.epochs, recipe.momentum) == (80, 0.9)
+
+
+def test_learning_rate_is_a_tenth_from_epoch_60() -> None:
+    config = configure(RECIPES["imagewoof-resnet18"], norm="batch", batch_size=32)
+    assert config.lr_at(59) == 0.05
+    assert config.lr_at(60) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("case", ["cifar10-vgg8", "imagenette-densenet121", "imagewoof-resnet18"])
+def test_paper_tables_are_whole(case: str) -> None:
+    tables = paper()[case]
+    columns = {"batch_size", "batch", "group", "layer", "kernel"}
+    sizes = {"accuracy": [], "learning_rate": []}
+    for table, seen in sizes.items():
+        for row in tables[table]["rows"]:
+            assert set(row) == columns
+            seen.append(row["batch_size"])
+    assert sizes["accuracy"] == sizes["learning_rate"]
+    assert sizes["accuracy"][-5:] == [16, 32, 64, 128, 256]
+    for row in tables["learning_rate"]["rows"]:
+        assert set(row.values()) - {row["batch_size"]} <= set(tables["learning_rate"]["tried"])
+
+
+@pytest.mark.parametrize(
+    ("case", "norm", "batch_size", "expected"),
+    [
+        ("cifar10-vgg8", "kernel", 32, (0.025, "Table 4(a), KernelNorm, batch size 32", True)),
+        (
+            "imagenette-densenet121",
+            "batch",
+            256,
+            (0.1, "Table 4(b), BatchNorm, batch size 256", True),
+        ),
+        ("imagewoof-resnet18", "layer", 16, (0.005, "Table 4(c), LayerNorm, batch size 16", True)),
+        ("digits-vgg8", "group", 2, (0.00025, "Table 4(a), GroupNorm, batch size 2", True)),
+    ],
+)
+def test_lr_is_table_4s(
+    case: str, norm: str, batch_size: int, expected: tuple[object, ...]
+) -> None:
+    assert paper_lr(RECIPES[case], norm, batch_size) == expected
+
+
+def test_lr_beside_the_table_is_the_nearest_and_says_so() -> None:
+    lr, source, exact = paper_lr(RECIPES["imagewoof-resnet18"], "instance", 4)
+    assert (lr, exact) == (0.005, False)
+    assert source == "Table 4(c), GroupNorm, batch size 16 (the nearest to instance, batch size 4)"
+    assert paper_lr(RECIPES["cifar10-vgg8"], "batch", 100).lr == 0.05  # 128 is nearer than 64
+
+
+def test_any_model_and_folder_take_the_recipe_of_the_family() -> None:
+    recipe = recipe_for(model="resnet50", dataset="some/photos")
+    expected = dataclasses.replace(
+        RECIPES["imagewoof-resnet18"],
+        case="photos-resnet50",
+        model="resnet50",
+        dataset="some/photos",
+    )
+    assert recipe == expected
+    assert recipe_for(dataset="some/photos").model == "resnet18"
+    assert recipe_for("digits-vgg8", model="resnet18").model_options == {}
+    assert recipe_for() == RECIPES["digits-vgg8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"case": "mnist"}, "unknown case 'mnist': choose from digits-vgg8, cifar10-vgg8"),
+        ({"model": "alexnet"}, "unknown model 'alexnet': choose from vgg8, resnet18"),
+        ({"model": "resnet18"}, "--model resnet18 needs --dataset"),
+    ],
+)
+def test_unknown_recipes_are_errors(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        recipe_for(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"norm": "weight"}, "unknown norm 'weight': choose from batch, group"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"epochs": -1}, "epochs must be positive, got -1"),
+        ({"image_size": 0}, "image_size must be positive, got 0"),
+        ({"subset": -5}, "subset must be positive, got -5"),
+        ({"lr": 0.0}, "learning rate must be positive, got 0.0"),
+        ({"lr": float("nan")}, "learning rate must be positive, got nan"),
+    ],
+)
+def test_choices_out_of_range_are_errors(choices: dict[str, object], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        configure(recipe_for(), **{"norm": "kernel", "batch_size": 32, **choices})  # type: ignore[arg-type]
+
+
+def test_name_is_a_function_of_every_field() -> None:
+    config = configure(recipe_for(), norm="kernel", batch_size=32)
+    assert config.name.startswith("kernel-b32-seed0-")
+    assert config.name == configure(recipe_for(), norm="kernel", batch_size=32).name
+    for changes in ({"lr": 0.1}, {"epochs": 7}, {"precision": "bf16-mixed"}, {"subset": 10}):
+        assert dataclasses.replace(config, **changes).name != config.name
+
+
+def test_record_round_trips() -> None:
+    config = configure(RECIPES["imagewoof-resnet18"], norm="layer", batch_size=16, seed=3)
+    assert RunConfig.from_record(config.record()) == config
+
+
+def test_training_ends_when_the_loss_stays_below_a_thousandth() -> None:
+    config = configure(recipe_for(), norm="kernel", batch_size=32, epochs=80)
+    low, high = {"train_loss": 9e-4}, {"train_loss": 2e-3}
+    assert config.finished([high, *[low] * 5])
+    assert not config.finished([low] * 4)
+    assert not config.finished([low, low, high, low, low])
+    assert config.finished([high] * 80)
