@@ -9,12 +9,15 @@ import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from kernelnorm import __version__
 from kernelnorm.norms import NORMS
+
+if TYPE_CHECKING:
+    from kernelnorm.experiments.recipes import RunConfig
 
 _CASES = "digits-vgg8, cifar10-vgg8, imagenette-densenet121 or imagewoof-resnet18"
 
@@ -54,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (DataError, RunError) as error:
         sys.exit(f"kernelnorm: {error}")
     except KeyboardInterrupt:
-        print("kernelnorm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "kernelnorm: stopped; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -67,20 +73,28 @@ def _train_parser() -> ArgumentParser:
         "torchrun --nproc-per-node 4 -m kernelnorm train imagewoof-resnet18 --batch-size 256",
     )
     parser.add_argument("--norm", choices=NORMS, default="kernel", help="the normalisation")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step, in all processes")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images a step, in all processes"
+    )
     _add_run_arguments(parser)
-    parser.add_argument("--out", type=Path | None, help="the run's folder; without it runs/CASE/...")
+    parser.add_argument(
+        "--out", type=Path | None, help="the run's folder; without it runs/CASE/..."
+    )
     parser.add_argument("--devices", type=int, default=1, help="how many; torchrun decides itself")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files too")
     parser.add_argument(
-        "--checkpoint-minutes", type=float, default=10.0, help="time between checkpoints in an epoch"
+        "--checkpoint-minutes",
+        type=float,
+        default=10.0,
+        help="time between checkpoints in an epoch",
     )
     parser.add_argument("--max-steps", type=int | None, help="pause after that many steps: a trial")
     return parser
 
 
 def _train(arguments: Namespace) -> None:
-    from kernelnorm.experiments.trainer import Launch, train
+    from kernelnorm.experiments.launch import Launch
+    from kernelnorm.experiments.trainer import train
 
     config = _configure(arguments, arguments.norm, arguments.batch_size)
     launch = Launch(
@@ -111,7 +125,7 @@ def _compare_parser() -> ArgumentParser:
 
 def _compare(arguments: Namespace) -> None:
     from kernelnorm.experiments.compare import compare
-    from kernelnorm.experiments.trainer import Launch
+    from kernelnorm.experiments.launch import Launch
 
     configs = [
         _configure(arguments, norm, batch_size)
@@ -196,11 +210,21 @@ def _parser(description: str, *examples: str) -> ArgumentParser:
 def _add_run_arguments(parser: ArgumentParser) -> None:
     """Add what says what is trained, on which data, and where."""
     add = parser.add_argument
-    add("case", nargs="?", type=str | None, help=f"{_CASES}; without it, and without a model, digits")
+    add(
+        "case",
+        nargs="?",
+        type=str | None,
+        help=f"{_CASES}; without it, and without a model, digits",
+    )
     add("--model", type=str | None, help="any network, with --dataset, in place of the case's")
     add("--dataset", type=str | None, help="a folder of train/CLASS/* and val/CLASS/*, or a name")
     add("--model-options", type=dict[str, Any], default={}, help='such as {"small_images": true}')
-    add("--image-size", type=int | None, metavar="PIXELS", help="resize images to it; without it the case's")
+    add(
+        "--image-size",
+        type=int | None,
+        metavar="PIXELS",
+        help="resize images to it; without it the case's",
+    )
     add("--epochs", type=int | None, help="the most epochs; without it the case's")
     add("--lr", type=Literal["auto"] | float, default="auto", help="auto: the paper's Table 4")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
@@ -227,30 +251,31 @@ def _add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda, mps or auto")
 
 
-def _configure(arguments: Namespace, norm: str, batch_size: int) -> Any:
-    """Return the configuration of a run, and tell where its learning rate comes from."""
+def _configure(arguments: Namespace, norm: str, batch_size: int) -> RunConfig:
+    """Return the configuration of a run; tell if its learning rate is not quite the paper's."""
     from kernelnorm.experiments.recipes import configure, paper_lr, recipe_for
 
     recipe = recipe_for(arguments.case, model=arguments.model, dataset=arguments.dataset)
-    lr = arguments.lr
-    if lr == "auto":
-        lr, source = paper_lr(recipe, norm, batch_size)
-        _echo(f"learning rate {lr:g}: {source}")
+    auto = arguments.lr == "auto"
     given = {
         "image_size": arguments.image_size,
         "epochs": arguments.epochs,
         "model_options": arguments.model_options or None,
     }
-    return configure(
+    config = configure(
         recipe,
         norm=norm,
         batch_size=batch_size,
-        lr=lr,
+        lr=None if auto else arguments.lr,
         seed=arguments.seed,
         subset=arguments.subset,
         precision=arguments.precision,
         **{name: value for name, value in given.items() if value is not None},
     )
+    lr, source, exact = paper_lr(recipe, norm, batch_size)
+    if auto and not exact:
+        _echo(f"--lr auto is {lr:g}: {source}")
+    return config
 
 
 def _where(arguments: Namespace) -> dict[str, Any]:

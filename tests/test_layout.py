@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 from pathlib import Path
 
-ORDER = [
-    "reference",
-    "ops.mask",
-    "ops.windows",
-    "ops.rows_torch",
-    "ops",
-    "ops.knconv",
-    "arguments",
-    "functional",
-    "modules",
-    "kernelnorm",
-    "norms",
-    "models.blocks",
-    "models.vgg",
-    "models.resnet",
-    "models.densenet",
-    "models",
-    "experiments",
-    "experiments.recipes",
-    "cli",
-]
 PACKAGE = Path(__file__).parent.parent / "kernelnorm"
+ORDER = [
+    "kernelnorm.reference",
+    "kernelnorm.ops.windows",
+    "kernelnorm.ops.mask",
+    "kernelnorm.ops.rows_torch",
+    "kernelnorm.ops",
+    "kernelnorm.ops.knconv",
+    "kernelnorm.arguments",
+    "kernelnorm.functional",
+    "kernelnorm.modules",
+    "kernelnorm",
+    "kernelnorm.norms",
+    "kernelnorm.models.blocks",
+    "kernelnorm.models.vgg",
+    "kernelnorm.models.resnet",
+    "kernelnorm.models.densenet",
+    "kernelnorm.models",
+    "kernelnorm.experiments.data.images",
+    "kernelnorm.experiments.data.disk",
+    "kernelnorm.experiments.data.decode",
+    "kernelnorm.experiments.data.download",
+    "kernelnorm.experiments.data.load",
+    "kernelnorm.experiments.data.batches",
+    "kernelnorm.experiments.data",
+    "kernelnorm.experiments",
+    "kernelnorm.experiments.runs",
+    "kernelnorm.experiments.recipes",
+    "kernelnorm.experiments.launch",
+    "kernelnorm.experiments.evaluation",
+    "kernelnorm.experiments.state",
+    "kernelnorm.experiments.trainer",
+    "kernelnorm.experiments.style",
+    "kernelnorm.experiments.compare",
+    "kernelnorm.cli",
+    "kernelnorm.__main__",
+]
+CORE = ORDER[: ORDER.index("kernelnorm.experiments.data.images")]
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules that a file imports from, at the top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & {*ORDER}
+            names |= submodules or {str(node.module)}
+    return names
+
+
+FILES = {name_of(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def test_every_file_has_its_place():
+    assert set(FILES) == set(ORDER)
+
+
+def test_imports_point_upwards():
+    for name, file in FILES.items():
+        for imported in imports_of(file) & set(ORDER):
+            assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+
+
+def test_the_core_needs_pytorch_and_nothing_else():
+    for name in CORE:
+        roots = {imported.split(".")[0] for imported in imports_of(FILES[name])}
+        assert roots - {*sys.stdlib_module_names} <= {"torch", "kernelnorm"}, name

@@ -11,15 +11,18 @@ from typing import Any
 
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import DivergedError, Metrics, final_accuracy, write_whole
 from kernelnorm.experiments.style import LABELS, line_style
-from kernelnorm.experiments.trainer import Launch, train
+from kernelnorm.experiments.trainer import train
 
 __all__ = ["Row", "compare"]
 
 _HEADINGS = ("norm", "batch size", "lr", "epochs", "train loss", "test accuracy", "s/epoch")
+_CAPTION = "Test accuracy is the mean over the last five epochs (over all, if there are fewer)."
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
     """
     launch = launch or Launch()
     echo = rank_zero_only(print)
-    widths = [max(len(LABELS[config.norm]) for config in configs), *map(len, _HEADINGS[1:])]
+    widths = [
+        max(len(LABELS[config.norm]) for config in configs),
+        *(max(len(heading), 7) for heading in _HEADINGS[1:]),
+    ]
     echo(_line(_HEADINGS, widths), flush=True)
     rows = []
     for config in configs:
@@ -83,9 +89,6 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
     rank_zero_only(_write)(rows, out)
     echo(f"\n{_CAPTION}\nTable:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
     return rows
-
-
-_CAPTION = "Test accuracy is the mean over the last five epochs."
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -114,6 +117,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
         top.set_title(f"batch size {batch_size}")
         top.set_yscale("log")
         bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         for row in rows:
             if row.failure or row.config.batch_size != batch_size:
                 continue
@@ -127,5 +131,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("test accuracy, % (dashed: final)")
     lines = {line.get_label(): line for top in axes[0] for line in top.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(len(lines), 1))
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=max(len(lines), 1)
+    )
     return figure

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,16 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from kernelnorm import set_evaluation
+from kernelnorm.arguments import Evaluation
 from kernelnorm.experiments.data import Images, Preprocess, batches, load_images, read_image
+from kernelnorm.experiments.launch import make_fabric, over_processes
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.models import create_model
 
 __all__ = ["Score", "build_network", "evaluate", "load_split", "measure", "predict"]
 
-EVALUATIONS = ("expected", "plain", "monte_carlo")
+EVALUATIONS: tuple[Evaluation, ...] = get_args(Evaluation)
 TEST_BATCH_SIZE = 128
 
 
@@ -38,22 +39,27 @@ class Score:
 
 
 def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Make the untrained network of a run, in the memory layout that convolutions like."""
-    network = create_model(
-        config.model,
-        norm=config.norm,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        **config.model_options,
-    )
+    """Make the untrained network of a run, in the memory layout that convolutions like.
+
+    Raises:
+        RunError: the model does not take the configuration's options.
+    """
+    try:
+        network = create_model(
+            config.model,
+            norm=config.norm,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            **config.model_options,
+        )
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{config.model} cannot be made: {error}. See --model-options") from error
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def load_split(config: RunConfig, split: str, data_dir: str | os.PathLike[str]) -> Images:
+def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str | Path) -> Images:
     """Load the training or the test images of a run."""
-    images = load_images(
-        config.dataset, split, data_dir=Path(data_dir), image_size=config.image_size
-    )
+    images = load_images(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
     return images if config.subset is None else images.subset(min(config.subset, len(images)))
 
 
@@ -77,7 +83,7 @@ def measure(
             loss = F.cross_entropy(logits, y, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
     network.train()
-    loss, correct = fabric.all_reduce(sums, reduce_op="sum").tolist()
+    loss, correct = over_processes(fabric, sums).tolist()
     return loss / len(images), correct / len(images)
 
 
@@ -85,7 +91,7 @@ def evaluate(
     run: str | Path,
     *,
     data_dir: str | Path = "data",
-    evaluations: Sequence[str] = EVALUATIONS,
+    evaluations: Sequence[Evaluation] = EVALUATIONS,
     checkpoint: str = "last",
     accelerator: str = "auto",
     passes: int = 5,
@@ -105,23 +111,23 @@ def evaluate(
         RunError: the folder holds no such checkpoint, or a damaged one.
         DataError: the test images are missing or damaged.
     """
-    fabric = Fabric(accelerator=accelerator, devices=1)
+    fabric = make_fabric(accelerator)
     config, content, network = _trained(run, checkpoint, fabric)
     images = load_split(config, "test", data_dir)
     preprocess = _preprocess(content)
     scores = []
-    for evaluation in evaluations if config.norm == "kernel" else ("-",):
-        if evaluation != "-":
-            set_evaluation(network, evaluation)
-        losses, accuracies = [], []
+    if config.norm != "kernel":
+        return [Score("-", *measure(network, images, preprocess, fabric))]
+    for evaluation in evaluations:
+        set_evaluation(network, evaluation)
+        results = []
         for seed in range(passes if evaluation == "monte_carlo" else 1):
             torch.manual_seed(seed)
-            loss, accuracy = measure(network, images, preprocess, fabric)
-            losses.append(loss)
-            accuracies.append(accuracy)
+            results.append(measure(network, images, preprocess, fabric))
+        losses, accuracies = zip(*results, strict=True)
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        mean = statistics.fmean
-        scores.append(Score(evaluation, mean(losses), mean(accuracies), len(losses), spread))
+        loss, accuracy = statistics.fmean(losses), statistics.fmean(accuracies)
+        scores.append(Score(evaluation, loss, accuracy, len(results), spread))
     return scores
 
 
@@ -147,7 +153,7 @@ def predict(
         RunError: the folder holds no such checkpoint, or a damaged one.
         DataError: an image cannot be read.
     """
-    fabric = Fabric(accelerator=accelerator, devices=1)
+    fabric = make_fabric(accelerator)
     _, content, network = _trained(run, checkpoint, fabric)
     channels, _, size = content["image_shape"]
     classes, preprocess = content["classes"], _preprocess(content)
@@ -158,7 +164,10 @@ def predict(
         probabilities = network(preprocess(pixels))[0].softmax(0)
         best = probabilities.topk(min(top, len(classes)))
         predictions.append(
-            [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+            [
+                (classes[i], p)
+                for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
         )
     return predictions
 

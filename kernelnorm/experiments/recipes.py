@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kernelnorm.experiments.runs import Metrics, RunError
 from kernelnorm.models import list_models
@@ -21,7 +21,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["RECIPES", "Recipe", "RunConfig", "configure", "paper", "paper_lr", "recipe_for"]
+__all__ = [
+    "RECIPES",
+    "PaperLR",
+    "Recipe",
+    "RunConfig",
+    "configure",
+    "paper",
+    "paper_lr",
+    "recipe_for",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +146,7 @@ DIGITS = replace(  # our own, for a first look: a minute or two on any machine, 
     dataset="digits",
     model_options={"width": 0.25},
     image_size=16,  # VGG8 halves it three times
-    epochs=6,
+    epochs=8,
 )
 RECIPES = {recipe.case: recipe for recipe in (DIGITS, CIFAR10, IMAGENETTE, IMAGEWOOF)}
 _FAMILIES = {"vgg": CIFAR10, "densenet": IMAGENETTE, "resnet": IMAGEWOOF}
@@ -196,15 +205,16 @@ def configure(
     """
     if norm not in NORMS:
         raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
-    for name, value in {"batch_size": batch_size, **choices}.items():
-        if name in ("batch_size", "epochs", "image_size", "subset") and not (value or 1) > 0:
+    fields = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
+    for name in ("batch_size", "epochs", "image_size", "subset"):
+        value = fields.get(name)
+        if value is not None and value < 1:
             raise RunError(f"{name} must be positive, got {value}")
     if lr is None:
-        lr, _ = paper_lr(recipe, norm, batch_size)
+        lr = paper_lr(recipe, norm, batch_size).lr
     if not (lr > 0 and math.isfinite(lr)):
         raise RunError(f"the learning rate must be positive, got {lr}")
-    fields = {**asdict(recipe), "norm": norm, "batch_size": batch_size, "lr": lr, **choices}
-    return RunConfig(**fields)
+    return RunConfig(**fields, lr=lr)
 
 
 @cache
@@ -213,8 +223,16 @@ def paper() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
 
 
-def paper_lr(recipe: Recipe, norm: str, batch_size: int) -> tuple[float, str]:
-    """Return the paper's learning rate and where it stands.
+class PaperLR(NamedTuple):
+    """A learning rate of the paper, and where it stands: exactly, or the nearest that there is."""
+
+    lr: float
+    source: str
+    exact: bool
+
+
+def paper_lr(recipe: Recipe, norm: str, batch_size: int) -> PaperLR:
+    """Return the paper's learning rate for a case, a normalisation and a batch size.
 
     A batch size that the table does not have takes the row of the nearest one, in ratio; a
     normalisation that it does not have takes the column of GroupNorm.
@@ -222,14 +240,13 @@ def paper_lr(recipe: Recipe, norm: str, batch_size: int) -> tuple[float, str]:
     Example::
 
         >>> paper_lr(RECIPES["cifar10-vgg8"], "kernel", 32)
-        (0.025, 'Table 4(a), KernelNorm, batch size 32')
+        PaperLR(lr=0.025, source='Table 4(a), KernelNorm, batch size 32', exact=True)
     """
     table = paper()[recipe.lr_table]["learning_rate"]
     row = min(table["rows"], key=lambda row: abs(math.log(row["batch_size"] / batch_size)))
     column = norm if norm in row else "group"
     source = f"{table['table']}, {column.capitalize()}Norm, batch size {row['batch_size']}"
-    if column != norm:
-        source += f" (it has no {norm})"
-    if row["batch_size"] != batch_size:
-        source += f" (the nearest to {batch_size})"
-    return row[column], source
+    exact = column == norm and row["batch_size"] == batch_size
+    if not exact:
+        source += f" (the nearest to {norm}, batch size {batch_size})"
+    return PaperLR(row[column], source, exact)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ Metrics = dict[str, float]
 
 
 def final_accuracy(history: Sequence[Metrics]) -> float:
-    """Return the accuracy to report: the mean over the last five epochs, never the best one."""
+    """Return the accuracy to report: the mean over the last five epochs, or over fewer if there are
+    no more, and never the best one.
+    """
     last = history[-5:]
     return sum(metrics["test_accuracy"] for metrics in last) / len(last)
 
@@ -47,6 +50,8 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
             os.fsync(stream.fileno())
         part.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise RunError(
             f"cannot write {file}: {error.strerror}. What was saved before is intact: "
             "put that right, then give the same command to go on"
@@ -57,7 +62,8 @@ class RunFolder:
     """The folder of one run.
 
     ``config.yaml``
-        the configuration under ``run``, then ``classes``, ``image_shape`` and ``environment``.
+        the configuration under ``run``, then what was found: ``classes``, ``image_shape``,
+        ``standardise`` (mean and deviation of the training images, if used), ``environment``.
     ``metrics.jsonl``
         one line per finished epoch.
     ``last.ckpt``
@@ -105,7 +111,9 @@ class RunFolder:
         """
         if not (self.path / "config.yaml").exists():
             if (self.path / "last.ckpt").exists():
-                raise RunError(f"{self.path} has a checkpoint but no config.yaml: give another --out")
+                raise RunError(
+                    f"{self.path} has a checkpoint but no config.yaml: give another --out"
+                )
             return
         there = self.read_config()["run"]
         differing = [
@@ -130,6 +138,16 @@ class RunFolder:
         """Write ``metrics.jsonl``."""
         lines = "".join(f"{json.dumps(metrics)}\n" for metrics in history)
         write_whole(self.path / "metrics.jsonl", lines.encode())
+
+    def write_tensorboard(self, metrics: Metrics) -> None:
+        """Add an epoch to TensorBoard's files, in the folder ``tensorboard``."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        epoch = int(metrics["epoch"])
+        with SummaryWriter(self.path / "tensorboard", purge_step=epoch) as writer:
+            for name, value in metrics.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, epoch)
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write a checkpoint."""

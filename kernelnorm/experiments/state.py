@@ -1,0 +1,98 @@
+"""The state of training: all that a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kernelnorm.experiments.runs import Metrics, RunError, RunFolder
+
+__all__ = ["Progress", "Sums", "restore", "save"]
+
+
+@dataclass
+class Sums:
+    """Running sums over the images of an epoch, of all processes."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run has come: ``step`` steps into epoch ``len(history)``."""
+
+    history: list[Metrics] = field(default_factory=list)
+    step: int = 0
+    sums: Sums = field(default_factory=Sums)
+
+
+def save(
+    folder: RunFolder, fabric: Fabric, network: nn.Module, optimizer: Optimizer, progress: Progress
+) -> None:
+    """Write ``last.ckpt``, and ``metrics.jsonl``, which is a readable copy of a part of it."""
+    rng = _rng_of_all(fabric)
+    if fabric.is_global_zero:
+        state = {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": fabric.strategy.precision.state_dict(),
+            "progress": asdict(progress),
+            "rng": rng,
+        }
+        folder.save("last.ckpt", state)
+        folder.write_metrics(progress.history)
+    fabric.barrier()
+
+
+def restore(
+    folder: RunFolder, fabric: Fabric, network: nn.Module, optimizer: Optimizer
+) -> Progress:
+    """Take up the state in ``last.ckpt``, or none where there is no such file.
+
+    Raises:
+        RunError: the file is damaged, or of another number of processes.
+    """
+    state = folder.load("last.ckpt")
+    if state is None:
+        return Progress()
+    try:
+        world_size = len(state["rng"])
+        if world_size != fabric.world_size:
+            raise RunError(
+                f"{folder.path} was begun with {world_size} processes and can only go on with as "
+                f"many, not with {fabric.world_size}"
+            )
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        fabric.strategy.precision.load_state_dict(state["scaler"])
+        rng = state["rng"][fabric.global_rank]
+        torch.set_rng_state(rng["cpu"])
+        if fabric.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], fabric.device)
+        progress: dict[str, Any] = state["progress"]
+        return Progress(progress["history"], progress["step"], Sums(**progress["sums"]))
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder.path / 'last.ckpt'} does not fit this run ({error}). It may be another "
+            "version's: delete it to start from the beginning"
+        ) from error
+
+
+def _rng_of_all(fabric: Fabric) -> list[dict[str, Tensor]]:
+    """Return the states of the random generators, of each process."""
+    own = {"cpu": torch.get_rng_state()}
+    if fabric.device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(fabric.device)
+    if fabric.world_size == 1:
+        return [own]
+    every: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(every, own)
+    return every
