@@ -1,0 +1,50 @@
+"""Draws saved_bytes.png: what a training step keeps for its backward, by network and norm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.models import create_model
+
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks.saved_bytes import NETWORKS, saved_bytes
+
+NORMS = ("batch", "group", "layer", "kernel")
+HATCHES = dict(zip(NORMS, ("", "//", "..", "xx"), strict=True))
+
+
+def main() -> None:
+    """Write the figure beside this file."""
+    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    axes = figure.subplots()
+    for column, (name, size) in enumerate(NETWORKS.items()):
+        x = torch.rand(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+        for i, norm in enumerate(NORMS):
+            network = create_model(name, norm=norm).to(memory_format=torch.channels_last)
+            megabytes = saved_bytes(network, x) / 2e6
+            if norm == "batch":
+                whole = megabytes
+            place = column + (i - 1.5) * 0.2
+            label = LABELS[norm] if column == 0 else None
+            color = line_style(norm)["color"]
+            axes.bar(
+                place, megabytes / whole, 0.18, color=color, hatch=HATCHES[norm],
+                edgecolor="white", label=label,
+            )  # fmt: skip
+            axes.annotate(f"{megabytes:.1f}", (place, megabytes / whole), ha="center", va="bottom")
+    axes.set_xticks(range(len(NETWORKS)), [f"{n}, {s}x{s}" for n, s in NETWORKS.items()])
+    axes.set_ylabel("kept, BatchNorm = 1")
+    axes.set_ylim(0, 1.2)
+    axes.set_title("Kept for the backward (on the bars: MB an image, float32)", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(NORMS))
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The memory that a kernel network keeps for its backward, against its BatchNorm twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.saved_bytes import saved_bytes
+from kernelnorm.models import create_model
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "most"),
+    [("vgg8", 32, 0.65), ("resnet18", 64, 0.75), ("densenet121", 64, 0.60)],
+)
+def test_kernel_network_keeps_less(name: str, size: int, most: float):
+    x = torch.rand(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    batch, kernel = (
+        saved_bytes(create_model(name, norm=norm).to(memory_format=torch.channels_last), x)
+        for norm in ("batch", "kernel")
+    )
+    assert kernel <= most * batch
+
+
+def test_what_is_counted():
+    """Of a linear layer: its input, not its weight."""
+    assert saved_bytes(torch.nn.Linear(8, 4), torch.rand(16, 8)) == 16 * 8 * 4
