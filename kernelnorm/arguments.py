@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -29,11 +29,11 @@ def geometry(
     dilation: int | Sequence[int],
 ) -> Geometry:
     """How the window slides over ``d`` dimensions; named paddings are left to :func:`pads`."""
-    kernel_size = _integers("kernel_size", kernel_size, d, at_least=1)
-    stride = _integers("stride", stride, d, at_least=1)
-    dilation = _integers("dilation", dilation, d, at_least=1)
+    kernel_size = integers("kernel_size", kernel_size, d, at_least=1)
+    stride = integers("stride", stride, d, at_least=1)
+    dilation = integers("dilation", dilation, d, at_least=1)
     if not isinstance(padding, str):
-        padding = _integers("padding", padding, d, at_least=0)
+        padding = integers("padding", padding, d, at_least=0)
         return Geometry(kernel_size, stride, padding, dilation)
     if padding not in ("same", "valid"):
         raise ValueError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
@@ -50,8 +50,9 @@ def pads(geometry: Geometry, padding: int | Sequence[int] | str) -> list[tuple[i
     return [(total // 2, total - total // 2) for total in totals]
 
 
-def _integers(name: str, value: int | Sequence[int], d: int, at_least: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * d
+def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int) -> tuple[int, ...]:
+    """One integer for each of ``d`` dimensions, from a number or a sequence."""
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * d
     if len(values) == 1:
         values = values * d
     if len(values) != d or not all(isinstance(v, int) and v >= at_least for v in values):
@@ -83,9 +84,28 @@ def check_input(input: Tensor, d: int) -> None:
     """A floating-point tensor with ``d`` spatial dimensions, with or without a batch."""
     if not input.is_floating_point():
         raise TypeError(f"input must be a real floating-point tensor, got {input.dtype}")
-    if d not in (1, 2, 3) or input.dim() not in (d + 1, d + 2):
-        dims = f"{d + 2} dimensions, or {d + 1} without a batch" if d in (1, 2, 3) else "3, 4 or 5"
-        raise ValueError(f"input must have {dims}, got shape {tuple(input.shape)}")
+    if input.dim() not in (d + 1, d + 2):
+        raise ValueError(
+            f"input must have {d + 2} dimensions, or {d + 1} without a batch, "
+            f"got shape {tuple(input.shape)}"
+        )
+
+
+def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
+    """One, two or three spatial dimensions, as ``name`` has them."""
+    if d not in (1, 2, 3):
+        raise ValueError(
+            f"{name} must be for 1, 2 or 3 spatial dimensions, not {d}, got {tuple(shape)}"
+        )
+
+
+def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    """Channels that the groups share out evenly."""
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must be positive and divide in_channels={in_channels} and "
+            f"out_channels={out_channels}, got {groups}"
+        )
 
 
 def check_filters(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:

@@ -48,9 +48,15 @@ def kernel_norm(
         >>> kernel_norm(x, 3, stride=2, padding=1).shape
         torch.Size([8, 3, 48, 48])
     """
-    d = len(kernel_size) if isinstance(kernel_size, Sequence) else input.dim() - 2
+    if isinstance(kernel_size, Sequence):
+        d = len(kernel_size)
+        arguments.check_spatial_dims("kernel_size", d, kernel_size)
+    else:
+        d = input.dim() - 2
+        arguments.check_spatial_dims("input", d, input.shape)
     arguments.check_input(input, d)
     stride = kernel_size if stride is None else stride
+    padding = arguments.integers("padding", padding, d, at_least=0)
     geometry = arguments.geometry(d, kernel_size, stride, padding, 1)
     arguments.check_normalization(dropout_p, eps, evaluation)
     x = input if input.dim() == d + 2 else input.unsqueeze(0)
@@ -125,6 +131,7 @@ def kn_conv(
         torch.Size([8, 16, 32, 32])
     """
     d = weight.dim() - 2
+    arguments.check_spatial_dims("weight", d, weight.shape)
     arguments.check_input(input, d)
     arguments.check_filters(input, weight, bias, groups)
     geometry = arguments.geometry(d, tuple(weight.shape[2:]), stride, padding, dilation)

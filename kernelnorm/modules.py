@@ -38,6 +38,7 @@ class _KernelNorm(nn.Module):
         super().__init__()
         arguments.check_normalization(dropout_p, eps, evaluation)
         stride = kernel_size if stride is None else stride
+        padding = arguments.integers("padding", padding, self._dims, at_least=0)
         geometry = arguments.geometry(self._dims, kernel_size, stride, padding, 1)
         self.kernel_size, self.stride, self.padding, _ = geometry
         self.dropout_p = dropout_p
@@ -61,7 +62,7 @@ class _KernelNorm(nn.Module):
         """The arguments, as ``print(module)`` shows them."""
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"dropout_p={self.dropout_p}, eps={self.eps}"
+            f"dropout_p={self.dropout_p}, eps={self.eps}{_shown_evaluation(self.evaluation)}"
         )
 
 
@@ -177,6 +178,7 @@ class _KNConv(nn.modules.conv._ConvNd):
     ) -> None:
         arguments.check_normalization(dropout_p, eps, evaluation)
         arguments.check_convolution(activation, padding_mode)
+        arguments.check_channels(in_channels, out_channels, groups)
         window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
         init: Any = super().__init__  # of nn.ConvNd, not of the base that the type checker sees
         init(
@@ -219,7 +221,10 @@ class _KNConv(nn.modules.conv._ConvNd):
         """The arguments, as ``print(module)`` shows them."""
         convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
         activation = "" if self.activation is None else f", activation={self.activation}"
-        return f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
+        return (
+            f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
+            f"{_shown_evaluation(self.evaluation)}"
+        )
 
 
 class KNConv1d(_KNConv, nn.Conv1d):
@@ -274,7 +279,8 @@ class KNConv2d(_KNConv, nn.Conv2d):
         dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
         eps: :math:`\epsilon`, added to the variance
         activation: ``"relu"`` for a ReLU that costs no pass over the output and keeps nothing for
-            the backward, or ``None``
+            the backward, or ``None``. Like that of :class:`torch.nn.ReLU`, its output must not be
+            changed in place before the backward
         evaluation: ``"expected"``, ``"plain"`` or ``"monte_carlo"``; :func:`set_evaluation` changes
             it in a whole network
 
@@ -316,6 +322,10 @@ class KNConv3d(_KNConv, nn.Conv3d):
     """
 
     _dims = 3
+
+
+def _shown_evaluation(evaluation: Evaluation) -> str:
+    return "" if evaluation == "expected" else f", evaluation={evaluation}"
 
 
 def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:

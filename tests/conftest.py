@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -13,3 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> None:
+    """Other random inputs in each run of a test; a failure shows their seed."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)

@@ -54,17 +54,19 @@ def more_than_one_element(case: Case) -> bool:
     st.sampled_from([None, "relu"]),
     st.sampled_from(PADDING_MODES),
 )
-def test_kn_conv_agrees_with_equation_4(case: Case, p, training, with_bias, activation, mode):
+def test_kn_conv_agrees_with_equation_4(
+    device, case: Case, p, training, with_bias, activation, mode
+):
     _, stride, padding, dilation = case.geometry
     if mode in ("reflect", "circular") and any(
         a >= size for a, size in zip(padding, case.sizes, strict=True)
     ):
         mode = "replicate"
-    x, (weight, bias) = case.input().requires_grad_(), case.filters()
+    x, (weight, bias) = case.input(device=device).requires_grad_(), case.filters(device=device)
     inputs = [x, weight.requires_grad_(), bias.requires_grad_()][: 3 if with_bias else 2]
     sides = [side for side in reversed(padding) for _ in range(2)]
-    padded = x if mode == "zeros" else F.pad(x, sides, "constant" if mode == "zeros" else mode)
-    mask = mask_of(case.seed, padded.shape, p) if training else None
+    padded = x if mode == "zeros" else F.pad(x, sides, mode)
+    mask = mask_of(case.seed, padded.shape, p, device) if training else None
 
     y = kn_conv(
         *(inputs if with_bias else [*inputs, None]), stride, padding, dilation, case.groups,
@@ -81,13 +83,13 @@ def test_kn_conv_agrees_with_equation_4(case: Case, p, training, with_bias, acti
 
 @settings(max_examples=200, deadline=None)
 @given(cases(dilated=False), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
-def test_kernel_norm_agrees_with_equation_3(case: Case, p, training):
+def test_kernel_norm_agrees_with_equation_3(device, case: Case, p, training):
     kernel_size, stride, padding, dilation = case.geometry
-    x = case.input().requires_grad_()
+    x = case.input(device=device).requires_grad_()
     mask = None
     if training:
         shape = reference.windows(x, kernel_size, stride, padding, dilation).movedim(1 + case.d, 1)
-        mask = mask_of(case.seed, shape.shape, p)
+        mask = mask_of(case.seed, shape.shape, p, device)
         mask = None if mask is None else mask.movedim(1, 1 + case.d)
     y = kernel_norm(
         x, kernel_size, stride, padding, dropout_p=p, training=training, evaluation="plain"
@@ -121,13 +123,14 @@ def test_valid_padding_is_none():
     torch.testing.assert_close(valid, zero, rtol=0, atol=0)
 
 
-def gradient_case(d: int, groups: int, training: bool, activation: str | None, bias: bool):
+def gradient_case(device, d: int, groups: int, training: bool, activation: str | None, bias: bool):
     """A small layer as a function of its tensors, whose mask is the same in each call."""
     generator = torch.Generator().manual_seed(d + 10 * groups)
     sizes = [3, 2, 2][:d]
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(device).requires_grad_()
 
     inputs = [randn(1, 2, *sizes), randn(2, 2 // groups, *[2] * d)] + [randn(2)] * bias
 
@@ -145,8 +148,8 @@ def gradient_case(d: int, groups: int, training: bool, activation: str | None, b
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_kn_conv_gradcheck(d, groups, training, activation):
-    layer, inputs = gradient_case(d, groups, training, activation, bias=d != 1)
+def test_kn_conv_gradcheck(device, d, groups, training, activation):
+    layer, inputs = gradient_case(device, d, groups, training, activation, bias=d != 1)
     assert torch.autograd.gradcheck(layer, inputs)
 
 
@@ -154,19 +157,19 @@ def test_kn_conv_gradcheck(d, groups, training, activation):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_kn_conv_gradgradcheck(d, groups, training, activation):
-    layer, inputs = gradient_case(d, groups, training, activation, bias=d != 1)
+def test_kn_conv_gradgradcheck(device, d, groups, training, activation):
+    layer, inputs = gradient_case(device, d, groups, training, activation, bias=d != 1)
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
-def test_kernel_norm_gradcheck_and_gradgradcheck(kernel_size, training):
+def test_kernel_norm_gradcheck_and_gradgradcheck(device, kernel_size, training):
     def layer(x):
         torch.manual_seed(1)
         return kernel_norm(x, kernel_size, 1, dropout_p=0.3, training=training)
 
-    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
 
@@ -262,18 +265,16 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_low_precision_is_as_good_as_a_convolution_of_standardised_inputs(dtype, p, groups):
+def test_low_precision_is_as_good_as_a_convolution_of_standardised_inputs(device, dtype, p, groups):
     """A mean of 10 beside a deviation of 1 leaves few digits to a difference of large numbers."""
-    x = (torch.randn(4, 64, 12, 12) + 10).to(dtype)
-    weight, bias = torch.randn(32, 64 // groups, 3, 3) / 24, torch.zeros(32)
+    x = (torch.randn(4, 64, 12, 12, device=device) + 10).to(dtype)
+    weight = torch.randn(32, 64 // groups, 3, 3, device=device) / 24
     weight = weight + 0.05  # filters whose sum is far from zero
-    arguments = {"groups": groups, "dropout_p": p}
-    seed = 11
-    mask = mask_of(seed, x.shape, p)
-    with torch.autocast("cpu", dtype):
-        y = kn_conv(x, weight, bias, **arguments)
-    wide = [x.double(), weight.double(), bias.double()]
-    exact = reference.kn_conv(*wide, [1, 1], [0, 0], [1, 1], groups, mask)
+    mask = mask_of(11, x.shape, p, device)
+    with torch.autocast(device.type, dtype):
+        y = kn_conv(x, weight, groups=groups, dropout_p=p)
+    none, ones = [0, 0], [1, 1]
+    exact = reference.kn_conv(x.double(), weight.double(), None, ones, none, ones, groups, mask)
 
     standard = (x.double() - 10).to(dtype)
     plain = F.conv2d(standard, weight.to(dtype), groups=groups)
@@ -281,14 +282,31 @@ def test_low_precision_is_as_good_as_a_convolution_of_standardised_inputs(dtype,
     assert relative_error(y, exact) <= 2 * relative_error(plain, exact_plain)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+def test_low_precision_gradients(device, dtype, most):
+    """The gradient of the weight is a difference of sums that were rounded: it loses a digit."""
+    x = (torch.randn(4, 64, 12, 12, device=device) + 10).to(dtype)
+    weight = (torch.randn(32, 64, 3, 3, device=device) / 24).to(dtype)
+    grad = torch.randn(4, 32, 10, 10, device=device).to(dtype)
+    gradients = []
+    for wide in (dtype, torch.float64):
+        inputs = [x.to(wide).requires_grad_(), weight.to(wide).requires_grad_()]
+        y = kn_conv(*inputs, dropout_p=0)
+        gradients.append(torch.autograd.grad(y, inputs, grad.to(wide)))
+    for low, exact in zip(*gradients, strict=True):
+        assert relative_error(low, exact) < most
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.05], ids=["balanced filters", "offset filters"])
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_float32_with_a_mean_of_1000(memory_format):
+def test_float32_with_a_mean_of_1000(offset, groups, memory_format):
     x = (torch.randn(4, 64, 12, 12) + 1000).contiguous(memory_format=memory_format)
-    weight, grad = torch.randn(32, 64, 3, 3) / 24, torch.randn(4, 32, 10, 10)
+    weight, grad = torch.randn(32, 64 // groups, 3, 3) / 24 + offset, torch.randn(4, 32, 10, 10)
     results = []
     for dtype in (torch.float32, torch.float64):
         inputs = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
-        y = kn_conv(*inputs, dropout_p=0)
+        y = kn_conv(*inputs, groups=groups, dropout_p=0)
         results.append([y, *torch.autograd.grad(y, inputs, grad.to(dtype))])
     for single, double in zip(*results, strict=True):
         assert relative_error(single, double) < 1e-3
@@ -296,17 +314,56 @@ def test_float32_with_a_mean_of_1000(memory_format):
     assert relative_error(normalized, kernel_norm(x.double(), 3, dropout_p=0)) < 1e-3
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_float32_with_a_mean_of_1000_and_dropout(kernel_size):
+    """Some windows of a colour image lose none of their few elements: their variance is small."""
+    x = torch.randn(4, 3, 24, 24) + 1000
+    weight = torch.randn(8, 3, kernel_size, kernel_size)
+    mask = mask_of(5, x.shape, 0.1)
+    y = kn_conv(x, weight)
+    none, ones = [0, 0], [1, 1]
+    exact = reference.kn_conv(x.double(), weight.double(), None, ones, none, ones, 1, mask)
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2)
+    assert relative_error(y, exact) < 1e-2
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 255.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
-def test_constant_windows_are_finite(value, dtype, training):
+def test_constant_windows_are_finite_and_zero_without_dropout(value, dtype, training):
     x = torch.full((2, 3, 6, 6), value, dtype=dtype, requires_grad=True)
-    weight = torch.randn(4, 3, 3, 3, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(4, 3, 3, 3) + 1).to(dtype).requires_grad_()
     for p in (0.0, 0.1):
-        y = kn_conv(x, weight, padding=1, dropout_p=p, training=training, activation="relu")
+        y = kn_conv(x, weight, dropout_p=p, training=training)
         z = kernel_norm(x, 2, dropout_p=p, training=training)
         for tensor in (y, z, *torch.autograd.grad(y.sum() + z.sum(), [x, weight])):
             assert tensor.isfinite().all()
+        if p == 0 and dtype != torch.bfloat16:
+            # Of the size of rounding, times the inverse of the root of eps.
+            unit = 316 * max(abs(value), 1) * 27 * torch.finfo(torch.float32).eps
+            assert y.abs().max() <= unit
+            assert z.abs().max() <= unit
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_comes_next_may_change_the_output_in_place(training, bias):
+    """As torchvision's networks do: an in-place ReLU, and a residual addition."""
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(4, dtype=torch.float64) if bias else None
+    gradients = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        y = kn_conv(x, weight, shift, padding=1, training=training)
+        if in_place:
+            y += x
+            y.relu_()
+        else:
+            y = (y + x).relu()
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, weight]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -351,7 +408,7 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ({"input": torch.ones(2, 4, 8, 8) * 1j}, TypeError, r"input must be a real .*complex64"),
         ({"input": torch.randn(2, 5, 8, 8)}, ValueError, r"input must have 4 channels.* got 5"),
         ({"input": GOOD["input"].double()}, TypeError, r"dtype, got input torch\.float64, weight"),
-        ({"weight": torch.randn(6, 4)}, ValueError, r"input must have 3, 4 or 5"),
+        ({"weight": torch.randn(6, 4)}, ValueError, r"weight must be for 1, 2 or 3.*\(6, 4\)"),
         ({"weight": GOOD["weight"].long()}, TypeError, r"weight must be a real .*int64"),
         ({"bias": torch.randn(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
         ({"bias": torch.randn(6).double()}, TypeError, r"bias torch\.float64"),
@@ -385,13 +442,14 @@ def test_kn_conv_errors(change, error, message):
         (
             {"input": torch.randn(4, 4)},
             ValueError,
-            r"input must have 3, 4 or 5, got shape",
+            r"input must be for 1, 2 or 3.*\(4, 4\)",
         ),
-        ({"kernel_size": (3, 3, 3, 3)}, ValueError, r"input must have 3, 4 or 5"),
+        ({"kernel_size": (3, 3, 3, 3)}, ValueError, r"kernel_size must be for 1, 2 or 3"),
         ({"kernel_size": 0}, ValueError, r"kernel_size must be an integer of at least 1.*got 0"),
         ({"kernel_size": 5}, ValueError, r"kernel_size \(5, 5\).*5 against 4 pixels"),
         ({"stride": 0}, ValueError, r"stride must be an integer of at least 1"),
         ({"padding": -1}, ValueError, r"padding must be an integer of at least 0"),
+        ({"padding": "same"}, ValueError, r"padding must be an integer .* got 'same'"),
         ({"dropout_p": 2}, ValueError, r"dropout_p must be .*got 2"),
         ({"eps": -1.0}, ValueError, r"eps must be positive, got -1\.0"),
         ({"evaluation": ""}, ValueError, r"evaluation must be one of"),

@@ -94,6 +94,11 @@ def test_repr():
     )
 
 
+def test_repr_shows_another_evaluation():
+    layer = kn.set_evaluation(nn.Sequential(kn.KNConv2d(3, 8, 3), kn.KernelNorm2d(1)), "plain")
+    assert repr(layer).count("evaluation=plain") == 2
+
+
 def test_device_and_dtype():
     layer = kn.KNConv2d(3, 8, 3, device="meta", dtype=torch.float64)
     assert layer.weight.is_meta
@@ -124,13 +129,17 @@ def test_set_evaluation_reaches_every_layer():
         (lambda: kn.KNConv2d(3, 8, 3, padding="full"), "padding must be 'same', 'valid' or"),
         (lambda: kn.KNConv2d(3, 8, 3, 2, "same"), "padding='same' needs a stride of 1"),
         (lambda: kn.KNConv2d(3, 8, 3, dilation=0), "dilation must be an integer of at least 1"),
-        (lambda: kn.KNConv2d(3, 8, 3, groups=2), "in_channels must be divisible by groups"),
+        (
+            lambda: kn.KNConv2d(3, 8, 3, groups=2),
+            "groups must .* divide in_channels=3 and .* got 2",
+        ),
         (lambda: kn.KNConv2d(3, 8, 3, padding_mode="x"), "padding_mode must be one of .*got 'x'"),
         (lambda: kn.KNConv2d(3, 8, 3, dropout_p=1), "dropout_p must be at least 0 and below 1"),
         (lambda: kn.KNConv2d(3, 8, 3, eps=0), "eps must be positive, got 0"),
         (lambda: kn.KNConv2d(3, 8, 3, activation="x"), "activation must be None or 'relu'"),
         (lambda: kn.KNConv2d(3, 8, 3, evaluation="x"), "evaluation must be one of"),
         (lambda: kn.KernelNorm2d(0), "kernel_size must be an integer of at least 1"),
+        (lambda: kn.KernelNorm2d(3, 1, "same"), "padding must be an integer .* got 'same'"),
         (lambda: kn.KernelNorm2d(2, 0), "stride must be an integer of at least 1"),
         (lambda: kn.KernelNorm2d(2, dropout_p=-1), "dropout_p must be at least 0"),
         (lambda: kn.KernelNorm2d(2, eps=-1), "eps must be positive"),

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import kernelnorm as kn
+from kernelnorm.ops.mask import keep_mask
 
 
 def conv_and_norm() -> nn.Sequential:
@@ -67,6 +68,15 @@ def test_compile_fullgraph_with_inductor(x: Tensor):
         assert_all_close(run(compiled, batch, parameters), first, tolerance=0)
     module.eval()
     assert_all_close(run(compiled, x, parameters), run(module, x, parameters))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
+def test_inductor_draws_the_mask_of_eager_mode():
+    compiled = torch.compile(keep_mask, fullgraph=True)
+    for shape in ((3, 4, 9, 8), (2, 5, 7)):
+        seed = torch.randint(-(2**63), 2**63 - 1, ())
+        arguments = (seed, shape, 0.3, torch.float32)
+        assert torch.equal(compiled(*arguments), keep_mask(*arguments))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -155,6 +165,36 @@ def test_per_sample_gradients_are_those_of_a_loop(x: Tensor, training: bool):
         module.zero_grad()
         loss(dict(module.named_parameters()), sample).backward()
         assert_all_close([p.grad for p in module.parameters()], [*alone.values()], tolerance=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_per_sample_gradients_with_dropout(x: Tensor):
+    """One mask for all samples, so that a loop can draw it again."""
+    module = conv_and_norm().double()
+    parameters, x = dict(module.named_parameters()), x.double()
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(module, parameters, (sample[None],)).square().sum()
+
+    torch.manual_seed(5)
+    together = vmap(grad(loss), in_dims=(None, 0), randomness="same")(parameters, x)
+    for i, sample in enumerate(x):
+        torch.manual_seed(5)
+        alone = torch.autograd.grad(loss(parameters, sample), [*parameters.values()])
+        assert_all_close([together[k][i] for k in parameters], [*alone], tolerance=1e-9)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_several_output_gradients_at_once(x: Tensor, activation: str | None):
+    """The written backward under vmap."""
+    layer = kn.KNConv2d(4, 8, 3, activation=activation, dtype=torch.float64)
+    x = x.double().requires_grad_()
+    y = layer(x)
+    inputs, grads = [x, *layer.parameters()], torch.randn(3, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(grads):
+        alone = torch.autograd.grad(y, inputs, g, retain_graph=True)
+        assert_all_close([t[i] for t in together], [*alone], tolerance=1e-9)
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

@@ -12,3 +12,8 @@ from kernelnorm.ops import rows_torch
 def rows_for(x: Tensor) -> ModuleType:
     """The module whose row primitives are used for inputs like ``x``."""
     return rows_torch
+
+
+def differentiable_rows() -> ModuleType:
+    """The module whose row primitives autograd can differentiate."""
+    return rows_torch

@@ -18,8 +18,7 @@ This file names no backend: the row primitives come from :func:`kernelnorm.ops.r
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import rows_for, rows_torch
+from kernelnorm.ops import differentiable_rows, rows_for
 from kernelnorm.ops.mask import rounded_p
 from kernelnorm.ops.windows import Geometry, box_sum, box_sum_transpose
 
@@ -58,21 +57,28 @@ def kn_conv(
 
 
 class _KNConv(torch.autograd.Function):
-    """What is kept for the backward: input, output, and two one-channel maps."""
+    """What is kept for the backward: the input, the output, and two one-channel maps.
+
+    Without a ReLU the numerator is kept in the output's place, so that whoever comes next may
+    change the output in place, as an in-place ReLU or a residual addition does.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, settings: Settings
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward(rows_for(x), x, weight, bias, seed, settings)
+    ) -> tuple[Tensor, ...]:
+        y, numerator, *rest = _forward(rows_for(x), x, weight, bias, seed, settings)
+        return y, y.new_empty(0) if settings.relu else numerator, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, seed, ctx.settings = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, bias, seed, *output)
+        y, numerator, *rest = output
+        ctx.mark_non_differentiable(numerator, *rest)
+        kept = y if ctx.settings.relu else numerator
+        ctx.save_for_backward(x, weight, bias, seed, kept, *rest)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -92,7 +98,7 @@ def kappa(p: float, n: int) -> float:
     :math:`\mathbb{E}[\text{var}(m u)] = \text{var}(u) + \kappa \, \text{mean}(u^2)`, exactly.
     """
     p = rounded_p(p)
-    return p / (1 - p) * (1 - 1 / n)
+    return p / (1 - p) * (1 - 1 / max(n, 1))
 
 
 def _forward(
@@ -102,8 +108,8 @@ def _forward(
     bias: Tensor | None,
     seed: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, and what the backward needs: mean, inverse deviation, sums of the weights."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
     geometry, groups, p, eps, relu = settings
     # The maps are small, and the variance is a difference: float64 wherever there is one.
     wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -118,32 +124,34 @@ def _forward(
     mu = mean.to(narrow)
     sums = weight.flatten(1).sum(1, dtype=narrow)
 
-    if x.dtype == narrow:
-        filters, terms, factors = weight.to(x.dtype), [mu], [-sums]
+    if seed is not None and x.dtype == narrow:
+        # mu differs from the mean of the window by far more than rounding does.
+        filters, terms, factors = weight, [mu], [-sums]
     else:
-        # <u, W> - mu S subtracts two numbers that can be large beside their difference, too large
-        # for so few digits. Centred filters have next to no sum; what rounding leaves of it is
-        # known in float32 and taken away again.
-        filters = weight - (sums / weight[0].numel()).view(-1, *[1] * (weight.dim() - 1))
-        filters = filters.to(x.dtype)
+        # <u, W> - mu S subtracts two numbers that can be large beside their difference. Centred
+        # filters have next to no sum, and what rounding leaves of it is taken away again.
+        shape = (-1, *[1] * (weight.dim() - 1))
+        filters = (weight - (sums / weight[0].numel()).view(shape)).to(x.dtype)
         rest = filters.flatten(1).sum(1, dtype=narrow)
-        means = x.unflatten(1, (groups, -1)).mean(2, dtype=narrow)
-        means = box_sum(means, geometry) / prod(geometry.kernel_size)
-        terms, factors = [means, mu], [sums - rest, -sums]
+        terms, factors = [mu], [-rest]
+        if seed is not None or groups > 1:
+            means = x.unflatten(1, (groups, -1)).mean(2, dtype=narrow).to(wide)
+            means = box_sum(means, geometry) / prod(geometry.kernel_size)
+            terms, factors = [(means - mean).to(narrow), means.to(narrow)], [sums, -rest]
     z = torch.convolution(x, filters, None, *_convolution_arguments(settings))
-    return rows.epilogue(z, terms, factors, r, bias, relu), mu, r, sums
+    return *rows.epilogue(z, terms, factors, r, bias, relu), mu, r, sums
 
 
 def _backward(
     grad: Tensor, saved: tuple[Any, ...], needs: tuple[bool, ...], settings: Settings
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, seed, y, mu, r, sums = saved
+    x, weight, bias, seed, kept, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
     rows = rows_for(x)
     geometry = settings.geometry
 
     grad_z, grad_r, grad_mu, grad_bias, grad_sums = rows.output_gradient(
-        grad, y, r, mu, sums, bias, settings.relu
+        grad, kept, r, mu, sums, bias, settings.relu
     )
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_z, x, weight.to(x.dtype), None, *_convolution_arguments(settings),
@@ -177,7 +185,7 @@ def _differentiable_backward(
     inputs = [x, weight] if bias is None else [x, weight, bias]
 
     def output(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _forward(rows_torch, x, weight, bias, seed, settings)[0]
+        return _forward(differentiable_rows(), x, weight, bias, seed, settings)[0]
 
     gradients = [*torch.func.vjp(output, *inputs)[1](grad), None]
     return tuple(g if need else None for g, need in zip(gradients[:3], needs, strict=True))
@@ -188,12 +196,9 @@ def _convolution_arguments(settings: Settings) -> tuple[Any, ...]:
     return stride, padding, dilation, False, (0,) * len(stride), settings.groups
 
 
-@contextlib.contextmanager
-def _without_autocast(x: Tensor) -> Iterator[None]:
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Inside, dtypes are chosen one by one."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            yield
-    else:
-        yield
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

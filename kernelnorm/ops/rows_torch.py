@@ -26,79 +26,84 @@ def statistics(
         seed: the mask's seed; ``None`` for no mask, :math:`m = 1`
         wide: dtype of the returned maps. The square is the squared mean, already in this dtype,
             plus the *centred* second moment, so that nothing is lost where the mean is large
-            beside the deviation. Where dropout adds to the variance there is nothing to lose.
+            beside the deviation.
 
     Shape:
         - x: :math:`(N, C, *)`
         - Output: two maps
     """
     x = x.to(_accumulator(x))
-    if seed is None:
-        mean = x.mean(1, keepdim=True)
-        spread = (x - mean).square().mean(1, keepdim=True)
-        mean = mean.to(wide)
-        return mean, spread.to(wide) + mean.square()
-    kept = 1 - rounded_p(p)
-    x = x * keep_mask(seed, x.shape, p, x.dtype)
-    mean, square = x.mean(1, keepdim=True), x.square().mean(1, keepdim=True)
-    return mean.to(wide) / kept, square.to(wide) / kept**2
+    kept = 1.0
+    if seed is not None:
+        kept = 1 - rounded_p(p)
+        x = x * keep_mask(seed, x.shape, p, x.dtype)
+    mean = x.mean(1, keepdim=True)
+    spread = (x - mean).square().mean(1, keepdim=True).to(wide)
+    mean = mean.to(wide)
+    return mean / kept, (spread + mean.square()) / kept**2
 
 
 def epilogue(
     z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
-) -> Tensor:
-    r"""The output from the convolution's result.
+) -> tuple[Tensor, Tensor]:
+    r"""The output from the convolution's result, and the numerator.
 
-    .. math:: y_k = \text{act}((z_k + \sum_i \text{maps}_i \text{vectors}_{i,k}) r + b_k)
+    .. math::
+        \text{numerator}_k = z_k + \sum_i \text{maps}_i \text{vectors}_{i,k} \qquad
+        y_k = \text{act}(\text{numerator}_k r + b_k)
 
     A map may have one channel for each group instead of one for all.
 
     Shape:
-        - z, Output: :math:`(N, K, *)`
+        - z, y, numerator: :math:`(N, K, *)`
     """
-    y = z
+    numerator = z
     for m, v in zip(maps, vectors, strict=True):
         if m.shape[1] > 1:
             m = m.repeat_interleave(z.shape[1] // m.shape[1], 1)
-        y = torch.addcmul(y, m, _as_channels(v, z))
-    y = y * r if bias is None else torch.addcmul(_as_channels(bias, z).to(r.dtype), y, r)
+        numerator = torch.addcmul(numerator, m, _as_channels(v, z))
+    if bias is None:
+        y = numerator * r
+    else:
+        y = torch.addcmul(_as_channels(bias, z).to(r.dtype), numerator, r)
     if relu:
         y = y.relu_()
-    return y.to(z.dtype)
+    return y.to(z.dtype), numerator.to(z.dtype)
 
 
 def output_gradient(
-    grad: Tensor, y: Tensor, r: Tensor, mu: Tensor, sums: Tensor, bias: Tensor | None, relu: bool
+    grad: Tensor, kept: Tensor, r: Tensor, mu: Tensor, sums: Tensor, bias: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""The gradient of the convolution's result, and the reductions of the gradient.
 
-    With :math:`g` the gradient where the ReLU was on and zero where it was off, and
-    :math:`y - b = z r` there:
+    With :math:`g` the gradient where the ReLU was on and zero where it was off:
 
     .. math::
         \text{grad\_z} = g r \quad
-        \text{grad\_r} = \sum_k g_k (y_k - b_k) / r \quad
+        \text{grad\_r} = \sum_k g_k \, \text{numerator}_k \quad
         \text{grad\_mu} = - \sum_k g_k r S_k \quad
         \text{grad\_bias}_k = \sum g_k \quad
         \text{grad\_sums}_k = - \sum g_k r \mu
 
+    Args:
+        kept: the numerator; with a ReLU the output :math:`y` instead, as where :math:`g` is not
+            zero the numerator is :math:`(y - b) / r`
+
     Shape:
-        - grad, y, grad_z: :math:`(N, K, *)`
+        - grad, kept, grad_z: :math:`(N, K, *)`
         - r, mu, grad_r, grad_mu: maps
         - sums, bias, grad_bias, grad_sums: vectors
     """
     if relu:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        grad = torch.ops.aten.threshold_backward(grad, kept, 0)
     g = grad.to(r.dtype)
-    grad_z = g * r
-    grad_r = (g * y).sum(1, keepdim=True)
-    if bias is not None:
-        grad_r = grad_r - _dot(g, bias)
+    grad_r = (g * kept).sum(1, keepdim=True)
+    if relu:
+        grad_r = (grad_r if bias is None else grad_r - _dot(g, bias)) / r
     grad_mu = -r * _dot(g, sums)
     others = [0, *range(2, grad.dim())]
-    grad_bias = g.sum(others)
-    grad_sums = -(grad_z * mu).sum(others)
-    return grad_z.to(y.dtype), grad_r / r, grad_mu, grad_bias, grad_sums
+    grad_z = (g * r).to(kept.dtype)  # rounded once, for the convolution and for the sum below
+    return grad_z, grad_r, grad_mu, g.sum(others), -(grad_z * mu).sum(others)
 
 
 def input_gradient(
