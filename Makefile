@@ -45,7 +45,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 
 define install
 @echo "installing kernelnorm[$(1)] into $(VENV): the first time takes a few minutes"
-@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 @$(PIP) --editable '.[$(1)]'
 @touch $@
 endef

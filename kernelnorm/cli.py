@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
-
 from kernelnorm import __version__
 from kernelnorm.norms import NORMS
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
     from kernelnorm.experiments.recipes import RunConfig
 
 _CASES = "digits-vgg8, cifar10-vgg8, imagenette-densenet121 or imagewoof-resnet18"
@@ -35,6 +35,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     A mistake in the arguments exits with 2, a problem that the user can solve with 1 and one line.
     """
+    try:
+        _main(argv)
+    except ModuleNotFoundError as error:
+        sys.exit(f"kernelnorm: {error.name} is missing: pip install 'kernelnorm[experiments]'")
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(
         prog="kernelnorm",
         description="Train kernel normalized networks, and compare them with other normalisations.",
@@ -57,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (DataError, RunError) as error:
         sys.exit(f"kernelnorm: {error}")
     except KeyboardInterrupt:
-        print(
-            "kernelnorm: stopped; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        goes_on = arguments.command in ("train", "compare")
+        more = "; the same command goes on from the last checkpoint" * goes_on
+        print(f"kernelnorm: stopped{more}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -72,23 +80,15 @@ def _train_parser() -> ArgumentParser:
         "kernelnorm train --model resnet18 --dataset photos/ --image-size 64 --epochs 20",
         "torchrun --nproc-per-node 4 -m kernelnorm train imagewoof-resnet18 --batch-size 256",
     )
-    parser.add_argument("--norm", choices=NORMS, default="kernel", help="the normalisation")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="images a step, in all processes"
-    )
+    add = parser.add_argument
+    add("--norm", choices=NORMS, default="kernel", help="the normalisation")
+    add("--batch-size", type=int, default=32, help="images a step, in all processes")
     _add_run_arguments(parser)
-    parser.add_argument(
-        "--out", type=Path | None, help="the run's folder; without it runs/CASE/..."
-    )
-    parser.add_argument("--devices", type=int, default=1, help="how many; torchrun decides itself")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files too")
-    parser.add_argument(
-        "--checkpoint-minutes",
-        type=float,
-        default=10.0,
-        help="time between checkpoints in an epoch",
-    )
-    parser.add_argument("--max-steps", type=int | None, help="pause after that many steps: a trial")
+    add("--out", type=Path | None, help="the run's folder; without it runs/CASE/...")
+    add("--devices", type=int, default=1, help="how many; torchrun decides itself")
+    add("--tensorboard", action="store_true", help="write TensorBoard's files too")
+    add("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints in an epoch")
+    add("--max-steps", type=int | None, help="pause after that many steps: a trial")
     return parser
 
 
@@ -149,6 +149,7 @@ def _evaluate_parser() -> ArgumentParser:
         help="how kernel layers take their statistics outside training",
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data is")
+    parser.add_argument("--dataset", type=Path | None, help="the folder of images, if it has moved")
     _add_trained_arguments(parser, "last")
     return parser
 
@@ -160,6 +161,7 @@ def _evaluate(arguments: Namespace) -> None:
     scores = evaluate(
         arguments.run,
         data_dir=arguments.data_dir,
+        dataset=arguments.dataset,
         evaluations=chosen,
         checkpoint=arguments.checkpoint,
         accelerator=arguments.accelerator,
@@ -203,6 +205,8 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], N
 
 
 def _parser(description: str, *examples: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
     text = "\n".join([description, "", "examples:", *(f"  {example}" for example in examples)])
     return ArgumentParser(description=text, print_config=None)
 
@@ -219,12 +223,8 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     add("--model", type=str | None, help="any network, with --dataset, in place of the case's")
     add("--dataset", type=str | None, help="a folder of train/CLASS/* and val/CLASS/*, or a name")
     add("--model-options", type=dict[str, Any], default={}, help='such as {"small_images": true}')
-    add(
-        "--image-size",
-        type=int | None,
-        metavar="PIXELS",
-        help="resize images to it; without it the case's",
-    )
+    size_help = "resize images to it; without it the case's"
+    add("--image-size", type=int | None, metavar="PIXELS", help=size_help)
     add("--epochs", type=int | None, help="the most epochs; without it the case's")
     add("--lr", type=Literal["auto"] | float, default="auto", help="auto: the paper's Table 4")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
@@ -290,7 +290,7 @@ def _echo(text: str) -> None:
 
 
 def _names(value: str | list[str]) -> list[str]:
-    return value.split(",") if isinstance(value, str) else value
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 def _numbers(value: str | list[int]) -> list[int]:

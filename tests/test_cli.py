@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kernelnorm import cli
 from kernelnorm.cli import main
+from kernelnorm.experiments.evaluation import evaluate
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.norms import NORMS
 
@@ -32,13 +34,15 @@ def one_line_of(error: pytest.ExceptionInfo[SystemExit]) -> str:
     return message
 
 
-def folder_of_images(path: Path) -> Path:
+def folder_of_images(path: Path, height: int = 40, width: int = 40) -> Path:
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             (path / split / name).mkdir(parents=True)
             for i in range(6):
-                pixels = torch.randint(256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+                pixels = torch.randint(
+                    256, (height, width, 3), generator=generator, dtype=torch.uint8
+                )
                 Image.fromarray(pixels.numpy()).save(path / split / name / f"{i}.png")
     return path
 
@@ -87,7 +91,8 @@ def test_wrong_arguments_exit_with_2(
         (["train", "mnist"], "unknown case 'mnist'"),
         (["train", "--batch-size=0"], "batch_size must be positive"),
         (["train", "--model=resnet18", "--dataset=nowhere"], "nowhere is not a folder"),
-        (["compare", "--norms=batch,weight"], "unknown norm 'weight'"),
+        (["train", "--max-steps=0"], "max_steps must be positive, got 0"),
+        (["compare", "--norms=batch, weight"], "unknown norm 'weight'"),
         (["evaluate", "nowhere"], "nowhere is not the folder of a run"),
         (["predict", "nowhere", "x.png"], "nowhere is not the folder of a run"),
     ],
@@ -98,14 +103,57 @@ def test_problems_exit_with_1_and_one_line(arguments: list[str], message: str) -
     assert message in one_line_of(error)
 
 
-def test_train_tells_the_lr_only_where_it_is_not_quite_the_papers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("module", ["jsonargparse", "lightning_fabric"])
+def test_without_the_extra_it_says_what_to_install(
+    module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", *SMALL, "--max-steps=1"]
-    main([*arguments, f"--out={tmp_path / 'a'}"])
-    assert "--lr auto" not in capsys.readouterr().out
-    main([*arguments, "--batch-size=10", f"--out={tmp_path / 'b'}"])
-    assert "--lr auto is 0.0025: Table 4(a), KernelNorm, batch size 8" in capsys.readouterr().out
+    for name in [name for name in sys.modules if name.startswith("kernelnorm.experiments")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as error:
+        main(["train"])
+    expected = f"kernelnorm: {module} is missing: pip install 'kernelnorm[experiments]'"
+    assert one_line_of(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "kernelnorm: stopped; the same command goes on from the last checkpoint\n"),
+        (["compare"], "kernelnorm: stopped; the same command goes on from the last checkpoint\n"),
+        (["evaluate", "run"], "kernelnorm: stopped\n"),
+        (["predict", "run", "x.png"], "kernelnorm: stopped\n"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_ctrl_c_exits_with_130(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    make_parser, _, summary = cli._COMMANDS[arguments[0]]
+    monkeypatch.setitem(cli._COMMANDS, arguments[0], (make_parser, stop, summary))
+    with pytest.raises(SystemExit, match="130"):
+        main(arguments)
+    assert capsys.readouterr().err == message
+
+
+def test_train_tells_the_lr_only_where_it_is_not_quite_the_papers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(*arguments: str) -> str:
+        parser = cli._train_parser()
+        config = cli._configure(parser.parse_args([*arguments]), "kernel", 8)
+        assert config.lr == 0.0025
+        return capsys.readouterr().out
+
+    assert told("cifar10-vgg8") == ""
+    assert told("cifar10-vgg8", "--lr=0.0025") == ""
+    assert told("digits-vgg8").startswith("--lr auto is 0.0025: as cifar10-vgg8's Table 4(a), ")
 
 
 def test_train_reads_a_config_file(tmp_path: Path) -> None:
@@ -169,6 +217,50 @@ def test_evaluate_shows_the_three_behaviours(run: Path, capsys: pytest.CaptureFi
 def test_evaluate_one_behaviour(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", str(run), "--evaluation=plain", "--checkpoint=best"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["plain"]
+
+
+def test_evaluate_has_the_precision_of_training(tmp_path: Path) -> None:
+    options = ["--precision=bf16-mixed", "--norm=batch", f"--out={tmp_path}"]
+    main(["train", *SMALL, *options])
+    (score,) = evaluate(tmp_path, accelerator="cpu")
+    metrics = RunFolder(tmp_path).read_metrics()[-1]
+    assert (score.loss, score.accuracy) == (metrics["test_loss"], metrics["test_accuracy"])
+
+
+@pytest.fixture(scope="module")
+def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on images that are not square."""
+    folder = tmp_path_factory.mktemp("wide")
+    images = folder_of_images(folder / "pets", height=16, width=24)
+    options = ["--model=vgg8", "--epochs=1", "--batch-size=4", "--norm=layer", "--accelerator=cpu"]
+    options.append('--model-options={"width": 0.25}')
+    main(["train", f"--dataset={images}", *options, f"--out={folder / 'run'}"])
+    return folder
+
+
+def test_evaluate_finds_images_that_have_moved(
+    wide_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = folder_of_images(tmp_path / "moved", height=16, width=24)
+    main(["evaluate", str(wide_run / "run"), f"--dataset={images}"])
+    expected = f"{RunFolder(wide_run / 'run').read_metrics()[-1]['test_accuracy']:.2%}"
+    assert capsys.readouterr().out.split()[-1] == expected
+    (images / "val" / "cat" / "0.png").unlink()
+    with pytest.raises(SystemExit) as error:
+        main(["evaluate", str(wide_run / "run"), f"--dataset={images}"])
+    assert "has changed: test_images was 12 and is 11" in one_line_of(error)
+
+
+def test_predict_takes_images_of_the_size_of_those_that_are_not_square(
+    wide_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["predict", str(wide_run / "run"), str(wide_run / "pets" / "val" / "cat" / "0.png")])
+    assert "cat" in capsys.readouterr().out
+    Image.new("RGB", (24, 24)).save(tmp_path / "square.png")
+    with pytest.raises(SystemExit) as error:
+        main(["predict", str(wide_run / "run"), str(tmp_path / "square.png")])
+    assert "square.png is 24 pixels wide and 24 high; the images of" in one_line_of(error)
+    assert "are 24 by 16: bring it to that size" in one_line_of(error)
 
 
 def test_predict_prints_three_classes_an_image(

@@ -13,7 +13,7 @@ from kernelnorm.cli import main
 from kernelnorm.experiments.compare import Row, compare
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
-from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.trainer import train
 from kernelnorm.norms import NORMS
@@ -28,7 +28,7 @@ def small(norm: str, batch_size: int) -> RunConfig:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     options = ["--epochs=2", "--subset=50", "--image-size=8", f"--out={folder}"]
-    main(["compare", "digits-vgg8", "--norms=batch,kernel", "--batch-sizes=10,25", *options])
+    main(["compare", "digits-vgg8", "--norms=batch, kernel", "--batch-sizes=10,25", *options])
     return folder
 
 
@@ -66,10 +66,43 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(
 ) -> None:
     rows = compare([replace(small("none", 10), lr=1e8), small("batch", 10)], tmp_path)
     assert "training has diverged" in rows[0].failure
-    assert "diverged" in capsys.readouterr().out.splitlines()[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed" in lines[1]
+    assert "training has diverged" in lines[2]
     assert rows[1].history == RunFolder(tmp_path / small("batch", 10).name).read_metrics()
     records = json.loads((tmp_path / "comparison.json").read_text())
     assert records[0]["final_accuracy"] is None
+
+
+def test_a_run_that_cannot_be_trained_is_a_row_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [small("instance", 10), small("batch", 10)]  # the last maps are of 1 x 1
+    rows = compare(configs, tmp_path)
+    assert [bool(row.failure) for row in rows] == [True, False]
+    table = (tmp_path / "comparison.md").read_text()
+    assert "- InstanceNorm, batch size 10: vgg8 with norm instance cannot train on" in table
+    monkeypatch.setattr("kernelnorm.experiments.compare.is_torchelastic_launched", lambda: True)
+    with pytest.raises(RunError, match="vgg8 with norm instance cannot train on"):
+        compare(configs, tmp_path)
+
+
+def test_what_has_ended_is_written_down_when_it_is_stopped(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_kernel(config: RunConfig, launch: Launch) -> RunFolder:
+        if config.norm == "kernel":
+            raise KeyboardInterrupt
+        return train(config, launch)
+
+    monkeypatch.setattr("kernelnorm.experiments.compare.train", stop_at_kernel)
+    (out / "comparison.md").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        compare([small("batch", 10), small("kernel", 10)], out)
+    table = (out / "comparison.md").read_text()
+    assert table.count("| BatchNorm |") == 1
+    assert "KernelNorm" not in table
+    assert len(json.loads((out / "comparison.json").read_text())) == 1
 
 
 def test_final_accuracy_is_never_the_best_one() -> None:

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, steps_per_epoch
+from kernelnorm.experiments.data import (
+    Augment,
+    DataError,
+    Images,
+    Preprocess,
+    batches,
+    steps_per_epoch,
+)
 
 
 def numbered(n, size=4):
@@ -199,6 +206,13 @@ class TestPreprocess:
         torch.testing.assert_close(
             x.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-6, rtol=0
         )
+
+    @pytest.mark.parametrize("value", [0, 77])
+    def test_a_channel_of_one_value_is_named(self, value):
+        images = Images(noise(30, 5, 4), torch.zeros(30).long(), ("a",))
+        images.pixels[:, 1] = value
+        with pytest.raises(DataError, match=f"channel 1 of the images is {value} in every pixel"):
+            Preprocess.standardise(images)
 
     @pytest.mark.parametrize(
         ("mean", "std"), [((0.5,), None), (None, (0.5,)), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,))]

@@ -2,10 +2,14 @@
 
 import hashlib
 import io
+import queue
 import random
 import re
+import subprocess
+import sys
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,6 +17,8 @@ import pytest
 from PIL import Image
 
 from kernelnorm.experiments.data import DATASETS, DataError, disk, download, load_images
+
+PUBLISHED = dict(DATASETS)  # before the fixture puts the tests' own Imagenette in its place
 
 
 def tar(members):
@@ -83,7 +89,7 @@ def server():
 def table(monkeypatch, tmp_path):
     """Imagenette as the tests serve it, nothing on the network, no waiting between attempts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("pooch.core.time.sleep", lambda _: None)
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
     for name in DATASETS:
         monkeypatch.setenv(f"KERNELNORM_{name.upper()}_URL", "http://127.0.0.1:9/nothing")
     publish(monkeypatch, GOOD)
@@ -91,7 +97,8 @@ def table(monkeypatch, tmp_path):
 
 def publish(monkeypatch, content):
     md5 = hashlib.md5(content).hexdigest()
-    entry = replace(DATASETS["imagenette"], md5=md5, megabytes=0, image_size=16)
+    counts = {"train_images": 2, "test_images": 1, "classes": 2}
+    entry = replace(DATASETS["imagenette"], md5=md5, megabytes=0, image_size=16, **counts)
     monkeypatch.setitem(download.DATASETS, "imagenette", entry)
 
 
@@ -103,10 +110,34 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_published_checksums():
-    assert DATASETS["cifar10"].md5 == "c32a1d4ab5d03f1284b67883e8d87530"
-    assert DATASETS["imagewoof"].md5 == "0f46d997ec2264e97609196c95897a44"
-    assert DATASETS["imagewoof"].archive == "imagewoof2-320.tgz"
+@pytest.mark.parametrize(
+    ("name", "url", "md5", "counts"),
+    [
+        (
+            "cifar10",
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+            "c32a1d4ab5d03f1284b67883e8d87530",
+            (50000, 10000, 10),
+        ),
+        (
+            "imagenette",
+            "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
+            "e793b78cc4c9e9a4ccc0c1155377a412",
+            (9469, 3925, 10),
+        ),
+        (
+            "imagewoof",
+            "https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz",
+            "0f46d997ec2264e97609196c95897a44",
+            (9025, 3929, 10),
+        ),
+    ],
+)
+def test_published_checksums(name, url, md5, counts):
+    dataset = PUBLISHED[name]
+    assert (dataset.url, dataset.md5) == (url, md5)
+    assert (dataset.train_images, dataset.test_images, dataset.classes) == counts
+    assert set(PUBLISHED) == {"cifar10", "imagenette", "imagewoof"}
 
 
 def test_downloaded_once_then_used_from_the_folder(server, tmp_path):
@@ -154,6 +185,85 @@ def test_process_killed_after_the_last_byte(server, tmp_path):
     (tmp_path / "data" / "imagenette2-160.tgz.part").write_bytes(GOOD)
     assert len(load(tmp_path, url=server.url)) == 2
     assert len(server.requests) == 1
+
+
+def test_process_killed_while_it_checks_the_md5(server, tmp_path, monkeypatch):
+    def killed(file):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "_md5", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load(tmp_path, url=server.url)
+    assert names(tmp_path / "data") == ["imagenette2-160.tgz.part"]
+    assert len(load(tmp_path, url=server.url)) == 2
+    assert [start for _, start in server.requests] == [0, len(GOOD)]
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """What is said while waiting for a lock."""
+    messages = queue.Queue()
+    monkeypatch.setattr(disk.tqdm, "write", lambda text, file: messages.put(text))
+    return messages
+
+
+def test_of_two_processes_one_downloads_and_unpacks(server, tmp_path, monkeypatch, messages):
+    unpacked, unpack = [], download._unpack
+    monkeypatch.setattr(download, "_unpack", lambda *a: (unpacked.append(a), unpack(*a))[1])
+    with ThreadPoolExecutor() as pool:
+        with disk.locked(tmp_path / "data" / "imagenette2-160"):
+            both = [pool.submit(load, tmp_path, url=server.url) for _ in range(2)]
+            for _ in both:
+                assert re.match("waiting for another process.*2-160$", messages.get(timeout=60))
+            assert server.requests == []
+        assert [len(train.result()) for train in both] == [2, 2]
+    assert len(server.requests) == len(unpacked) == 1
+    assert names(tmp_path / "data") == ["imagenette2-160", "imagenette2-160.tgz"]
+
+
+def test_lock_goes_from_one_process_to_the_next(tmp_path, messages):
+    inside, leave = threading.Event(), threading.Event()
+
+    def second():
+        with disk.locked(tmp_path / "folder"):
+            inside.set()
+            assert leave.wait(60)
+
+    def third():
+        with disk.locked(tmp_path / "folder"):
+            return leave.is_set()
+
+    with ThreadPoolExecutor() as pool:
+        with disk.locked(tmp_path / "folder"):
+            waiting = pool.submit(second)
+            messages.get(timeout=60)
+        assert inside.wait(60)
+        newcomer = pool.submit(third)
+        messages.get(timeout=60)
+        leave.set()
+        waiting.result()
+        assert newcomer.result()
+    assert names(tmp_path) == []
+
+
+def test_folder_that_is_not_all_there(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenette2-160.tgz").write_bytes(GOOD)
+    load(tmp_path)
+    assert capsys.readouterr().err == ""
+    folder = tmp_path / "data" / "imagenette2-160"
+    (folder / "train" / "n02" / "b.png").rename(folder / "train" / "n01" / "b.png")
+    (folder / "train" / "n02").rmdir()
+    load(tmp_path)
+    message = r"warning: .*train has 2 images of 1 classes, but imagenette was .* 2 of 2: results"
+    assert re.match(message, capsys.readouterr().err)
+    (folder / "train" / "n02").mkdir()
+    (folder / "train" / "n01" / "b.png").rename(folder / "train" / "n02" / "b.png")
+    (folder / "val" / "n02" / "d.png").write_bytes(png("blue"))
+    load(tmp_path, "test")
+    message = r"warning: .*val has 2 images of 2 classes, but imagenette was .* with 1 of 2"
+    assert re.match(message, capsys.readouterr().err)
 
 
 def test_wrong_half_is_fetched_again_from_the_start(server, tmp_path):
@@ -251,3 +361,48 @@ def test_two_processes_may_unpack_at_once(tmp_path):
             (first / "file").touch()
     assert names(tmp_path) == ["folder"]
     assert names(target) == ["file"]
+
+
+def test_what_a_killed_process_leaves_is_removed(tmp_path, messages):
+    script = """
+import sys
+from pathlib import Path
+from kernelnorm.experiments.data import disk
+
+target = Path(sys.argv[1])
+with disk.locked(target), disk.replacing(target, 0) as folder:
+    folder.mkdir()
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    target = tmp_path / "folder"
+
+    def found():
+        with disk.locked(target):
+            return names(tmp_path)
+
+    with (
+        ThreadPoolExecutor() as pool,
+        subprocess.Popen(
+            [sys.executable, "-c", script, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other,
+    ):
+        assert other.stdout.readline().strip() == b"ready"
+        waiting = pool.submit(found)
+        assert messages.get(timeout=60)
+        lock, partial = names(tmp_path)
+        assert (lock, partial[:16]) == (".lock-folder", ".partial-folder-")
+        other.kill()
+        assert waiting.result() == [".lock-folder"]
+    assert names(tmp_path) == []
+
+
+def test_disk_that_cannot_lock(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(disk.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
+    (tmp_path / ".partial-folder-abc").mkdir()  # another process may be writing to it
+    with disk.locked(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == [".partial-folder-abc"]

@@ -1,6 +1,7 @@
 """Loading: every data set becomes the right pixels, or an error that says what to do."""
 
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def test_the_folder_with_test_images_may_be_called_test(folder):
     assert len(load_images(folder, "test")) == 1
 
 
+def test_of_val_and_test_val_is_taken(folder):
+    for i in range(3):
+        save(folder / "test" / "ants" / f"{i}.png")
+    assert load_images(folder, "test").labels.tolist() == [1]
+
+
 def test_loading_writes_nothing_for_small_data(folder, tmp_path):
     load_images(folder, "train", data_dir=tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
@@ -70,6 +77,20 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
     pixels = load_images(tmp_path, "train").pixels
     assert pixels.shape[1] == 3
     assert pixels.min() > 252
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_pictures_are_turned_upright(tmp_path, suffix):
+    half = Image.new("RGB", (16, 8), RED)
+    half.paste(GREEN, (8, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    half.save(tmp_path / f"a.{suffix}", exif=exif)
+    for size, shape in ((None, (3, 16, 8)), (8, (3, 8, 8))):
+        pixels = decode.read_image(tmp_path / f"a.{suffix}", size).int()
+        assert pixels.shape == shape
+        assert pixels[0, 0].min() > 200
+        assert pixels[1, -1].min() > 200
 
 
 def test_read_image_can_give_one_channel(tmp_path):
@@ -115,7 +136,7 @@ class TestFolderErrors:
 
     def test_images_of_different_sizes(self, folder):
         save(folder / "train" / "ants" / "9.png", size=(30, 20))
-        with pytest.raises(DataError, match=r"9\.png is 30 pixels wide and 20 high.*image_size"):
+        with pytest.raises(DataError, match=r"9\.png is 30 pixels wide and 20 high.*--image-size"):
             load_images(folder, "train")
         assert load_images(folder, "train", image_size=8).pixels.shape == (5, 3, 8, 8)
 
@@ -180,6 +201,36 @@ class TestCache:
         assert len(pixels) == {"more": 5, "fewer": 3}.get(change, 4)
         assert len(self.cached(tmp_path)) == 1
         assert self.cached(tmp_path) != before
+
+    def test_is_replaced_when_its_format_changes(self, folder, tmp_path, monkeypatch, decoded):
+        load_images(folder, "train", data_dir=tmp_path)
+        before = self.cached(tmp_path)
+        monkeypatch.setattr(decode, "FORMAT", decode.FORMAT + 1)
+        del decoded[:]
+        load_images(folder, "train", data_dir=tmp_path)
+        assert len(decoded) == 5  # one of them for the shape
+        assert len(self.cached(tmp_path)) == 1
+        assert self.cached(tmp_path) != before
+
+    def test_is_on_the_disk_before_it_has_its_name(self, folder, tmp_path, monkeypatch):
+        synced = []
+
+        def fsync(file):
+            synced.append(os.fstat(file).st_size)
+            assert not list((tmp_path / ".cache").glob("[!.]*.uint8"))
+
+        monkeypatch.setattr(decode.os, "fsync", fsync)
+        load_images(folder, "train", data_dir=tmp_path)
+        assert synced == [4 * 3 * 10 * 12]
+
+    def test_killed_decoding_is_cleared_away(self, folder, tmp_path):
+        load_images(folder, "train", data_dir=tmp_path)
+        (name,) = self.cached(tmp_path)
+        (tmp_path / ".cache" / name).unlink()
+        (tmp_path / ".cache" / f".partial-{name}-abc").mkdir()
+        (tmp_path / ".cache" / f".partial-{name}-abc" / name).write_bytes(b"half")
+        load_images(folder, "train", data_dir=tmp_path)
+        assert self.cached(tmp_path) == [name]
 
     def test_interrupted_decoding_leaves_nothing(self, folder, tmp_path):
         (folder / "train" / "bees" / "9.png").write_bytes(b"")
@@ -265,6 +316,29 @@ class TestCifar10:
         )
         assert load_images("cifar10", "test", data_dir=data_dir, image_size=8).pixels.shape[-1] == 8
 
+    def test_resizing_shows_progress_and_holds_one_image_at_a_time(self, data_dir, monkeypatch):
+        resized, alive, bars = [], [], []
+
+        def to_pixels(*args):
+            alive.append(sum(image() is not None for image in resized))
+            image = decode.to_pixels(*args)
+            resized.append(weakref.ref(image))
+            return image
+
+        def tqdm(images, **kwargs):
+            bars.append((kwargs["desc"], len(images)))
+            return images
+
+        monkeypatch.setattr(load, "to_pixels", to_pixels)
+        monkeypatch.setattr(load, "tqdm", tqdm)
+        images = load_images("cifar10", "train", data_dir=data_dir, image_size=8)
+        small = load_images("cifar10", "train", data_dir=data_dir)
+        picture = Image.fromarray(small.pixels[7].permute(1, 2, 0).numpy())
+        assert torch.equal(images.pixels[7], decode.to_pixels(picture, 8))
+        assert len(alive) == 10
+        assert max(alive) <= 1
+        assert bars == [("resizing images", 10)]
+
     @pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
     def test_truncated_or_missing_file_is_named(self, data_dir, name):
         file = data_dir / "cifar-10-batches-bin" / name
@@ -277,10 +351,18 @@ class TestCifar10:
         with pytest.raises(DataError, match="it has 0 bytes"):
             load_images("cifar10", split, data_dir=data_dir)
 
-    def test_folder_of_images_is_taken_as_well(self, tmp_path):
-        save(tmp_path / "cifar10" / "train" / "cat" / "0.png", size=(32, 32))
-        assert load_images("cifar10", "train", data_dir=tmp_path).classes == ("cat",)
-        assert len(load_images("cifar10", "train", data_dir=tmp_path / "cifar10")) == 1
+    def test_folder_of_images_is_taken_as_well(self, tmp_path, capsys):
+        for name in load.CIFAR10_CLASSES:
+            save(tmp_path / "cifar10" / "train" / name / "0.png", size=(32, 32))
+        for data_dir in (tmp_path, tmp_path / "cifar10"):
+            images = load_images("cifar10", "train", data_dir=data_dir)
+            assert images.classes == load.CIFAR10_CLASSES
+            message = "train has 10 images of 10 classes, but cifar10 was published with 50,000"
+            assert message in capsys.readouterr().err
+
+    def test_folder_of_other_images_is_not_taken(self, folder):
+        with pytest.raises(DataError, match=r"cifar10 is not in .*images of 10 classes in train"):
+            load_images("cifar10", "train", data_dir=folder, download=False)
 
 
 class TestSubset:

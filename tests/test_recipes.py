@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from kernelnorm.experiments.recipes import (
     RECIPES,
+    Recipe,
     RunConfig,
     configure,
     paper,
@@ -61,7 +63,6 @@ def test_paper_tables_are_whole(case: str) -> None:
             (0.1, "Table 4(b), BatchNorm, batch size 256", True),
         ),
         ("imagewoof-resnet18", "layer", 16, (0.005, "Table 4(c), LayerNorm, batch size 16", True)),
-        ("digits-vgg8", "group", 2, (0.00025, "Table 4(a), GroupNorm, batch size 2", True)),
     ],
 )
 def test_lr_is_table_4s(
@@ -77,6 +78,21 @@ def test_lr_beside_the_table_is_the_nearest_and_says_so() -> None:
     assert paper_lr(RECIPES["cifar10-vgg8"], "batch", 100).lr == 0.05  # 128 is nearer than 64
 
 
+@pytest.mark.parametrize(
+    ("recipe", "source"),
+    [
+        (recipe_for("digits-vgg8"), "as cifar10-vgg8's Table 4(a), GroupNorm, batch size 32"),
+        (
+            recipe_for(model="resnet18", dataset="photos"),
+            "as imagewoof-resnet18's Table 4(c), GroupNorm, batch size 32",
+        ),
+    ],
+    ids=["digits", "photos"],
+)
+def test_lr_of_a_case_that_is_not_the_papers_is_not_exact(recipe: Recipe, source: str) -> None:
+    assert paper_lr(recipe, "group", 32)[1:] == (source, False)
+
+
 def test_any_model_and_folder_take_the_recipe_of_the_family() -> None:
     recipe = recipe_for(model="resnet50", dataset="some/photos")
     expected = dataclasses.replace(
@@ -89,6 +105,23 @@ def test_any_model_and_folder_take_the_recipe_of_the_family() -> None:
     assert recipe_for(dataset="some/photos").model == "resnet18"
     assert recipe_for("digits-vgg8", model="resnet18").model_options == {}
     assert recipe_for() == RECIPES["digits-vgg8"]
+
+
+def test_a_folder_has_one_name() -> None:
+    for dataset in ("photos/", "./photos", Path("photos")):
+        recipe = recipe_for(model="resnet18", dataset=dataset)
+        assert recipe == recipe_for(model="resnet18", dataset="photos")
+        assert configure(recipe_for(), norm="kernel", batch_size=2, dataset=dataset) == configure(
+            recipe_for(), norm="kernel", batch_size=2, dataset="photos"
+        )
+    assert recipe_for(model="resnet18", dataset="./digits").dataset == "./digits"  # a folder
+
+
+def test_another_named_dataset_keeps_its_size() -> None:
+    assert recipe_for(model="resnet18", dataset="cifar10").image_size is None
+    assert recipe_for("digits-vgg8", dataset="cifar10").image_size is None
+    assert recipe_for(model="resnet50", dataset="imagewoof").image_size == 192
+    assert recipe_for(model="resnet18", dataset="photos").image_size == 192
 
 
 @pytest.mark.parametrize(
@@ -119,6 +152,30 @@ def test_unknown_recipes_are_errors(arguments: dict[str, str], message: str) -> 
 def test_choices_out_of_range_are_errors(choices: dict[str, object], message: str) -> None:
     with pytest.raises(RunError, match=message):
         configure(recipe_for(), **{"norm": "kernel", "batch_size": 32, **choices})  # type: ignore[arg-type]
+
+
+def test_another_versions_record_is_an_error() -> None:
+    record = configure(recipe_for(), norm="kernel", batch_size=32).record()
+    with pytest.raises(RunError, match=r"not of this version of kernelnorm: .*'dropout'"):
+        RunConfig.from_record({**record, "dropout": 0.5})
+    del record["lr"]
+    with pytest.raises(RunError, match=r"not of this version of kernelnorm: .*'lr'"):
+        RunConfig.from_record(record)
+
+
+def test_a_new_field_with_a_default_changes_neither_name_nor_record() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(RunConfig):
+        dropout: float = 0.0
+
+    config = configure(recipe_for(), norm="kernel", batch_size=32)
+    record = config.record()
+    later = Later.from_record(record)
+    assert later.name == config.name
+    assert dataclasses.replace(later, dropout=0.5).name != config.name  # type: ignore[call-arg]
+    assert Later.defaults() == {**RunConfig.defaults(), "dropout": 0.0}
+    del record["lr_milestones"]
+    assert RunConfig.from_record(record) == config
 
 
 def test_name_is_a_function_of_every_field() -> None:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
-from kernelnorm.experiments import runs, trainer
-from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments import launch, runs, trainer
+from kernelnorm.experiments.data import Images
+from kernelnorm.experiments.launch import Launch, check_shares, share
 from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
 from kernelnorm.experiments.runs import DivergedError, RunError, RunFolder, final_accuracy
 from kernelnorm.experiments.trainer import train
@@ -61,6 +66,7 @@ def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
     assert RunConfig.from_record(content["run"]) == config
     assert content["classes"] == [str(digit) for digit in range(10)]
     assert content["image_shape"] == [1, 8, 8]
+    assert (content["train_images"], content["test_images"]) == (60, 60)
     assert content["environment"]["torch"] == torch.__version__
     history = folder.read_metrics()
     assert [metrics["epoch"] for metrics in history] == [1, 2]
@@ -88,7 +94,9 @@ def test_training_learns(tmp_path: Path) -> None:
     [("kernel", "last.ckpt"), ("batch", "best.ckpt")],
     ids=["within the first epoch", "as the first epoch ends"],
 )
-def test_killed_run_ends_with_the_same_weights(norm: str, sign: str, tmp_path: Path) -> None:
+def test_killed_run_ends_with_the_same_weights(
+    norm: str, sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small(norm, epochs=10)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(config, Launch(out=whole, verbose=False))
@@ -100,9 +108,14 @@ def test_killed_run_ends_with_the_same_weights(norm: str, sign: str, tmp_path: P
     deadline = time.monotonic() + 60
     while not (killed / sign).exists() and time.monotonic() < deadline:
         time.sleep(0.005)
+    assert (killed / sign).exists()
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train(config, Launch(out=killed, verbose=False))
+    capsys.readouterr()
+    train(config, Launch(out=killed))
+    message = re.search(r"going on with .* after epoch (\d+), step (\d+)", capsys.readouterr().out)
+    assert message is not None
+    assert 8 * int(message[1]) + int(message[2]) > 0
     assert_same_weights(whole, killed)
     assert without_times(whole) == without_times(killed)
 
@@ -130,6 +143,31 @@ def test_metrics_are_had_back_from_the_checkpoint(tmp_path: Path) -> None:
     assert folder.read_metrics()[:-1] == before
 
 
+@pytest.mark.parametrize("lines", [0, 1])
+def test_finished_run_gets_its_lost_metrics_back(lines: int, tmp_path: Path) -> None:
+    folder = train(small(), Launch(out=tmp_path, verbose=False))
+    before = folder.read_metrics()
+    checkpoint = (tmp_path / "last.ckpt").read_bytes()
+    if lines:
+        folder.write_metrics(before[:lines])
+    else:
+        (tmp_path / "metrics.jsonl").unlink()
+    train(small(), Launch(out=tmp_path, verbose=False))
+    assert folder.read_metrics() == before
+    assert (tmp_path / "last.ckpt").read_bytes() == checkpoint
+
+
+def test_finished_run_without_its_checkpoint_begins_anew(tmp_path: Path) -> None:
+    folder = train(small(), Launch(out=tmp_path, verbose=False))
+    before, final = without_times(tmp_path), weights(tmp_path)
+    (tmp_path / "last.ckpt").unlink()
+    train(small(), Launch(out=tmp_path, max_steps=3, verbose=False))
+    assert folder.read_metrics() == []
+    train(small(), Launch(out=tmp_path, verbose=False))
+    assert without_times(tmp_path) == before
+    assert all(torch.equal(tensor, final[name]) for name, tensor in weights(tmp_path).items())
+
+
 def test_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(small(), Launch(out=tmp_path, verbose=False))
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
@@ -142,6 +180,66 @@ def test_another_configuration_is_an_error(tmp_path: Path) -> None:
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
     with pytest.raises(RunError, match=r"norm is 'kernel' there and 'batch' here; lr is .* --out"):
         train(small("batch"), Launch(out=tmp_path))
+
+
+def test_a_folder_older_than_a_field_is_the_same_run(tmp_path: Path) -> None:
+    folder = train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
+    content = folder.read_config()
+    del content["run"]["precision"]
+    folder.write_config(content)
+    train(small(), Launch(out=tmp_path, max_steps=2, verbose=False))
+    with pytest.raises(RunError, match="precision is '32-true' there and 'bf16-mixed' here"):
+        train(small(precision="bf16-mixed"), Launch(out=tmp_path))
+
+
+@pytest.mark.parametrize("content", ["norm: kernel\n", "run:\n"])
+def test_config_of_no_run_is_an_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RunError, match="has no section 'run'"):
+        train(small(), Launch(out=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: images.subset(59), "train_images was 60 and is 59; test_images was 60"),
+        (lambda images: replace(images, classes=("a", "b")), r"classes was \['0', .*\['a', 'b'\]"),
+        (
+            lambda images: replace(images, pixels=images.pixels[..., :4]),
+            r"image_shape was \[1, 8, 8\] and is \[1, 8, 4\]",
+        ),
+    ],
+    ids=["fewer images", "other classes", "another shape"],
+)
+def test_changed_data_is_an_error(
+    change: Callable[[Images], Images],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
+    load = trainer.load_split
+    monkeypatch.setattr(trainer, "load_split", lambda *a: change(load(*a)))
+    with pytest.raises(RunError, match=rf"the data of .* has changed: {message}"):
+        train(small(), Launch(out=tmp_path))
+
+
+def test_another_process_in_the_folder_is_an_error(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*command(tmp_path, "kernel"), "--epochs=1000"], stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        with pytest.raises(RunError, match=f"another process trains in {tmp_path}"):
+            train(small(epochs=1000), Launch(out=tmp_path))
+    finally:
+        process.kill()
+        process.wait()
+    (tmp_path / "last.ckpt.0123.part").write_bytes(b"of a process that was killed")
+    train(small(epochs=1000), Launch(out=tmp_path, max_steps=1, verbose=False))
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", None])
@@ -202,6 +300,47 @@ def test_first_step_with_nan_is_reported_and_nothing_saved_after_it(
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (8, r"weight is not finite at epoch 1, step 8 of 8: .*\. Nothing was saved"),
+        (
+            11,
+            r"weight is not finite at epoch 2, step 3 of 8: .* last\.ckpt, after epoch 1, step 2,",
+        ),
+    ],
+)
+def test_weights_that_a_step_makes_nan_are_not_saved(
+    step: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spoils(torch.optim.SGD):
+        calls = 0
+
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.calls += 1
+            if self.calls == step:
+                self.param_groups[0]["params"][0].data[0] = math.nan
+
+    monkeypatch.setattr(torch.optim, "SGD", Spoils)
+    minutes = 10.0 if step == 8 else 0.0
+    with pytest.raises(DivergedError, match=message):
+        train(small(), Launch(out=tmp_path, checkpoint_minutes=minutes, verbose=False))
+    if step == 8:
+        assert not list(tmp_path.glob("*.ckpt"))
+    else:
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_test_loss_that_is_not_finite_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "measure", lambda *_: (math.inf, 0.1))
+    with pytest.raises(DivergedError, match=r"the test loss is inf at epoch 1, step 8 of 8: "):
+        train(small(), Launch(out=tmp_path, verbose=False))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 def test_diverging_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"training has diverged\. Try an --lr below 1e\+08"):
         train(small("none", lr=1e8), Launch(out=tmp_path))
@@ -227,7 +366,7 @@ def test_full_disk_is_an_error_and_the_last_checkpoint_is_intact(
 
 def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*config\.yaml: (Not a dir|File exists)"):
+    with pytest.raises(RunError, match=r"cannot write .*lock: (Not a dir|File exists)"):
         train(small(), Launch(out=tmp_path / "file"))
 
 
@@ -246,6 +385,55 @@ def test_images_too_small_for_the_network_are_an_error(tmp_path: Path) -> None:
         train(small("instance"), Launch(out=tmp_path))
 
 
+def test_images_smaller_than_the_network_can_halve_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot train on .*too small.*--image-size"):
+        train(small(image_size=4), Launch(out=tmp_path))
+
+
+@pytest.mark.parametrize("max_steps", [0, -3])
+def test_max_steps_that_are_not_positive_are_an_error(max_steps: int) -> None:
+    with pytest.raises(RunError, match=f"max_steps must be positive, got {max_steps}"):
+        Launch(max_steps=max_steps)
+
+
+def test_tensorboard_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "find_spec", lambda _: None)
+    with pytest.raises(RunError, match=r"--tensorboard needs: pip install 'kernelnorm\[tensor"):
+        Launch(tensorboard=True)
+
+
+def fabric_of(world_size: int, *, rank: int = 0, device: str = "cpu") -> Fabric:
+    fields = {"world_size": world_size, "global_rank": rank, "device": torch.device(device)}
+    return cast(Fabric, SimpleNamespace(**fields))
+
+
+def test_batches_that_processes_cannot_share_are_an_error() -> None:
+    with pytest.raises(RunError, match="8 images cannot be shared out evenly over 3 processes"):
+        check_shares(fabric_of(3), "layer", 8)
+    with pytest.raises(RunError, match="BatchNorm cannot be trained in several processes without"):
+        check_shares(fabric_of(2), "batch", 8)
+    check_shares(fabric_of(2, device="cuda"), "batch", 8)
+    check_shares(fabric_of(1), "batch", 8)
+
+
+def test_batch_norm_of_several_processes_sees_the_whole_batch() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    assert share(fabric_of(1), network, 0) is network
+    shared = share(fabric_of(2), network, 0)
+    assert isinstance(cast(nn.Sequential, shared)[1], nn.SyncBatchNorm)
+    assert shared.state_dict().keys() == network.state_dict().keys()
+
+
+def test_every_process_of_every_seed_draws_its_own() -> None:
+    def draw(seed: int, rank: int) -> float:
+        torch.manual_seed(seed)
+        share(fabric_of(4, rank=rank), nn.Identity(), seed)
+        return torch.rand(()).item()
+
+    assert len({draw(seed, rank) for seed in range(3) for rank in range(4)}) == 12
+    assert draw(1, 0) == torch.rand((), generator=torch.Generator().manual_seed(1)).item()
+
+
 def test_unknown_model_option_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"vgg8 cannot be made: .*'depth'.* See --model-options"):
         train(small(model_options={"depth": 3}), Launch(out=tmp_path))
@@ -256,11 +444,27 @@ def test_final_accuracy_is_the_mean_of_the_last_five_epochs() -> None:
     assert final_accuracy(history) == pytest.approx(0.3)
 
 
-def test_two_processes_train_together(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--module"]
-    run = [*torchrun, *command(tmp_path, "batch")[2:], "--max-steps=11"]
-    result = subprocess.run(run, capture_output=True, text=True, check=False)
+def test_two_processes_train_as_one_and_go_on(tmp_path: Path) -> None:
+    options = ["--standalone", "--nproc-per-node=2", "--module", "tests.two_processes"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
-    assert len(RunFolder(tmp_path).read_metrics()) == 1
+    whole, one = tmp_path / "whole", tmp_path / "one"
+    assert_same_weights(whole, tmp_path / "paused")
+    for rank in (0, 1):
+        message = (tmp_path / f"error{rank}").read_text()
+        assert "it must be on a file system that all of them share" in message
+
+    config = small("layer", lr=0.02)
+    train(config, Launch(out=one, max_steps=12, verbose=False))
+    torch.testing.assert_close(weights(whole), weights(one), rtol=1e-3, atol=1e-5)
+    assert without_times(whole) == [pytest.approx(m, rel=1e-4) for m in without_times(one)]
     with pytest.raises(RunError, match="begun with 2 processes and can only go on with as many"):
-        train(small("batch"), Launch(out=tmp_path))
+        train(config, Launch(out=whole))

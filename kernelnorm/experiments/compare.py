@@ -12,10 +12,17 @@ from typing import Any
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch.distributed import is_torchelastic_launched
 
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import DivergedError, Metrics, final_accuracy, write_whole
+from kernelnorm.experiments.runs import (
+    DivergedError,
+    Metrics,
+    RunError,
+    final_accuracy,
+    write_whole,
+)
 from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.trainer import train
 
@@ -38,7 +45,7 @@ class Row:
         config, history = self.config, self.history
         choices = (LABELS[config.norm], str(config.batch_size), f"{config.lr:g}")
         if self.failure:
-            return (*choices, "-", "-", "diverged", "-")
+            return (*choices, "-", "-", "failed", "-")
         return (
             *choices,
             str(len(history)),
@@ -61,9 +68,9 @@ class Row:
 def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = None) -> list[Row]:
     """Train the runs that are missing or unfinished, and compare all of them.
 
-    The table grows on the screen, by a row as each run ends. ``comparison.md``,
-    ``comparison.json`` and ``comparison.png`` are written into ``out`` at the end. A run that
-    diverges is a row that says so; the others go on.
+    The table grows by a row as each run ends, on the screen and in ``comparison.md`` and
+    ``comparison.json`` in ``out``; ``comparison.png`` is drawn at the end. A run that diverges, or
+    cannot be trained, is a row with the reason below it; the others go on.
 
     Args:
         configs: the runs, in the order of the table.
@@ -82,11 +89,17 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
         try:
             folder = train(config, replace(launch, out=out / config.name, verbose=False))
             row = Row(config, folder.read_metrics())
-        except DivergedError as error:
+        except RunError as error:
+            # Of several processes, the others may not have had it, and would wait for this one.
+            if is_torchelastic_launched() and not isinstance(error, DivergedError):
+                raise
             row = Row(config, [], str(error))
         rows.append(row)
         echo(_line(row.cells(), widths), flush=True)
-    rank_zero_only(_write)(rows, out)
+        if row.failure:
+            echo(f"  {row.failure}", flush=True)
+        rank_zero_only(_write)(rows, out)
+    rank_zero_only(_write_picture)(rows, out)
     echo(f"\n{_CAPTION}\nTable:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
     return rows
 
@@ -99,10 +112,19 @@ def _write(rows: Sequence[Row], out: Path) -> None:
     table = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *(row.cells() for row in rows)]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
     title = f"# {rows[0].config.case}"
-    text = "\n".join([title, "", *lines, "", _CAPTION, "", "![curves](comparison.png)", ""])
+    failures = [
+        f"- {LABELS[row.config.norm]}, batch size {row.config.batch_size}: {row.failure}."
+        for row in rows
+        if row.failure
+    ]
+    notes = [*failures, ""] if failures else []
+    text = "\n".join([title, "", *lines, "", *notes, _CAPTION, "", "![curves](comparison.png)", ""])
     write_whole(out / "comparison.md", text.encode())
     record = json.dumps([row.record() for row in rows], indent=1)
     write_whole(out / "comparison.json", record.encode())
+
+
+def _write_picture(rows: Sequence[Row], out: Path) -> None:
     picture = io.BytesIO()
     _draw(rows).savefig(picture, dpi=150)
     write_whole(out / "comparison.png", picture.getbuffer())
@@ -111,13 +133,13 @@ def _write(rows: Sequence[Row], out: Path) -> None:
 def _draw(rows: Sequence[Row]) -> Figure:
     """Draw training loss and test accuracy by epoch, one column for each batch size."""
     batch_sizes = sorted({row.config.batch_size for row in rows})
-    figure = Figure(figsize=(1 + 4 * len(batch_sizes), 6.5), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 1 + 4 * len(batch_sizes)), 6.5), layout="constrained")
     axes = figure.subplots(2, len(batch_sizes), squeeze=False, sharex=True, sharey="row")
     for (top, bottom), batch_size in zip(axes.T, batch_sizes, strict=True):
         top.set_title(f"batch size {batch_size}")
         top.set_yscale("log")
         bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for row in rows:
             if row.failure or row.config.batch_size != batch_size:
                 continue
@@ -131,7 +153,5 @@ def _draw(rows: Sequence[Row]) -> Figure:
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("test accuracy, % (dashed: final)")
     lines = {line.get_label(): line for top in axes[0] for line in top.get_lines()}
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=max(len(lines), 1)
-    )
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     return figure

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.models import create_model
 
-__all__ = ["Score", "build_network", "evaluate", "load_split", "measure", "predict"]
+__all__ = ["Score", "build_network", "describe", "evaluate", "load_split", "measure", "predict"]
 
 EVALUATIONS: tuple[Evaluation, ...] = get_args(Evaluation)
 TEST_BATCH_SIZE = 128
@@ -63,6 +63,16 @@ def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str
     return images if config.subset is None else images.subset(min(config.subset, len(images)))
 
 
+def describe(**splits: Images) -> dict[str, Any]:
+    """Return the classes, the shape and the numbers of images, as ``config.yaml`` has them."""
+    first = next(iter(splits.values()))
+    return {
+        "classes": list(first.classes),
+        "image_shape": list(first.pixels.shape[1:]),
+        **{f"{split}_images": len(images) for split, images in splits.items()},
+    }
+
+
 def measure(
     network: nn.Module, images: Images, preprocess: Preprocess, fabric: Fabric
 ) -> tuple[float, float]:
@@ -91,16 +101,18 @@ def evaluate(
     run: str | Path,
     *,
     data_dir: str | Path = "data",
+    dataset: str | Path | None = None,
     evaluations: Sequence[Evaluation] = EVALUATIONS,
     checkpoint: str = "last",
     accelerator: str = "auto",
     passes: int = 5,
 ) -> list[Score]:
-    """Score a run's network on its test images.
+    """Score a run's network on its test images, with the precision that it was trained with.
 
     Args:
         run: the run's folder.
         data_dir: where the data is.
+        dataset: the folder of the images, if it is not where it was in training.
         evaluations: behaviours of the kernel layers in evaluation, see
             :func:`kernelnorm.set_evaluation`; a network without such layers has one score, ``"-"``.
         checkpoint: ``"last"``, or ``"best"``, which was chosen on the same test images.
@@ -108,12 +120,14 @@ def evaluate(
         passes: how many seeded passes ``"monte_carlo"`` averages.
 
     Raises:
-        RunError: the folder holds no such checkpoint, or a damaged one.
+        RunError: the folder holds no such checkpoint, or a damaged one, or the images have changed.
         DataError: the test images are missing or damaged.
     """
-    fabric = make_fabric(accelerator)
-    config, content, network = _trained(run, checkpoint, fabric)
+    config, content, network, fabric = _trained(run, checkpoint, accelerator)
+    if dataset is not None:
+        config = replace(config, dataset=str(dataset))
     images = load_split(config, "test", data_dir)
+    RunFolder(run).check_data(describe(test=images))
     preprocess = _preprocess(content)
     scores = []
     if config.norm != "kernel":
@@ -144,24 +158,32 @@ def predict(
 
     Args:
         run: the run's folder.
-        images: image files; they are resized as the training images were.
+        images: image files; they are resized as the training images were. If those were not
+            square, they must have the same size.
         checkpoint: ``"best"`` or ``"last"``.
         accelerator: as Lightning Fabric names them.
         top: how many classes.
 
     Raises:
-        RunError: the folder holds no such checkpoint, or a damaged one.
+        RunError: the folder holds no such checkpoint, or a damaged one, or an image has another
+            size than it must have.
         DataError: an image cannot be read.
     """
-    fabric = make_fabric(accelerator)
-    _, content, network = _trained(run, checkpoint, fabric)
-    channels, _, size = content["image_shape"]
+    _, content, network, fabric = _trained(run, checkpoint, accelerator)
+    channels, height, width = content["image_shape"]
     classes, preprocess = content["classes"], _preprocess(content)
     network.eval()
     predictions = []
     for image in images:
-        pixels = read_image(image, size, channels)[None].to(fabric.device)
-        probabilities = network(preprocess(pixels))[0].softmax(0)
+        pixels = read_image(image, height if height == width else None, channels)
+        if pixels.shape[1:] != (height, width):
+            raise RunError(
+                f"the image {image} is {pixels.shape[2]} pixels wide and {pixels.shape[1]} high; "
+                f"the images of {run} are {width} by {height}: bring it to that size"
+            )
+        with fabric.autocast():
+            logits = network(preprocess(pixels[None].to(fabric.device)))[0]
+        probabilities = logits.float().softmax(0)
         best = probabilities.topk(min(top, len(classes)))
         predictions.append(
             [
@@ -172,10 +194,14 @@ def predict(
     return predictions
 
 
-def _trained(
-    run: str | Path, checkpoint: str, fabric: Fabric
-) -> tuple[RunConfig, dict[str, Any], nn.Module]:
-    """Return a run's configuration, the whole of its ``config.yaml`` and its trained network."""
+class _Trained(NamedTuple):
+    config: RunConfig
+    content: dict[str, Any]  # of config.yaml
+    network: nn.Module
+    fabric: Fabric
+
+
+def _trained(run: str | Path, checkpoint: str, accelerator: str) -> _Trained:
     folder = RunFolder(run)
     content = folder.read_config()
     config = RunConfig.from_record(content["run"])
@@ -186,7 +212,8 @@ def _trained(
         config, num_classes=len(content["classes"]), in_channels=content["image_shape"][0]
     )
     network.load_state_dict(state["model"])
-    return config, content, network.to(fabric.device)
+    fabric = make_fabric(accelerator, precision=config.precision)
+    return _Trained(config, content, network.to(fabric.device), fabric)
 
 
 def _preprocess(content: dict[str, Any]) -> Preprocess:

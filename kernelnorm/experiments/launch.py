@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import platform
+import random
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
+import kernelnorm
 from kernelnorm.experiments.runs import RunError
 
-__all__ = ["Launch", "make_fabric", "over_processes"]
+__all__ = ["Launch", "check_shares", "environment", "make_fabric", "over_processes", "share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,9 @@ class Launch:
         checkpoint_minutes: the longest time between two checkpoints within an epoch.
         max_steps: pause after that many steps; without it the run goes on.
         verbose: print a line per epoch.
+
+    Raises:
+        RunError: ``max_steps`` is not positive, or TensorBoard is not installed.
     """
 
     out: Path | None = None
@@ -42,6 +49,12 @@ class Launch:
     checkpoint_minutes: float = 10.0
     max_steps: int | None = None
     verbose: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_steps < 1:
+            raise RunError(f"max_steps must be positive, got {self.max_steps}")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise RunError("--tensorboard needs: pip install 'kernelnorm[tensorboard]'")
 
 
 def make_fabric(accelerator: str, *, devices: int = 1, precision: str = "32-true") -> Fabric:
@@ -64,6 +77,49 @@ def make_fabric(accelerator: str, *, devices: int = 1, precision: str = "32-true
         )
     except (ImportError, MisconfigurationException, RuntimeError, ValueError) as error:
         raise RunError(f"cannot use {devices} x accelerator {accelerator!r}: {error}") from error
+
+
+def check_shares(fabric: Fabric, norm: str, batch_size: int) -> None:
+    """Check that a batch can be shared out over the processes.
+
+    Raises:
+        RunError: it cannot.
+    """
+    if batch_size % fabric.world_size:
+        raise RunError(
+            f"a batch of {batch_size} images cannot be shared out evenly over "
+            f"{fabric.world_size} processes: change --batch-size or the number of processes"
+        )
+    if norm == "batch" and fabric.world_size > 1 and fabric.device.type != "cuda":
+        raise RunError(
+            "BatchNorm cannot be trained in several processes without CUDA: each would normalise "
+            "only its part of a batch. Use one process, or another --norm"
+        )
+
+
+def share(fabric: Fabric, network: nn.Module, seed: int) -> nn.Module:
+    """Make a network, of the same weights in all processes, ready to be trained by them together.
+
+    BatchNorm then normalises the batch of all of them, and each draws its own dropout masks.
+    """
+    if fabric.global_rank > 0:
+        own = random.Random(f"{seed}, {fabric.global_rank}")  # not what rank 0 of any seed has
+        torch.manual_seed(own.getrandbits(63))
+    if fabric.world_size > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+def environment(fabric: Fabric) -> dict[str, Any]:
+    """Return versions and devices, for people to read."""
+    device = fabric.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "kernelnorm": kernelnorm.__version__,
+        "torch": str(torch.__version__),
+        "device": f"{device.type}: {name}",
+        "processes": fabric.world_size,
+    }
 
 
 def over_processes(fabric: Fabric, x: Tensor) -> Tensor:

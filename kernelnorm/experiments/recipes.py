@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,18 +104,42 @@ class RunConfig(Recipe):
 
     def record(self) -> dict[str, Any]:
         """Return the fields as JSON and YAML know them."""
-        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return fields
+        record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RunConfig:
-        """Return the configuration whose :meth:`record` this is."""
-        return cls(**{**record, "lr_milestones": tuple(record["lr_milestones"])})
+        """Return the configuration whose :meth:`record` this is.
+
+        Raises:
+            RunError: a field is missing that has no default value, or there is an unknown one.
+        """
+        try:
+            values = {**cls.defaults(), **record}
+            return cls(**{**values, "lr_milestones": tuple(values["lr_milestones"])})
+        except TypeError as error:
+            raise RunError(
+                f"the run's configuration is not of this version of kernelnorm: {error}"
+            ) from error
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the part of :meth:`record` that has a default value, with that."""
+        needed = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+        record = cls(**dict.fromkeys(needed)).record()  # type: ignore[arg-type]
+        return {name: value for name, value in record.items() if name not in needed}
 
     @property
     def name(self) -> str:
-        """The name of the run's folder: what people look for, and a hash of every field."""
-        digest = hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+        """The name of the run's folder: what people look for, and a hash of the fields.
+
+        Fields with their default value are left out, so that one more field renames no folder.
+        """
+        defaults = self.defaults().items()
+        chosen = {
+            name: value for name, value in self.record().items() if (name, value) not in defaults
+        }
+        digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         return f"{self.norm}-b{self.batch_size}-seed{self.seed}-{digest[:8]}"
 
 
@@ -149,16 +173,18 @@ DIGITS = replace(  # our own, for a first look: a minute or two on any machine, 
     epochs=8,
 )
 RECIPES = {recipe.case: recipe for recipe in (DIGITS, CIFAR10, IMAGENETTE, IMAGEWOOF)}
+_DATASETS = {recipe.dataset for recipe in RECIPES.values()}
 _FAMILIES = {"vgg": CIFAR10, "densenet": IMAGENETTE, "resnet": IMAGEWOOF}
 
 
 def recipe_for(
-    case: str | None = None, *, model: str | None = None, dataset: str | None = None
+    case: str | None = None, *, model: str | None = None, dataset: str | Path | None = None
 ) -> Recipe:
     """Return the recipe of a case study, or one for any model and dataset.
 
     A model without a case is trained by the recipe of the paper's case study with a network of its
     family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, resnet by Imagewoof-ResNet18.
+    The images of a named dataset that is not the recipe's own keep their size.
 
     Raises:
         RunError: the case or the model is unknown, or there is a model but no dataset.
@@ -167,6 +193,7 @@ def recipe_for(
         raise RunError(f"unknown model {model!r}: choose from {', '.join(list_models())}")
     if case is not None and case not in RECIPES:
         raise RunError(f"unknown case {case!r}: choose from {', '.join(RECIPES)}")
+    dataset = None if dataset is None else _plain(dataset)
     if case is None and model is None and dataset is None:
         return DIGITS
     if case is None and dataset is None:
@@ -179,13 +206,21 @@ def recipe_for(
     if model in (None, base.model) and dataset in (None, base.dataset):
         return base
     model, dataset = model or base.model, dataset or base.dataset
+    own_size = dataset in _DATASETS and dataset != base.dataset
     return replace(
         base,
         case=f"{Path(dataset).resolve().name}-{model}",
         dataset=dataset,
         model=model,
         model_options=base.model_options if model == base.model else {},
+        image_size=None if own_size else base.image_size,
     )
+
+
+def _plain(dataset: str | Path) -> str:
+    """Return ``photos/`` as ``photos``; but ``./digits`` is a folder and not ``digits``."""
+    plain = str(Path(dataset))
+    return str(dataset) if plain in _DATASETS else plain
 
 
 def configure(
@@ -205,16 +240,17 @@ def configure(
     """
     if norm not in NORMS:
         raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
-    fields = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
+    values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
+    values["dataset"] = _plain(values["dataset"])
     for name in ("batch_size", "epochs", "image_size", "subset"):
-        value = fields.get(name)
+        value = values.get(name)
         if value is not None and value < 1:
             raise RunError(f"{name} must be positive, got {value}")
     if lr is None:
         lr = paper_lr(recipe, norm, batch_size).lr
     if not (lr > 0 and math.isfinite(lr)):
         raise RunError(f"the learning rate must be positive, got {lr}")
-    return RunConfig(**fields, lr=lr)
+    return RunConfig(**values, lr=lr)
 
 
 @cache
@@ -224,7 +260,10 @@ def paper() -> dict[str, Any]:
 
 
 class PaperLR(NamedTuple):
-    """A learning rate of the paper, and where it stands: exactly, or the nearest that there is."""
+    """A learning rate of the paper, and where it stands: exactly, or the nearest that there is.
+
+    It is exact for the paper's own cases only.
+    """
 
     lr: float
     source: str
@@ -249,4 +288,6 @@ def paper_lr(recipe: Recipe, norm: str, batch_size: int) -> PaperLR:
     exact = column == norm and row["batch_size"] == batch_size
     if not exact:
         source += f" (the nearest to {norm}, batch size {batch_size})"
+    if recipe.case != recipe.lr_table:
+        exact, source = False, f"as {recipe.lr_table}'s {source}"
     return PaperLR(row[column], source, exact)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["DivergedError", "Metrics", "RunError", "RunFolder", "final_accuracy", "write_whole"]
 
@@ -32,7 +37,7 @@ class RunError(Exception):
 
 
 class DivergedError(RunError):
-    """The loss became infinite or not a number."""
+    """The loss or a weight became infinite or not a number."""
 
 
 def write_whole(file: Path, content: bytes | memoryview) -> None:
@@ -41,7 +46,7 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     Raises:
         RunError: it cannot be written; what was there before is untouched.
     """
-    part = file.with_name(f"{file.name}.part")
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as stream:
@@ -71,6 +76,8 @@ class RunFolder:
     ``best.ckpt``
         the weights with the best test accuracy, for use: having been chosen on the test images,
         their accuracy is not a result.
+    ``.lock``
+        an empty file, which the process that trains holds.
 
     Args:
         path: the folder; it need not exist.
@@ -93,7 +100,7 @@ class RunFolder:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise RunError(f"{self.path} is not the folder of a run: {error}") from error
-        if not isinstance(content, dict) or "run" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
             raise RunError(f"{self.path} is not the folder of a run: {file} has no section 'run'")
         return content
 
@@ -103,8 +110,37 @@ class RunFolder:
             self.path / "config.yaml", yaml.safe_dump(dict(content), sort_keys=False).encode()
         )
 
-    def check(self, record: Mapping[str, Any]) -> None:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training in the folder, on systems that have such locks.
+
+        Raises:
+            RunError: another process does, or the folder cannot be written to.
+        """
+        file = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = file.open("a")
+        except OSError as error:
+            raise RunError(f"cannot write {file}: {error.strerror}") from error
+        with stream:
+            if sys.platform != "win32":
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise RunError(f"another process trains in {self.path}") from error
+                except OSError:  # a file system without locks
+                    pass
+            for part in self.path.glob("*.part"):  # of processes that were killed
+                part.unlink(missing_ok=True)
+            yield
+
+    def check(self, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Check that the folder is new, or of the run with this configuration.
+
+        Args:
+            record: the configuration's fields.
+            defaults: those that have a default value; a folder may be older than a field.
 
         Raises:
             RunError: it is another run's, or holds a checkpoint of nobody knows what.
@@ -115,7 +151,7 @@ class RunFolder:
                     f"{self.path} has a checkpoint but no config.yaml: give another --out"
                 )
             return
-        there = self.read_config()["run"]
+        there = {**defaults, **self.read_config()["run"]}
         differing = [
             f"{key} is {there.get(key)!r} there and {record.get(key)!r} here"
             for key in {**record, **there}
@@ -125,6 +161,24 @@ class RunFolder:
             raise RunError(
                 f"{self.path} holds another run: {'; '.join(differing)}. "
                 "Give another --out, or the options of that run to go on with it"
+            )
+
+    def check_data(self, found: Mapping[str, Any]) -> None:
+        """Check that the images are of the kind and number that ``config.yaml`` tells.
+
+        Raises:
+            RunError: they have changed since the run was begun.
+        """
+        there = self.read_config()
+        changed = [
+            f"{key} was {there[key]!r} and is {value!r}"
+            for key, value in found.items()
+            if there.get(key, value) != value
+        ]
+        if changed:
+            raise RunError(
+                f"the data of {self.path} has changed: {'; '.join(changed)}. "
+                "Restore it, or train on what is there now in another --out"
             )
 
     def read_metrics(self) -> list[Metrics]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from kernelnorm.experiments.runs import Metrics, RunError, RunFolder
 
 __all__ = ["Progress", "Sums", "restore", "save"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,12 +35,19 @@ class Progress:
     step: int = 0
     sums: Sums = field(default_factory=Sums)
 
+    def __bool__(self) -> bool:
+        """Tell whether there is any."""
+        return bool(self.history or self.step)
+
+    def __str__(self) -> str:
+        return f"epoch {len(self.history)}, step {self.step}"
+
 
 def save(
     folder: RunFolder, fabric: Fabric, network: nn.Module, optimizer: Optimizer, progress: Progress
 ) -> None:
     """Write ``last.ckpt``, and ``metrics.jsonl``, which is a readable copy of a part of it."""
-    rng = _rng_of_all(fabric)
+    rng = _of_all(fabric, _rng(fabric))
     if fabric.is_global_zero:
         state = {
             "model": network.state_dict(),
@@ -58,11 +67,31 @@ def restore(
     """Take up the state in ``last.ckpt``, or none where there is no such file.
 
     Raises:
-        RunError: the file is damaged, or of another number of processes.
+        RunError: the file is damaged, or of another number of processes, or not all of them see it.
     """
     state = folder.load("last.ckpt")
-    if state is None:
-        return Progress()
+    progress = Progress() if state is None else _take_up(state, folder, fabric, network, optimizer)
+    here = len(progress.history), progress.step
+    if any(there != here for there in _of_all(fabric, here)):
+        raise RunError(
+            f"the processes have found different states of the run in {folder.path}: "
+            "it must be on a file system that all of them share"
+        )
+    # A process may have been killed after writing the one file and before writing the other.
+    if fabric.is_global_zero and folder.read_metrics() != progress.history:
+        folder.write_metrics(progress.history)
+    fabric.barrier()
+    return progress
+
+
+def _take_up(
+    state: dict[str, Any],
+    folder: RunFolder,
+    fabric: Fabric,
+    network: nn.Module,
+    optimizer: Optimizer,
+) -> Progress:
+    """Give each its part of the state of training."""
     try:
         world_size = len(state["rng"])
         if world_size != fabric.world_size:
@@ -86,11 +115,16 @@ def restore(
         ) from error
 
 
-def _rng_of_all(fabric: Fabric) -> list[dict[str, Tensor]]:
-    """Return the states of the random generators, of each process."""
+def _rng(fabric: Fabric) -> dict[str, Tensor]:
+    """Return the states of the random generators."""
     own = {"cpu": torch.get_rng_state()}
     if fabric.device.type == "cuda":
         own["cuda"] = torch.cuda.get_rng_state(fabric.device)
+    return own
+
+
+def _of_all(fabric: Fabric, own: T) -> list[T]:
+    """Return what each process has."""
     if fabric.world_size == 1:
         return [own]
     every: list[Any] = [None] * fabric.world_size

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
-from importlib.util import find_spec
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,17 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
-import kernelnorm
 from kernelnorm.experiments import state
 from kernelnorm.experiments.data import Augment, Preprocess, batches, steps_per_epoch
-from kernelnorm.experiments.evaluation import build_network, load_split, measure
-from kernelnorm.experiments.launch import Launch, make_fabric, over_processes
+from kernelnorm.experiments.evaluation import build_network, describe, load_split, measure
+from kernelnorm.experiments.launch import (
+    Launch,
+    check_shares,
+    environment,
+    make_fabric,
+    over_processes,
+    share,
+)
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import DivergedError, Metrics, RunError, RunFolder
 from kernelnorm.experiments.state import Progress
@@ -38,21 +43,20 @@ def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
         launch: where and how.
 
     Raises:
-        DivergedError: the loss is not finite.
-        RunError: the folder holds another run, a checkpoint is damaged, a file cannot be written,
-            or the device is not there.
+        DivergedError: the loss or a weight is not finite.
+        RunError: the folder holds another run, or another process trains in it, a checkpoint is
+            damaged, a file cannot be written, or the device is not there.
         DataError: images are missing or damaged.
     """
     launch = launch or Launch()
-    if launch.tensorboard and find_spec("tensorboard") is None:
-        raise RunError("--tensorboard needs: pip install 'kernelnorm[tensorboard]'")
     folder = RunFolder(launch.out or Path("runs") / config.case / config.name)
-    folder.check(config.record())
+    folder.check(config.record(), config.defaults())
     history = folder.read_metrics()
-    if config.finished(history):
+    if config.finished(history) and (folder.path / "last.ckpt").exists():
         if launch.verbose:
             rank_zero_only(print)(f"{folder.path} is finished, after {len(history)} epochs.")
-    else:
+        return folder
+    with folder.lock() if rank_zero_only.rank == 0 else nullcontext():  # type: ignore[attr-defined]
         _Training(config, launch, folder).run()
     return folder
 
@@ -63,11 +67,7 @@ class _Training:
         self.fabric = fabric = make_fabric(
             launch.accelerator, devices=launch.devices, precision=config.precision
         )
-        if config.batch_size % fabric.world_size:
-            raise RunError(
-                f"a batch of {config.batch_size} images cannot be shared out evenly over "
-                f"{fabric.world_size} processes: change --batch-size or the number of processes"
-            )
+        check_shares(fabric, config.norm, config.batch_size)
         fabric.launch()
         with fabric.rank_zero_first():  # the others find the data downloaded
             self.train_images = load_split(config, "train", launch.data_dir)
@@ -85,13 +85,13 @@ class _Training:
         if not self.steps:
             raise RunError(f"{len(self.train_images)} training images are too few for a batch")
 
-        # Processes draw different dropout masks; DDP gives them the weights of the first one.
-        torch.manual_seed(config.seed + fabric.global_rank)
+        torch.manual_seed(config.seed)
         self.network = build_network(
             config,
             num_classes=len(self.train_images.classes),
             in_channels=self.train_images.pixels.shape[1],
         )
+        self.network = share(fabric, self.network, config.seed)
         if launch.compile:
             self.network.compile(dynamic=False)  # batches have two sizes, the last being smaller
         self.model, self.optimizer = fabric.setup(
@@ -109,13 +109,11 @@ class _Training:
 
     def run(self) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""
-        self.progress = state.restore(self.folder, self.fabric, self.network, self.optimizer)
-        if (self.progress.history or self.progress.step) and self.launch.verbose:
-            self.fabric.print(
-                f"going on with {self.folder.path} after epoch {len(self.progress.history)}, "
-                f"step {self.progress.step}"
-            )
         self._write_config()
+        self.progress = state.restore(self.folder, self.fabric, self.network, self.optimizer)
+        self.intact = str(self.progress) if self.progress else ""
+        if self.intact and self.launch.verbose:
+            self.fabric.print(f"going on with {self.folder.path} after {self.progress}")
         with self._bar() as self.bar:
             while not self.config.finished(self.progress.history):
                 if not self._train_epoch():
@@ -159,13 +157,17 @@ class _Training:
                 self._look(pending)
                 self._save_if_due()
         self._look(pending)
+        self._check_weights()
         return progress.step == self.steps
 
     def _forward(self, x: Tensor) -> Tensor:
         try:
             return self.model(x.to(memory_format=torch.channels_last))  # type: ignore[no-any-return]
-        except ValueError as error:
-            config = self.config
+        except (RuntimeError, ValueError) as error:
+            config, problem = self.config, str(error)
+            too_small = "too small" in problem or "greater than actual input size" in problem
+            if isinstance(error, RuntimeError) and not too_small:
+                raise  # such as too little memory
             raise RunError(
                 f"{config.model} with norm {config.norm} cannot train on batches of shape "
                 f"{tuple(x.shape)}: {error}. Try a larger --image-size or --batch-size"
@@ -180,7 +182,7 @@ class _Training:
         first = self.progress.step - len(pending)
         for i, ((loss, correct), (_, images)) in enumerate(zip(rows, pending, strict=True)):
             if not math.isfinite(loss):
-                raise self._diverged(loss, first + i + 1)
+                raise self._diverged(f"the loss is {loss}", first + i + 1)
             sums.loss += loss
             sums.correct += correct
             sums.images += images * world_size
@@ -195,35 +197,38 @@ class _Training:
             refresh=False,
         )
 
-    def _diverged(self, loss: float, step: int) -> DivergedError:
+    def _check_weights(self) -> None:
+        """Stop at a weight that is not finite: the loss of a step is from before its update."""
+        finite = [parameter.isfinite().all() for parameter in self.network.parameters()]
+        if not torch.stack(finite).all():
+            raise self._diverged("a weight is not finite", self.progress.step)
+
+    def _diverged(self, problem: str, step: int) -> DivergedError:
         config = self.config
         precision = "" if config.precision == "32-true" else " or --precision 32-true"
+        saved = f"last.ckpt, after {self.intact}, is intact" if self.intact else "Nothing was saved"
         return DivergedError(
-            f"the loss is {loss} at epoch {len(self.progress.history) + 1}, step {step} of "
-            f"{self.steps}: training has diverged. Try an --lr below {config.lr:g}{precision}. "
-            "Nothing has been saved since"
+            f"{problem} at epoch {len(self.progress.history) + 1}, step {step} of {self.steps}: "
+            f"training has diverged. Try an --lr below {config.lr:g}{precision}. {saved}"
         )
 
     def _end_epoch(self) -> None:
         """Test the network, write down the epoch, and save."""
         history, sums = self.progress.history, self.progress.sums
-        if self.fabric.world_size > 1:  # the running statistics of the process that saves
-            for buffer in self.network.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        test_loss, test_accuracy = measure(
-            self.network, self.test_images, self.preprocess, self.fabric
-        )
+        loss, accuracy = measure(self.network, self.test_images, self.preprocess, self.fabric)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the test loss is {loss}", self.progress.step)
         metrics = {
             "epoch": len(history) + 1,
             "train_loss": sums.loss / sums.images,
             "train_accuracy": sums.correct / sums.images,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            "test_loss": loss,
+            "test_accuracy": accuracy,
             "lr": self.config.lr_at(len(history)),
             "seconds": sums.seconds,
             "images_per_second": sums.images / sums.seconds,
         }
-        is_best = all(test_accuracy > earlier["test_accuracy"] for earlier in history)
+        is_best = all(accuracy > earlier["test_accuracy"] for earlier in history)
         self.progress = Progress(history=[*history, metrics])
         if is_best and self.fabric.is_global_zero:
             best = {"model": self.network.state_dict(), "epoch": metrics["epoch"]}
@@ -256,34 +261,28 @@ class _Training:
     def _save_if_due(self) -> None:
         due = time.perf_counter() - self.saved >= 60 * self.launch.checkpoint_minutes
         if self.fabric.broadcast(due):
+            self._check_weights()
             self._save()
             self.clock = self.saved = time.perf_counter()
 
     def _save(self) -> None:
         state.save(self.folder, self.fabric, self.network, self.optimizer, self.progress)
+        self.intact = str(self.progress)
 
     def _write_config(self) -> None:
-        if not self.fabric.is_global_zero or (self.folder.path / "config.yaml").exists():
-            return
-        device = self.fabric.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        standardise = None
-        if self.preprocess.mean is not None and self.preprocess.std is not None:
-            standardise = {"mean": [*self.preprocess.mean], "std": [*self.preprocess.std]}
-        self.folder.write_config(
-            {
-                "run": self.config.record(),
-                "classes": list(self.train_images.classes),
-                "image_shape": list(self.train_images.pixels.shape[1:]),
-                "standardise": standardise,
-                "environment": {
-                    "kernelnorm": kernelnorm.__version__,
-                    "torch": str(torch.__version__),
-                    "device": f"{device.type}: {name}",
-                    "processes": self.fabric.world_size,
-                },
-            }
-        )
+        found = describe(train=self.train_images, test=self.test_images)
+        if (self.folder.path / "config.yaml").exists():
+            self.folder.check_data(found)
+        elif self.fabric.is_global_zero:
+            mean, std = self.preprocess.mean, self.preprocess.std
+            self.folder.write_config(
+                {
+                    "run": self.config.record(),
+                    **found,
+                    "standardise": mean and std and {"mean": [*mean], "std": [*std]},
+                    "environment": environment(self.fabric),
+                }
+            )
 
     def _bar(self) -> tqdm[Any]:
         """Return the bar of the whole run, so that its time left is the run's."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernelnorm.experiments.data.images import Images
+from kernelnorm.experiments.data.images import DataError, Images
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,11 @@ class Preprocess:
 
     @classmethod
     def standardise(cls, images: Images) -> Preprocess:
-        """Standardise with the mean and standard deviation of ``images`` themselves."""
+        """Standardise with the mean and standard deviation of ``images`` themselves.
+
+        Raises:
+            DataError: if a channel has one value only, and so no deviation to divide by.
+        """
         channels = images.pixels.shape[1]
         total = torch.zeros(channels, dtype=torch.float64)
         squares = torch.zeros(channels, dtype=torch.float64)
@@ -49,6 +53,12 @@ class Preprocess:
             squares += x.square_().sum((0, 2, 3))
         mean = total * channels / images.pixels.numel()
         std = (squares * channels / images.pixels.numel() - mean.square()).sqrt()
+        for channel in range(channels):
+            if not std[channel] > 0:
+                raise DataError(
+                    f"channel {channel} of the images is {mean[channel]:.0f} in every pixel and "
+                    "cannot be standardised: replace the images, or train without standardising"
+                )
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from kernelnorm.experiments.data.disk import replacing, writable_home
+from kernelnorm.experiments.data.disk import locked, replacing, writable_home
 from kernelnorm.experiments.data.images import DataError
 
 IN_MEMORY = 16 << 20  # bytes of pixels, decoded in a second or two; more are kept in a file
+FORMAT = 1  # of that file: to be counted up whenever the same images give other pixels
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -26,8 +28,8 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
     """One image as ``uint8`` of shape :math:`(C, H, W)`.
 
     Args:
-        path: the file. Grey, palette and CMYK images are converted, transparency is dropped, and of
-            an animation the first picture counts.
+        path: the file. Grey, palette and CMYK images are converted, transparency is dropped, of an
+            animation the first picture counts, and a camera's note which way is up is followed.
         image_size: the shorter side is resized to it (bilinear, antialiased), and the longer one
             is cut at both ends, which keeps the aspect. The paper only says "resized to 160x160";
             squashing to a square would be the other reading. ``None`` keeps the image's own size.
@@ -45,6 +47,7 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
                 )
             if image_size is not None:
                 image.draft(None, (image_size, image_size))
+            ImageOps.exif_transpose(image, in_place=True)
             picture = image.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
@@ -66,8 +69,8 @@ def decode(folder: Path, files: Sequence[Path], image_size: int | None, data_dir
 
     More than ``IN_MEMORY`` bytes are written to a file in ``data_dir/.cache``, or in the user's
     cache folder where ``data_dir`` is read-only, and mapped into memory. The file's name stands for
-    the folder, the image size and each file's name, size and time: it is used again as long as
-    these are the same, and removed when they are not.
+    the folder, the image size, ``FORMAT`` and each file's name, size and time: it is used again as
+    long as these are the same, and removed when they are not.
     """
     shape = (len(files), *read_image(files[0], image_size).shape)
     needed = math.prod(shape)
@@ -79,15 +82,19 @@ def decode(folder: Path, files: Sequence[Path], image_size: int | None, data_dir
 
     place = _digest([str(folder.resolve()), str(image_size)])
     stamps = ((file.relative_to(folder), file.stat()) for file in files)
-    content = _digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stamps)
+    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stamps]
+    content = _digest([str(FORMAT), *lines])
     cache = writable_home(data_dir) / ".cache"
     target = cache / f"{place}-{content}.uint8"
-    if not target.is_file() or target.stat().st_size != needed:
-        with replacing(target, needed) as temporary, temporary.open("wb") as output:
-            for image in _read_all(files, image_size, shape[1:]):
-                output.write(image.data)
-        for outdated in set(cache.glob(f"{place}-*.uint8")) - {target}:
-            outdated.unlink(missing_ok=True)
+    with locked(target):
+        if not target.is_file() or target.stat().st_size != needed:
+            with replacing(target, needed) as temporary, temporary.open("wb") as output:
+                for image in _read_all(files, image_size, shape[1:]):
+                    output.write(image.data)
+                output.flush()
+                os.fsync(output.fileno())  # else a power cut may leave the name without the pixels
+            for outdated in set(cache.glob(f"{place}-*.uint8")) - {target}:
+                outdated.unlink(missing_ok=True)
     return torch.from_numpy(np.memmap(target, np.uint8, mode="c", shape=shape))
 
 
@@ -99,7 +106,8 @@ def _read_all(
         if image.shape != shape:
             raise DataError(
                 f"the image {file} is {image.shape[2]} pixels wide and {image.shape[1]} high, but "
-                f"{files[0]} is {shape[2]} by {shape[1]}: give an image_size for all"
+                f"{files[0]} is {shape[2]} by {shape[1]}: give an image_size for "
+                "all (--image-size on the command line)"
             )
         return image.numpy()
 
@@ -113,5 +121,5 @@ def _read_all(
                 bar.update()
 
 
-def _digest(lines: Iterator[str] | Sequence[str]) -> str:
+def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

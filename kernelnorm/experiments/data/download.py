@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tarfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
 import requests
 from tqdm import tqdm
 
-from kernelnorm.experiments.data.disk import replacing, space_for, writable_home
+from kernelnorm.experiments.data.disk import locked, replacing, space_for, writable_home
 from kernelnorm.experiments.data.images import DataError
 
 
@@ -26,6 +27,9 @@ class Dataset:
         folder: the one folder that the archive holds.
         megabytes: the archive's size, roughly; to see beforehand whether the disk has room.
         image_size: height and width of the images that the experiments use.
+        train_images: how many there are.
+        test_images: likewise.
+        classes: likewise.
     """
 
     url: str
@@ -33,6 +37,9 @@ class Dataset:
     folder: str
     megabytes: int
     image_size: int
+    train_images: int
+    test_images: int
+    classes: int = 10
 
     @property
     def archive(self) -> str:
@@ -47,6 +54,8 @@ DATASETS = {
         folder="cifar-10-batches-bin",
         megabytes=170,
         image_size=32,
+        train_images=50_000,
+        test_images=10_000,
     ),
     "imagenette": Dataset(
         url="https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
@@ -54,6 +63,8 @@ DATASETS = {
         folder="imagenette2-160",
         megabytes=100,
         image_size=160,
+        train_images=9_469,
+        test_images=3_925,
     ),
     "imagewoof": Dataset(
         url="https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-320.tgz",
@@ -61,6 +72,8 @@ DATASETS = {
         folder="imagewoof2-320",
         megabytes=330,
         image_size=192,
+        train_images=9_025,
+        test_images=3_929,
     ),
 }
 
@@ -69,46 +82,73 @@ def locate(name: str, data_dir: Path, *, download: bool, url: str | None = None)
     """The folder that holds the data set ``name``, fetched and unpacked if need be.
 
     Taken in this order: the unpacked archive, a folder of images ``data_dir/name``, ``data_dir``
-    itself if it has a folder ``train``, the archive, a download. A ``data_dir`` that cannot be
-    written to is only read: downloads and unpacked archives then go to the user's cache folder.
+    itself if its folder ``train`` has as many classes, the archive, a download. A ``data_dir`` that
+    cannot be written to is only read: downloads and unpacked archives then go to the user's cache
+    folder.
     """
     dataset = DATASETS[name]
     home = writable_home(data_dir)
+    if folder := _find(name, data_dir, home):
+        return folder
+    archives = (data_dir / dataset.archive, home / dataset.archive)
+    variable = f"KERNELNORM_{name.upper()}_URL"
+    url = url or os.environ.get(variable) or dataset.url
+    if not download and not any(archive.is_file() for archive in archives):
+        raise DataError(
+            f"{name} is not in {data_dir}: expected the archive {dataset.archive}, its folder "
+            f"{dataset.folder}, or images of {dataset.classes} classes in train/<class>/ and "
+            f"val/<class>/ or test/<class>/. Allow the download, or fetch {url} and put it there"
+        )
+    target = home / dataset.folder
+    with locked(target):
+        if folder := _find(name, data_dir, home):  # made by the process that held the lock
+            return folder
+        for archive in archives:
+            if archive.is_file():
+                _verify(archive, dataset.md5)
+                return _unpack(archive, target)
+        try:
+            archive = _download(url, home / dataset.archive, dataset)
+        except requests.RequestException as error:
+            raise DataError(
+                f"cannot download {name} from {url}: {error}. Try again (what has arrived is "
+                f"kept), name a mirror in {variable}, or put the file at {home / dataset.archive} "
+                "by hand"
+            ) from error
+        except ValueError as error:
+            raise DataError(
+                f"what came from {url} is not {name}: {error}. Try again, or name another mirror "
+                f"in {variable}"
+            ) from error
+        return _unpack(archive, target)
+
+
+def _find(name: str, data_dir: Path, home: Path) -> Path | None:
+    dataset = DATASETS[name]
     for unpacked in (data_dir / dataset.folder, home / dataset.folder):
         if unpacked.is_dir():
             return unpacked
-    for folder in (data_dir / name, data_dir):
-        if (folder / "train").is_dir():
-            return folder
-    for archive in (data_dir / dataset.archive, home / dataset.archive):
-        if archive.is_file():
-            _verify(archive, dataset.md5)
-            return _unpack(archive, home / dataset.folder)
-    variable = f"KERNELNORM_{name.upper()}_URL"
-    url = url or os.environ.get(variable) or dataset.url
-    if not download:
-        raise DataError(
-            f"{name} is not in {data_dir}: expected the archive {dataset.archive}, its folder "
-            f"{dataset.folder}, or images in train/<class>/ and val/<class>/ or test/<class>/. "
-            f"Allow the download, or fetch {url} and put it there"
-        )
-    try:
-        archive = _download(url, home / dataset.archive, dataset)
-    except requests.RequestException as error:
-        raise DataError(
-            f"cannot download {name} from {url}: {error}. Try again (what has arrived is kept), "
-            f"name a mirror in {variable}, or put the file at {home / dataset.archive} by hand"
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"what came from {url} is not {name}: the md5 of {dataset.archive} should be "
-            f"{dataset.md5}. Try again, or name another mirror in {variable}"
-        ) from error
-    return _unpack(archive, home / dataset.folder)
+    if (data_dir / name / "train").is_dir():
+        return data_dir / name
+    train = data_dir / "train"
+    return data_dir if train.is_dir() and len(subfolders(train)) == dataset.classes else None
+
+
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in ``folder`` that are not hidden: of its classes."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _md5(file: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _verify(archive: Path, md5: str) -> None:
-    found = pooch.file_hash(str(archive), alg="md5")
+    found = _md5(archive)
     if found != md5:
         raise DataError(
             f"{archive} is broken or another version: its md5 is {found}, expected {md5}. "
@@ -118,42 +158,49 @@ def _verify(archive: Path, md5: str) -> None:
 
 def _download(url: str, target: Path, dataset: Dataset) -> Path:
     """Fetch ``url``, in three attempts; ``target`` appears once the md5 is right."""
-
-    def resume(url: str, output_file: str, _: pooch.Pooch) -> None:
-        part = target.with_name(target.name + ".part")
-        part.touch()
-        start = part.stat().st_size
-        headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
-        with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-            # 416: nothing lies beyond what we have, so it is whole, and the md5 will tell.
-            if response.status_code != requests.codes.requested_range_not_satisfiable:
-                response.raise_for_status()
-                start = start if response.status_code == requests.codes.partial_content else 0
-                length = response.headers.get("Content-Length")
-                with (
-                    part.open("ab" if start else "wb") as file,
-                    tqdm(
-                        desc=target.name,
-                        initial=start,
-                        total=start + int(length) if length else None,
-                        unit="B",
-                        unit_scale=True,
-                        disable=None,
-                    ) as bar,
-                ):
-                    for chunk in response.iter_content(1 << 16):
-                        bar.update(file.write(chunk))
-        part.replace(output_file)
-
-    downloads = pooch.create(
-        path=target.parent,
-        base_url="",
-        registry={target.name: f"md5:{dataset.md5}"},
-        urls={target.name: url},
-        retry_if_failed=2,
-    )
+    part = target.with_name(target.name + ".part")
     with space_for(dataset.megabytes * 1_000_000, target.parent):
-        return Path(downloads.fetch(target.name, downloader=resume))
+        for attempt in (1, 2, 3):
+            try:
+                _fetch_rest(url, part)
+                found = _md5(part)
+                if found == dataset.md5:
+                    break
+                part.unlink()
+                raise ValueError(
+                    f"the md5 of {target.name} should be {dataset.md5}, but is {found}"
+                )
+            except (requests.RequestException, ValueError):
+                if attempt == 3:
+                    raise
+                time.sleep(attempt)
+        return part.replace(target)
+
+
+def _fetch_rest(url: str, part: Path) -> None:
+    """Append to ``part`` what it lacks of ``url``; start anew where the server cannot do that."""
+    part.touch()
+    start = part.stat().st_size
+    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == requests.codes.requested_range_not_satisfiable:
+            return  # nothing lies beyond what we have, so it is whole, and the md5 will tell
+        response.raise_for_status()
+        start = start if response.status_code == requests.codes.partial_content else 0
+        length = response.headers.get("Content-Length")
+        with (
+            part.open("ab" if start else "wb") as file,
+            tqdm(
+                desc=part.stem,
+                initial=start,
+                total=start + int(length) if length else None,
+                unit="B",
+                unit_scale=True,
+                disable=None,
+            ) as bar,
+        ):
+            for chunk in response.iter_content(1 << 16):
+                bar.update(file.write(chunk))
 
 
 def _unpack(archive: Path, target: Path) -> Path:

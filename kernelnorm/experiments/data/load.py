@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from kernelnorm.experiments.data.decode import SUFFIXES, decode, to_pixels
-from kernelnorm.experiments.data.download import DATASETS, locate
+from kernelnorm.experiments.data.download import DATASETS, locate, subfolders
 from kernelnorm.experiments.data.images import DataError, Images
 
 CIFAR10_CLASSES = (
@@ -40,13 +42,16 @@ def load_images(
               every fifth image of each digit is a test image;
             - ``"cifar10"``: 3 x 32 x 32, 50,000 and 10,000 images;
             - ``"imagenette"``: 3 x 160 x 160, 9,469 and 3,925 images;
-            - ``"imagewoof"``: 3 x 192 x 192, 9,025 and 3,929 images;
+            - ``"imagewoof"``: 3 x 192 x 192, 9,025 and 3,929 images; other counts than these are
+              accepted, and told on the standard error stream;
             - a folder with ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*``. The
               classes are those of ``train``, by name.
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"`` or ``"test"``. The test images of a folder are those in ``val``; those in
+            ``test`` count only where there is no ``val``, and stay unseen otherwise.
         data_dir: where the data is or goes: an archive as published, the same unpacked, or a folder
-            of images, named like the data set or ``data_dir`` itself. It may be read-only: what has
-            to be written then goes to ``$XDG_CACHE_HOME/kernelnorm`` (``~/.cache/kernelnorm``).
+            of images, named like the data set or, if it has 10 classes, ``data_dir`` itself. It may
+            be read-only: what has to be written then goes to ``$XDG_CACHE_HOME/kernelnorm``
+            (``~/.cache/kernelnorm``).
         image_size: height and width; see :func:`read_image` for how images get there. Default: the
             data set's own, as listed; the images of a folder must then all have one size.
         download: whether a named data set that is not in ``data_dir`` may be downloaded.
@@ -74,7 +79,9 @@ def load_images(
     folder = locate(str(dataset), data_dir, download=download, url=url)
     if folder.name == DATASETS["cifar10"].folder:
         return _resized(_cifar10(folder, split), image_size)
-    return _folder(folder, split, image_size or DATASETS[str(dataset)].image_size, data_dir)
+    return _folder(
+        folder, split, image_size or DATASETS[str(dataset)].image_size, data_dir, name=str(dataset)
+    )
 
 
 def _digits(split: Split) -> Images:
@@ -111,15 +118,19 @@ def _resized(images: Images, image_size: int | None) -> Images:
     """As :func:`read_image` resizes, for data sets that are not files."""
     if image_size in (None, images.pixels.shape[-1]):
         return images
-    pictures = (
-        Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()) for pixels in images.pixels
-    )
-    pixels = torch.stack([to_pixels(picture, image_size) for picture in pictures])
+    pixels = images.pixels.new_empty(*images.pixels.shape[:2], image_size, image_size)
+    bar = tqdm(images.pixels, desc="resizing images", unit=" images", delay=1, disable=None)
+    for row, image in zip(pixels, bar, strict=True):
+        picture = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+        row.copy_(to_pixels(picture, image_size))
     return Images(pixels, images.labels, images.classes)
 
 
-def _folder(root: Path, split: Split, image_size: int | None, data_dir: Path) -> Images:
-    names = ("train",) if split == "train" else ("val", "test")
+def _folder(
+    root: Path, split: Split, image_size: int | None, data_dir: Path, name: str | None = None
+) -> Images:
+    """The images below ``root``, which should be the data set ``name``, if that is given."""
+    names = ("train",) if split == "train" else ("val", "test")  # the first that is there
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None or not (root / "train").is_dir():
         problem = "lacks the folder train, val or test" if root.is_dir() else "is not a folder"
@@ -127,31 +138,43 @@ def _folder(root: Path, split: Split, image_size: int | None, data_dir: Path) ->
             f"{root} {problem}: a data set is digits, {', '.join(DATASETS)}, or a folder with "
             "train/<class>/ and val/<class>/ or test/<class>/"
         )
-    classes = _subfolders(root / "train")
+    classes = subfolders(root / "train")
     files: list[Path] = []
     labels: list[int] = []
-    for name in _subfolders(folder):
-        if name not in classes:
+    for label in subfolders(folder):
+        if label not in classes:
             raise DataError(
-                f"{folder} has a class {name!r} that {root / 'train'} has not: the classes are "
+                f"{folder} has a class {label!r} that {root / 'train'} has not: the classes are "
                 f"{', '.join(classes)}. Rename or remove it"
             )
-        images = [file for file in sorted((folder / name).iterdir()) if _is_image(file)]
+        images = [file for file in sorted((folder / label).iterdir()) if _is_image(file)]
         if not images:
             raise DataError(
-                f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)}). Fill it "
+                f"the class folder {folder / label} has no images ({', '.join(SUFFIXES)}). Fill it "
                 "or remove it"
             )
         files += images
-        labels += [classes.index(name)] * len(images)
+        labels += [classes.index(label)] * len(images)
     if not files:
         raise DataError(f"{folder} has no class folders: expected {folder / '<class>' / '*'}")
+    if name is not None:
+        _compare_with_published(name, split, folder, len(files), len(classes))
     pixels = decode(folder, files, image_size, data_dir)
     return Images(pixels, torch.tensor(labels), tuple(classes))
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _compare_with_published(
+    name: str, split: Split, folder: Path, images: int, classes: int
+) -> None:
+    dataset = DATASETS[name]
+    published = dataset.train_images if split == "train" else dataset.test_images
+    if (images, classes) != (published, dataset.classes):
+        tqdm.write(
+            f"warning: {folder} has {images:,} images of {classes} classes, but {name} was "
+            f"published with {published:,} of {dataset.classes}: results will not compare. If "
+            "unpacking it was interrupted, unpack it again",
+            file=sys.stderr,
+        )
 
 
 def _is_image(file: Path) -> bool:
