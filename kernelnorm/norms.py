@@ -17,6 +17,7 @@ name               layer                                  unit
 ================== ====================================== ===========================
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _UnitNorm2d(nn.Module):
+class _UnitNorm2d(nn.Module, ABC):
     """Normalises by each unit's mean and variance, then scales and shifts each channel.
 
     Half-precision inputs are normalised in float32. A subclass says what a unit is.
@@ -52,9 +53,9 @@ class _UnitNorm2d(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @abstractmethod
     def unit_mean(self, x: Tensor) -> Tensor:
         """Returns each element's mean over its unit, in a shape that broadcasts to ``x``'s."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``x`` normalised, in its own dtype."""

@@ -1,0 +1,98 @@
+"""How much rounding costs: low precision, large means, constant windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernelnorm import reference
+from kernelnorm.functional import kernel_norm, kn_conv
+from tests.strategies import mask_of
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_low_precision_is_as_good_as_a_convolution_of_standardised_inputs(device, dtype, p, groups):
+    """A mean of 10 beside a deviation of 1 leaves few digits to a difference of large numbers."""
+    x = (torch.randn(4, 64, 12, 12, device=device) + 10).to(dtype)
+    weight = torch.randn(32, 64 // groups, 3, 3, device=device) / 24
+    weight = weight + 0.05  # filters whose sum is far from zero
+    mask = mask_of(11, x.shape, p, device)
+    with torch.autocast(device.type, dtype):
+        y = kn_conv(x, weight, groups=groups, dropout_p=p)
+    none, ones = [0, 0], [1, 1]
+    exact = reference.kn_conv(x.double(), weight.double(), None, ones, none, ones, groups, mask)
+
+    standard = (x.double() - 10).to(dtype)
+    plain = F.conv2d(standard, weight.to(dtype), groups=groups)
+    exact_plain = F.conv2d(standard.double(), weight.double(), groups=groups)
+    assert relative_error(y, exact) <= 2 * relative_error(plain, exact_plain)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+def test_low_precision_gradients(device, dtype, most):
+    """The gradient of the weight is a difference of sums that were rounded: it loses a digit."""
+    x = (torch.randn(4, 64, 12, 12, device=device) + 10).to(dtype)
+    weight = (torch.randn(32, 64, 3, 3, device=device) / 24).to(dtype)
+    grad = torch.randn(4, 32, 10, 10, device=device).to(dtype)
+    gradients = []
+    for wide in (dtype, torch.float64):
+        inputs = [x.to(wide).requires_grad_(), weight.to(wide).requires_grad_()]
+        y = kn_conv(*inputs, dropout_p=0)
+        gradients.append(torch.autograd.grad(y, inputs, grad.to(wide)))
+    for low, exact in zip(*gradients, strict=True):
+        assert relative_error(low, exact) < most
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.05], ids=["balanced filters", "offset filters"])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_float32_with_a_mean_of_1000(offset, groups, memory_format):
+    x = (torch.randn(4, 64, 12, 12) + 1000).contiguous(memory_format=memory_format)
+    weight, grad = torch.randn(32, 64 // groups, 3, 3) / 24 + offset, torch.randn(4, 32, 10, 10)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        y = kn_conv(*inputs, groups=groups, dropout_p=0)
+        results.append([y, *torch.autograd.grad(y, inputs, grad.to(dtype))])
+    for single, double in zip(*results, strict=True):
+        assert relative_error(single, double) < 1e-3
+    normalized = kernel_norm(x, 3, dropout_p=0)
+    assert relative_error(normalized, kernel_norm(x.double(), 3, dropout_p=0)) < 1e-3
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_float32_with_a_mean_of_1000_and_dropout(kernel_size):
+    """Some windows of a colour image lose none of their few elements: their variance is small."""
+    x = torch.randn(4, 3, 24, 24) + 1000
+    weight = torch.randn(8, 3, kernel_size, kernel_size)
+    mask = mask_of(5, x.shape, 0.1)
+    y = kn_conv(x, weight)
+    none, ones = [0, 0], [1, 1]
+    exact = reference.kn_conv(x.double(), weight.double(), None, ones, none, ones, 1, mask)
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2)
+    assert relative_error(y, exact) < 1e-2
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 255.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_constant_windows_are_finite_and_zero_without_dropout(value, dtype, training):
+    x = torch.full((2, 3, 6, 6), value, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(4, 3, 3, 3) + 1).to(dtype).requires_grad_()
+    for p in (0.0, 0.1):
+        y = kn_conv(x, weight, dropout_p=p, training=training)
+        z = kernel_norm(x, 2, dropout_p=p, training=training)
+        for tensor in (y, z, *torch.autograd.grad(y.sum() + z.sum(), [x, weight])):
+            assert tensor.isfinite().all()
+        if p == 0 and dtype != torch.bfloat16:
+            # Of the size of rounding, times the inverse of the root of eps.
+            unit = 316 * max(abs(value), 1) * 27 * torch.finfo(torch.float32).eps
+            assert y.abs().max() <= unit
+            assert z.abs().max() <= unit
