@@ -1,5 +1,6 @@
 """Kernel normalized convolutional networks: normalisation that does not depend on the batch."""
 
+from kernelnorm import functional, models
 from kernelnorm.modules import (
     KernelNorm1d,
     KernelNorm2d,
@@ -17,6 +18,8 @@ __all__ = [
     "KernelNorm1d",
     "KernelNorm2d",
     "KernelNorm3d",
+    "functional",
+    "models",
     "set_evaluation",
 ]
 

@@ -47,7 +47,8 @@ def create_model(name: str, *, norm: str = "kernel", **options: Any) -> nn.Modul
     Args:
         name: one of :func:`list_models`
         norm: one of ``kernelnorm.norms.NORMS``
-        options: what else the network's constructor takes, as ``num_classes`` and ``in_channels``
+        options: what else the constructor takes: ``num_classes``, ``in_channels``, and
+            ``small_images`` (ResNet, DenseNet) or ``width`` (VGG8, which is for small images)
 
     Raises:
         ValueError: if there is no such network or norm.
