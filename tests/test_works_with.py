@@ -43,7 +43,7 @@ def run(module, x: Tensor, parameters: list[Tensor], seed: int = 7) -> list[Tens
     return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters])]
 
 
-def assert_all_close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-4) -> None:
+def assert_all_close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-5) -> None:
     for one, other in zip(a, b, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
@@ -59,7 +59,8 @@ def test_compile_fullgraph_traces_forward_and_backward(x: Tensor, training: bool
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
 def test_compile_fullgraph_with_inductor(x: Tensor):
     """Generated code, first for one batch size and then for any."""
-    module = nn.Sequential(kn.KNConv2d(4, 8, 3, padding=1, activation="relu"), kn.KernelNorm2d(1))
+    layers = [kn.KNConv2d(4, 8, 3, padding=1, activation="relu"), kn.KernelNorm2d(1)]
+    module, x = nn.Sequential(*layers).double(), x.double()
     parameters = [*module.parameters()]
     compiled = torch.compile(module, fullgraph=True)
     for batch in (x, x[:2], x):
@@ -107,7 +108,7 @@ def test_onnx(x: Tensor, tmp_path: Path):
     session = onnxruntime.InferenceSession(str(tmp_path / "module.onnx"))
     for inputs in (x, torch.randn(5, 4, 9, 8)):
         (y,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), module(inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(y), module(inputs), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_meta_device():
 
 
 def test_channels_last_module(x: Tensor):
-    module = conv_and_norm()
+    module, x = conv_and_norm().double(), x.double()
     parameters = [*module.parameters()]
     expected = run(module, x, parameters)
     module.to(memory_format=torch.channels_last)
@@ -279,6 +280,7 @@ def _ddp_worker(rank: int, folder: str) -> None:
     parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
     if rank == 0:
         torch.save([p.grad for p in module.parameters()], f"{folder}/gradients")
+    torch.distributed.barrier()  # or one leaves while the other is still talking to it
     torch.distributed.destroy_process_group()
 
 
