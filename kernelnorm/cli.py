@@ -93,7 +93,7 @@ def _train_parser() -> ArgumentParser:
 
 
 def _train(arguments: Namespace) -> None:
-    from kernelnorm.experiments.launch import Launch
+    from kernelnorm.experiments.launch import Launch, leave
     from kernelnorm.experiments.trainer import train
 
     config = _configure(arguments, arguments.norm, arguments.batch_size)
@@ -106,6 +106,7 @@ def _train(arguments: Namespace) -> None:
         **_where(arguments),
     )
     _echo(f"{train(config, launch).path}")
+    leave()
 
 
 def _compare_parser() -> ArgumentParser:
@@ -125,7 +126,7 @@ def _compare_parser() -> ArgumentParser:
 
 def _compare(arguments: Namespace) -> None:
     from kernelnorm.experiments.compare import compare
-    from kernelnorm.experiments.launch import Launch
+    from kernelnorm.experiments.launch import Launch, leave
 
     configs = [
         _configure(arguments, norm, batch_size)
@@ -134,6 +135,7 @@ def _compare(arguments: Namespace) -> None:
     ]
     out = arguments.out or Path("runs") / configs[0].case
     compare(configs, out, Launch(**_where(arguments)))
+    leave()
 
 
 def _evaluate_parser() -> ArgumentParser:

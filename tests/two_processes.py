@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.launch import Launch, leave
 from kernelnorm.experiments.runs import RunError
 from kernelnorm.experiments.trainer import train
 from tests.test_trainer import small
@@ -24,6 +24,7 @@ def main(out: Path) -> None:
         train(config, replace(launch, out=out / "whole" if first else out / "elsewhere"))
     except RunError as error:
         (out / f"error{os.environ['RANK']}").write_text(str(error))
+    leave()
 
 
 if __name__ == "__main__":

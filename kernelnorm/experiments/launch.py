@@ -18,7 +18,15 @@ from torch import Tensor, nn
 import kernelnorm
 from kernelnorm.experiments.runs import RunError
 
-__all__ = ["Launch", "check_shares", "environment", "make_fabric", "over_processes", "share"]
+__all__ = [
+    "Launch",
+    "check_shares",
+    "environment",
+    "leave",
+    "make_fabric",
+    "over_processes",
+    "share",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +133,10 @@ def environment(fabric: Fabric) -> dict[str, Any]:
 def over_processes(fabric: Fabric, x: Tensor) -> Tensor:
     """Return the sum of the tensors that the processes have."""
     return cast(Tensor, fabric.all_reduce(x, reduce_op="sum"))
+
+
+def leave() -> None:
+    """Part from the other processes: one that goes while another still talks to it aborts that."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
