@@ -12,7 +12,7 @@ from torch import Tensor
 from kernelnorm import arguments
 from kernelnorm.arguments import Evaluation
 from kernelnorm.ops import knconv
-from kernelnorm.ops.mask import draw_seed, keep_mask, rounded_p
+from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
 
 __all__ = ["kernel_norm", "kn_conv"]
 
@@ -61,31 +61,35 @@ def kernel_norm(
     arguments.check_normalization(dropout_p, eps, evaluation)
     x = input if input.dim() == d + 2 else input.unsqueeze(0)
     arguments.check_windows_fit(x, geometry)
-    p, seed = _dropout(x, dropout_p, training, evaluation)
+
+    def normalize(u: Tensor, unit: list[int]) -> Tensor:
+        p, keys = _dropout(u, dropout_p, training, evaluation)
+        return _normalize(u, unit, p, keys, eps)
 
     if geometry.pointwise:
-        x_hat = _normalize(x, [1], p, seed, eps)
+        x_hat = normalize(x, [1])
     else:
         # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
         u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
         for i, (k, s) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
             u = u.unfold(2 + i, k, s)
-        u_hat = _normalize(u, [1, *range(2 + d, 2 + 2 * d)], p, seed, eps)
+        u_hat = normalize(u, [1, *range(2 + d, 2 + 2 * d)])
         u_hat = u_hat.permute(0, 1, *(axis for i in range(d) for axis in (2 + i, 2 + d + i)))
         sizes = [k * u.shape[2 + i] for i, k in enumerate(geometry.kernel_size)]
         x_hat = u_hat.reshape(*x.shape[:2], *sizes)
     return x_hat if input.dim() == d + 2 else x_hat.squeeze(0)
 
 
-def _normalize(u: Tensor, unit: list[int], p: float, seed: Tensor | None, eps: float) -> Tensor:
+def _normalize(u: Tensor, unit: list[int], p: float, keys: Tensor | None, eps: float) -> Tensor:
     """Equations 1 to 3 over the dimensions ``unit``, in float32 at least."""
     wide = u if u.dtype == torch.float64 else u.float()
     dropped = wide
-    if seed is not None:
-        dropped = wide * keep_mask(seed, u.shape, p, wide.dtype) / (1 - rounded_p(p))
+    if keys is not None:
+        mask = keep(spread_keys(keys, u.shape, p), wide.dtype)
+        dropped = wide * mask / (1 - rounded_p(p))
     mu = dropped.mean(unit, keepdim=True)
     var = (dropped - mu).square().mean(unit, keepdim=True)
-    if seed is None:
+    if keys is None:
         n = prod([u.shape[axis] for axis in unit])
         var = var + knconv.kappa(p, n) * (var + mu.square())
     return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
@@ -148,18 +152,18 @@ def kn_conv(
     arguments.check_windows_fit(x, geometry)
     x = _autocast(x, weight, bias)  # padding may have left autocast's dtype
 
-    p, seed = _dropout(x, dropout_p, training, evaluation)
+    p, keys = _dropout(x, dropout_p, training, evaluation)
     settings = knconv.Settings(geometry, groups, p, eps, relu=activation == "relu")
-    y = knconv.kn_conv(x, weight, bias, seed, settings)
+    y = knconv.kn_conv(x, weight, bias, keys, settings)
     return y if input.dim() == d + 2 else y.squeeze(0)
 
 
 def _dropout(
     x: Tensor, p: float, training: bool, evaluation: Evaluation
 ) -> tuple[float, Tensor | None]:
-    """The probability of dropout on the statistics, and the mask's seed, ``None`` for no mask."""
+    """The probability of dropout on the statistics, and the mask's keys, ``None`` for no mask."""
     if training or evaluation == "monte_carlo":
-        return p, draw_seed(x.device) if rounded_p(p) > 0 else None
+        return p, draw_keys(x.shape, x.device) if rounded_p(p) > 0 else None
     return (p if evaluation == "expected" else 0.0), None
 
 

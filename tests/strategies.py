@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernelnorm.ops.mask import draw_seed, keep_mask, rounded_p
+from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
 from kernelnorm.ops.windows import Geometry
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -82,9 +82,9 @@ def mask_of(
     seed: int, shape: torch.Size, p: float, device: torch.device | str = "cpu"
 ) -> torch.Tensor | None:
     """The mask that the next call draws after ``torch.manual_seed(seed)``; seeds it once more."""
-    torch.manual_seed(seed)
-    drawn = draw_seed(torch.device(device))
-    torch.manual_seed(seed)
     if rounded_p(p) == 0:
         return None
-    return keep_mask(drawn, shape, p, torch.float64) / (1 - rounded_p(p))
+    torch.manual_seed(seed)
+    keys = spread_keys(draw_keys(shape, torch.device(device)), shape, p)
+    torch.manual_seed(seed)
+    return keep(keys, torch.float64) / (1 - rounded_p(p))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernelnorm import reference
 from kernelnorm.functional import kernel_norm, kn_conv
-from kernelnorm.ops.mask import keep_mask, rounded_p
+from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
 from tests.strategies import CHANNELS_LAST, Case, cases, mask_of
 
 CPU = torch.device("cpu")
@@ -81,7 +81,9 @@ def test_kernel_norm_agrees_with_equation_3(device, case: Case, p, training):
     mask = None
     if training:
         shape = reference.windows(x, kernel_size, stride, padding, dilation).movedim(1 + case.d, 1)
-        mask = mask_of(case.seed, shape.shape, p, device)
+        drawn = x.shape if case.geometry.pointwise else shape.shape
+        mask = mask_of(case.seed, drawn, p, device)
+        mask = None if mask is None else mask.view(shape.shape)
         mask = None if mask is None else mask.movedim(1, 1 + case.d)
     y = kernel_norm(
         x, kernel_size, stride, padding, dropout_p=p, training=training, evaluation="plain"
@@ -187,7 +189,8 @@ def test_expected_variance_is_the_mean_over_masks(p):
     """E[var(m u)], estimated with many masks, against the closed form that evaluation uses."""
     u = torch.randn(1, 6, 3, 3, dtype=torch.float64) + 1
     weight = torch.randn(1, 6, 3, 3, dtype=torch.float64)
-    masks = keep_mask(torch.tensor(5), (200_000, u.numel()), p, u.dtype) / (1 - rounded_p(p))
+    shape = (200_000, u.numel())
+    masks = keep(spread_keys(draw_keys(shape, CPU), shape, p), u.dtype) / (1 - rounded_p(p))
     variances = (masks * u.flatten()).var(1, correction=0)
     var, error = variances.mean(), variances.std() / len(variances) ** 0.5
     y = kn_conv(u, weight, dropout_p=p, training=False, eps=1e-12)
@@ -298,7 +301,8 @@ def test_backward_keeps_input_output_and_one_channel_maps():
     for t in (x, y, weight, bias):
         kept.pop(t.untyped_storage().data_ptr(), None)
     maps = 2 * 4 * 16 * 16 * 4
-    assert sum(kept.values()) <= maps + 4 * 32 + 8
+    keys = 4 * (32 + 4 * 16 + 16)
+    assert sum(kept.values()) <= maps + keys + 4 * 32
 
 
 GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}

@@ -12,6 +12,7 @@ ORDER = [
     "kernelnorm.ops.windows",
     "kernelnorm.ops.mask",
     "kernelnorm.ops.rows_torch",
+    "kernelnorm.ops.rows_compiled",
     "kernelnorm.ops",
     "kernelnorm.ops.knconv",
     "kernelnorm.arguments",

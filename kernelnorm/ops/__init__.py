@@ -6,12 +6,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kernelnorm.ops import rows_torch
+from kernelnorm.ops import rows_compiled, rows_torch
 
 
 def rows_for(x: Tensor) -> ModuleType:
     """The module whose row primitives are used for inputs like ``x``."""
-    return rows_torch
+    return rows_compiled if rows_compiled.supports(x) else rows_torch
 
 
 def differentiable_rows() -> ModuleType:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops import differentiable_rows, rows_for
-from kernelnorm.ops.mask import rounded_p
+from kernelnorm.ops.mask import Keys, rounded_p, spread_keys
+from kernelnorm.ops.rows_torch import narrow
 from kernelnorm.ops.windows import Geometry, box_sum, box_sum_transpose
 
 
@@ -42,17 +43,17 @@ class Settings(NamedTuple):
 
 
 def kn_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, settings: Settings
+    x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, settings: Settings
 ) -> Tensor:
     """KNConv of checked arguments.
 
     Args:
-        seed: of the dropout mask; ``None`` draws none, and the statistics are then those expected
-            under ``settings.p``, which are the plain ones for 0
+        keys: of the dropout mask, from :func:`kernelnorm.ops.mask.draw_keys`; ``None`` is for no
+            mask, and the statistics are then those expected under ``settings.p``, which are the plain ones for 0
         weight: may have a wider dtype than ``x``, which decides the output's
     """
     with _without_autocast(x):
-        y: Tensor = _KNConv.apply(x, weight, bias, seed, settings)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _KNConv.apply(x, weight, bias, keys, settings)[0]  # type: ignore[no-untyped-call]
     return y
 
 
@@ -67,18 +68,18 @@ class _KNConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, settings: Settings
+        x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, settings: Settings
     ) -> tuple[Tensor, ...]:
-        y, numerator, *rest = _forward(rows_for(x), x, weight, bias, seed, settings)
-        return y, y.new_empty(0) if settings.relu else numerator, *rest
+        y, numerator, *rest = _forward(rows_for(x), x, weight, bias, keys, settings)
+        return y, y.new_empty(0) if numerator is None else numerator, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, seed, ctx.settings = inputs
+        *tensors, ctx.settings = inputs
         y, numerator, *rest = output
         ctx.mark_non_differentiable(numerator, *rest)
         kept = y if ctx.settings.relu else numerator
-        ctx.save_for_backward(x, weight, bias, seed, kept, *rest)
+        ctx.save_for_backward(*tensors, kept, *rest)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -106,68 +107,62 @@ def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    seed: Tensor | None,
+    keys: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
     geometry, groups, p, eps, relu = settings
-    # The maps are small, and the variance is a difference: float64 wherever there is one.
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    narrow = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mask, kept, kappa = _dropout(x, keys, settings)
+    pixels = prod(geometry.kernel_size)
+    factors = 1 / (kept * pixels), 1 / (kept**2 * pixels)
+    dtype = narrow(x)
 
-    maps = torch.cat(rows.statistics(x, seed, p, wide), 1)
-    mean, square = (box_sum(maps, geometry) / prod(geometry.kernel_size)).split(1, 1)
-    var = (square - mean.square()).clamp_min(0)
-    if seed is None:
-        var = var + kappa(p, x.shape[1] * prod(geometry.kernel_size)) * (var + mean.square())
-    r = (var + eps).rsqrt().to(narrow)
-    mu = mean.to(narrow)
-    sums = weight.flatten(1).sum(1, dtype=narrow)
+    pair = box_sum(rows.statistics(x, mask), geometry)
+    mu, r = rows.moments(pair, factors, kappa, eps, dtype)
+    sums = _sums(weight, dtype)
 
-    if seed is not None and x.dtype == narrow:
+    if keys is not None and x.dtype == dtype:
         # mu differs from the mean of the window by far more than rounding does.
-        filters, terms, factors = weight, [mu], [-sums]
+        filters, maps, vectors = weight, [mu], [-sums]
     else:
         # <u, W> - mu S subtracts two numbers that can be large beside their difference. Centred
         # filters have next to no sum, and what rounding leaves of it is taken away again.
-        shape = (-1, *[1] * (weight.dim() - 1))
-        filters = (weight - (sums / weight[0].numel()).view(shape)).to(x.dtype)
-        rest = filters.flatten(1).sum(1, dtype=narrow)
-        terms, factors = [mu], [-rest]
-        if seed is not None or groups > 1:
-            means = x.unflatten(1, (groups, -1)).mean(2, dtype=narrow).to(wide)
-            means = box_sum(means, geometry) / prod(geometry.kernel_size)
-            terms, factors = [(means - mean).to(narrow), means.to(narrow)], [sums, -rest]
+        filters = (weight - _as_filters(sums / weight[0].numel(), weight)).to(x.dtype)
+        rest = _sums(filters, dtype)
+        maps, vectors = [mu], [-rest]
+        if keys is not None or groups > 1:
+            means = x.unflatten(1, (groups, -1)).mean(2, dtype=dtype).to(pair.dtype)
+            means = box_sum(means, geometry) / pixels
+            maps = [(means - factors[0] * pair[0]).to(dtype), means.to(dtype)]
+            vectors = [sums, -rest]
     z = torch.convolution(x, filters, None, *_convolution_arguments(settings))
-    return *rows.epilogue(z, terms, factors, r, bias, relu), mu, r, sums
+    return *rows.epilogue(z, maps, vectors, r, bias, relu), mu, r, sums
 
 
 def _backward(
     grad: Tensor, saved: tuple[Any, ...], needs: tuple[bool, ...], settings: Settings
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, seed, kept, mu, r, sums = saved
+    x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
     rows = rows_for(x)
     geometry = settings.geometry
+    mask, kept, kappa = _dropout(x, keys, settings)
+    elements = x.shape[1] * prod(geometry.kernel_size)
+    factors = 1 / (kept * elements), 2 * (1 + kappa) / (kept**2 * elements)
 
-    grad_z, grad_r, grad_mu, grad_bias, grad_sums = rows.output_gradient(
-        grad, kept, r, mu, sums, bias, settings.relu
+    grad_z, pair, grad_bias, grad_sums = rows.output_gradient(
+        grad, output, r, mu, sums, bias, settings.relu, factors
     )
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_z, x, weight.to(x.dtype), None, *_convolution_arguments(settings),
         (needs_x, needs_weight, False),
     )  # fmt: skip
     if needs_x:
-        grad_var = -0.5 * r**3 * grad_r
-        grad_mean = grad_mu - 2 * mu * grad_var
-        elements = x.shape[1] * prod(geometry.kernel_size)
-        grad_square = grad_var if seed is not None else (1 + kappa(settings.p, elements)) * grad_var
-        maps = torch.cat([grad_mean, 2 * grad_square], 1) / elements
-        a, b = box_sum_transpose(maps, geometry, x.shape[2:]).split(1, 1)
-        grad_x = rows.input_gradient(grad_x, x, a, b, seed, settings.p)
+        pair = box_sum_transpose(pair, geometry, x.shape[2:])
+        grad_x = rows.input_gradient(grad_x, x, pair, mask)
     if needs_weight:
-        shape = (-1, *[1] * (weight.dim() - 1))
-        grad_weight = (grad_weight.to(weight.dtype) + grad_sums.view(shape)).to(weight.dtype)
+        grad_sums = _as_filters(grad_sums, weight)
+        grad_weight = grad_weight.to(grad_sums.dtype).add_(grad_sums).to(weight.dtype)
     if needs_bias:
         grad_bias = grad_bias.to(bias.dtype)
     return (
@@ -181,14 +176,31 @@ def _differentiable_backward(
     grad: Tensor, saved: tuple[Any, ...], needs: tuple[bool, ...], settings: Settings
 ) -> tuple[Tensor | None, ...]:
     """The same gradients, from operations that can be differentiated once more."""
-    x, weight, bias, seed, *_ = saved
+    x, weight, bias, keys, *_ = saved
     inputs = [x, weight] if bias is None else [x, weight, bias]
 
     def output(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _forward(differentiable_rows(), x, weight, bias, seed, settings)[0]
+        return _forward(differentiable_rows(), x, weight, bias, keys, settings)[0]
 
     gradients = [*torch.func.vjp(output, *inputs)[1](grad), None]
     return tuple(g if need else None for g, need in zip(gradients[:3], needs, strict=True))
+
+
+def _dropout(
+    x: Tensor, keys: Tensor | None, settings: Settings
+) -> tuple[Keys | None, float, float]:
+    """The mask, the part of the elements that it keeps, and kappa where there is none."""
+    if keys is None:
+        return None, 1.0, kappa(settings.p, x.shape[1] * prod(settings.geometry.kernel_size))
+    return spread_keys(keys, x.shape, settings.p), 1 - rounded_p(settings.p), 0.0
+
+
+def _sums(filters: Tensor, dtype: torch.dtype) -> Tensor:
+    return filters.sum(tuple(range(1, filters.dim())), dtype=dtype)
+
+
+def _as_filters(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.dim() - 1))
 
 
 def _convolution_arguments(settings: Settings) -> tuple[Any, ...]:

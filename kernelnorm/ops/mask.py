@@ -1,61 +1,86 @@
-"""Dropout masks from a seed: the same seed gives the same mask, so that none has to be kept.
+"""Dropout masks from keys: the same keys give the same mask, so that no mask has to be kept.
 
-A mask is a function of one 64-bit seed and the position of the element, a counter-based generator:
-nothing is carried from one element to the next. The backward pass draws the forward's mask again
-from the seed, and so do activation checkpointing and a resumed run. The seed itself comes from
-PyTorch's generator, so ``torch.manual_seed`` makes everything repeat.
+Each sample and row of pixels, each column and each channel has a random key, and whether an element
+is dropped is a hash of the keys it lies under. The backward pass makes the forward's mask again
+from them, and so does any other backend, bit by bit, in either memory format. What is done for an
+element is short, so that it can be done while the element is read. The keys come from PyTorch's
+generator: ``torch.manual_seed``, activation checkpointing and CUDA graphs treat them as any other
+random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Odd multipliers with well-mixed bits (the first is 2**64 divided by the golden ratio), as signed
-# 64-bit integers; products wrap around.
-_STEP = -7046029254386353131
-_MIX_1 = -4658895280553007687
-_MIX_2 = -7723592293110705685
+HASH_MULTIPLIER = 0x7FEB352D
+"""Odd, with well-mixed bits."""
 
-_LANES = 4  # 16-bit random numbers in a 64-bit word
 _RESOLUTION = 1 << 16
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed from PyTorch's generator for the device: 0-d, int64."""
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
+class Keys(NamedTuple):
+    """All that a mask is made of.
+
+    Shape:
+        - pixels, channels: :math:`(N, 1, *)` and :math:`(C, 1, ...)`, odd, int32
+    """
+
+    pixels: Tensor
+    channels: Tensor
+    first_kept: int  # the smallest hash, a signed 32-bit integer, of an element that is kept
 
 
 def rounded_p(p: float) -> float:
-    """The dropout probability in steps of 1/65536: the one that :func:`keep_mask` has exactly."""
+    """The dropout probability in steps of 1/65536: the one that a mask has exactly."""
     return min(round(p * _RESOLUTION), _RESOLUTION - 1) / _RESOLUTION
 
 
-def keep_mask(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
-    """A mask of zeros and ones, zero with probability :func:`rounded_p`.
-
-    The elements are counted with the channels innermost, whatever the memory format of the tensor
-    that the mask is for: a network gives the same result in either format.
+def draw_keys(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Fresh keys for a tensor of shape :math:`(N, C, L_1, L_2, ...)`: odd, int32.
 
     Shape:
-        - Output: ``shape``, that is :math:`(N, C, *)`, with the strides of ``channels_last``
+        - Output: :math:`(C + N L_1 + L_2 + ...,)`
+    """
+    n, channels, first, *others = (*shape, 1)[: max(3, len(shape))]
+    count = channels + n * first + sum(others)
+    keys = torch.randint(-(1 << 31), 1 << 31, (count,), dtype=torch.int32, device=device)
+    return keys.bitwise_or_(1)
+
+
+def spread_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
+    """What :func:`draw_keys` returned for this shape, as :func:`keep` takes it.
+
+    Args:
+        p: the dropout probability; it rounds to more than zero
     """
     n, channels, *spatial = shape
-    size = prod(shape)
-    counter = torch.arange((size + _LANES - 1) // _LANES, dtype=torch.int64, device=seed.device)
-    # The seed comes before the first product: compilers take it that the product of a loop's
-    # counter does not overflow, and it does. It goes in twice, or the masks of two seeds could be
-    # shifted copies of each other. The last step is a product, not the usual shift: a shift would
-    # copy the sign into the top lane. Its low lanes are as good as the high ones, for the shift
-    # before it mixed them.
-    word = (counter + seed).mul_(_STEP)
-    word = word.bitwise_xor_(word >> 32).mul_(_MIX_1).add_(seed * _STEP)
-    word = word.bitwise_xor_(word >> 29).mul_(_MIX_2)
-    lanes = word.view(torch.int16)[:size]
-    # A comparison, in three operations that are a tenth of its time on a CPU.
-    first_kept = round(rounded_p(p) * _RESOLUTION) - _RESOLUTION // 2
-    keep = (lanes.clamp(first_kept - 1, first_kept) - (first_kept - 1)).to(dtype)
-    return keep.view(n, *spatial, channels).movedim(-1, 1)
+    start = channels + n * prod(spatial[:1])
+    pixels = keys[channels:start].view(n, 1, *spatial[:1], *[1] * len(spatial[1:]))
+    for i, size in enumerate(spatial[1:], start=2):
+        pixels = pixels * keys[start : start + size].view(size, *[1] * (len(spatial) - i))
+        start += size
+    of_channels = keys[:channels].view(channels, *[1] * len(spatial))
+    first_kept = round(rounded_p(p) * _RESOLUTION) * (1 << 16) - (1 << 31)
+    return Keys(pixels, of_channels, first_kept)
+
+
+def keep(keys: Keys, dtype: torch.dtype) -> Tensor:
+    """One for the elements that are kept, zero with probability :func:`rounded_p`.
+
+    The product with an odd random key is a universal hash: for two elements of a row or of a
+    column it is as good as independent. What follows makes it so for the corners of a rectangle.
+
+    Shape:
+        - Output: :math:`(N, C, *)`, with the strides of ``channels_last``
+    """
+    element = keys.pixels.movedim(1, -1) * keys.channels.flatten()
+    element = element.bitwise_xor_((element >> 15).bitwise_and_(0x1FFFF)).mul_(HASH_MULTIPLIER)
+    # A comparison, in operations that take half of its time on a CPU.
+    last_dropped = keys.first_kept - 1
+    kept = element.clamp(last_dropped, keys.first_kept).sub_(last_dropped).to(dtype)
+    return kept.movedim(-1, 1)

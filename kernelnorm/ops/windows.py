@@ -6,7 +6,7 @@ channel, whatever the number of channels of the input.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,27 +34,29 @@ class Geometry(NamedTuple):
         return (size + 2 * self.padding[i] - self.reach(i)) // self.stride[i] + 1
 
 
-def _taps(geometry: Geometry, i: int, positions: int) -> list[tuple[slice, ...]]:
+def _taps(geometry: Geometry, i: int, positions: int) -> list[tuple[Any, ...]]:
     """For each pixel of the window, the index of the pixels that all positions see through it."""
     step = geometry.stride[i]
     span = step * (positions - 1) + 1
     offsets = range(0, geometry.reach(i), geometry.dilation[i])
-    return [(slice(None),) * (2 + i) + (slice(o, o + span, step),) for o in offsets]
+    after = (slice(None),) * (len(geometry.stride) - 1 - i)
+    return [(..., slice(o, o + span, step), *after) for o in offsets]
 
 
 def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
     """The sum of the maps over each window; padded pixels are zero.
 
     Shape:
-        - Input: :math:`(N, M, L_1, ..., L_d)`
-        - Output: :math:`(N, M, P_1, ..., P_d)`
+        - Input: :math:`(*, L_1, ..., L_d)`
+        - Output: :math:`(*, P_1, ..., P_d)`
     """
     if geometry.pointwise:
         return maps
-    sizes = maps.shape[2:]
+    d = len(geometry.stride)
     maps = F.pad(maps, [p for size in reversed(geometry.padding) for p in (size, size)])
-    for i, size in enumerate(sizes):
-        first, *rest = _taps(geometry, i, geometry.positions(size, i))
+    for i in range(d):
+        positions = geometry.positions(maps.shape[i - d] - 2 * geometry.padding[i], i)
+        first, *rest = _taps(geometry, i, positions)
         total = maps[first]
         for tap in rest:
             total = total + maps[tap]
@@ -66,16 +68,17 @@ def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) 
     """The transpose of :func:`box_sum`: each pixel gathers from the windows that contain it.
 
     Shape:
-        - Input: :math:`(N, M, P_1, ..., P_d)`
-        - Output: :math:`(N, M, L_1, ..., L_d)` with ``sizes`` for :math:`L_1, ..., L_d`
+        - Input: :math:`(*, P_1, ..., P_d)`
+        - Output: :math:`(*, L_1, ..., L_d)` with ``sizes`` for :math:`L_1, ..., L_d`
     """
     if geometry.pointwise:
         return maps
-    for i in reversed(range(len(sizes))):
+    d = len(geometry.stride)
+    for i in reversed(range(d)):
         shape = list(maps.shape)
-        shape[2 + i] = sizes[i] + 2 * geometry.padding[i]
+        shape[i - d] = sizes[i] + 2 * geometry.padding[i]
         spread = maps.new_zeros(shape)
-        for tap in _taps(geometry, i, maps.shape[2 + i]):
+        for tap in _taps(geometry, i, maps.shape[i - d]):
             spread[tap] += maps
-        maps = spread.narrow(2 + i, geometry.padding[i], sizes[i])
+        maps = spread.narrow(i - d, geometry.padding[i], sizes[i])
     return maps
