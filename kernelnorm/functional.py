@@ -63,7 +63,7 @@ def kernel_norm(
     arguments.check_windows_fit(x, geometry)
 
     def normalize(u: Tensor, unit: list[int]) -> Tensor:
-        p, keys = _dropout(u, dropout_p, training, evaluation)
+        p, keys = dropout(u.shape, u.device, dropout_p, training, evaluation)
         return _normalize(u, unit, p, keys, eps)
 
     if geometry.pointwise:
@@ -150,24 +150,24 @@ def kn_conv(
         pads = [(0, 0)] * d
     geometry = geometry._replace(padding=tuple(before for before, _ in pads))
     arguments.check_windows_fit(x, geometry)
-    x = _autocast(x, weight, bias)  # padding may have left autocast's dtype
+    x = autocast(x, weight, bias)  # padding may have left autocast's dtype
 
-    p, keys = _dropout(x, dropout_p, training, evaluation)
+    p, keys = dropout(x.shape, x.device, dropout_p, training, evaluation)
     settings = knconv.Settings(geometry, groups, p, eps, relu=activation == "relu")
     y = knconv.kn_conv(x, weight, bias, keys, settings)
     return y if input.dim() == d + 2 else y.squeeze(0)
 
 
-def _dropout(
-    x: Tensor, p: float, training: bool, evaluation: Evaluation
+def dropout(
+    shape: Sequence[int], device: torch.device, p: float, training: bool, evaluation: Evaluation
 ) -> tuple[float, Tensor | None]:
     """The probability of dropout on the statistics, and the mask's keys, ``None`` for no mask."""
     if training or evaluation == "monte_carlo":
-        return p, draw_keys(x.shape, x.device) if rounded_p(p) > 0 else None
+        return p, draw_keys(shape, device) if rounded_p(p) > 0 else None
     return (p if evaluation == "expected" else 0.0), None
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The input in autocast's dtype; like the layers of torch.nn, it leaves float64 alone."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_corners_of_boxes_are_independent():
 def test_layers_and_steps_differ_and_manual_seed_repeats():
     torch.manual_seed(0)
     masks = [drops((2, 8, 16, 16), 0.1) for _ in range(100)]
-    overlaps = [(a & b).sum().item() for a, b in zip(masks, masks[1:], strict=False)]
+    overlaps = [(a & b).sum().item() for a, b in pairwise(masks)]
     assert abs(z_score(sum(overlaps), 99 * masks[0].numel(), 0.01)) < 5
     torch.manual_seed(0)
     assert all(torch.equal(drops((2, 8, 16, 16), 0.1), mask) for mask in masks)

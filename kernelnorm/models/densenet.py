@@ -6,7 +6,12 @@ With ``norm="batch"`` the parameters have the names, the order and the shapes of
 import torch
 from torch import Tensor, nn
 
+from kernelnorm import functional
 from kernelnorm.models.blocks import Layers, init_convolutions, layers_for
+from kernelnorm.modules import KNConv2d
+from kernelnorm.ops.dense import Layer, dense_block
+from kernelnorm.ops.knconv import Settings
+from kernelnorm.ops.windows import Geometry
 
 BOTTLENECK = 4
 """The channels between a dense layer's two convolutions, in multiples of the growth rate."""
@@ -30,6 +35,39 @@ class DenseLayer(nn.Module):
         y = self.conv1(self.relu1(self.norm1(x)))
         y = self.conv2(self.relu2(self.norm2(y)))
         return torch.cat([x, y], dim=1)
+
+
+class DenseBlock(nn.Sequential):
+    """Dense layers in a row. Those of a kernel network share one buffer for all that they append."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x`` with the channels that the layers append."""
+        if not _share_a_buffer([*self.modules()]):
+            x = super().forward(x)
+            return x
+        first = self[0].conv1
+        x = functional.autocast(x, first.weight, first.bias)
+        return dense_block(x, [[_layer(m.conv1, x), _layer(m.conv2, x)] for m in self])
+
+
+def _share_a_buffer(modules: list[nn.Module]) -> bool:
+    """Whether nobody could tell the layers' own calls from one call for all of them."""
+    return (
+        all(type(m) in (DenseBlock, DenseLayer, KNConv2d, nn.Identity) for m in modules)
+        and any(type(m) is KNConv2d for m in modules)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _layer(conv: KNConv2d, x: Tensor) -> Layer:
+    shape = len(x), conv.in_channels, *x.shape[2:]
+    p, keys = functional.dropout(shape, x.device, conv.dropout_p, conv.training, conv.evaluation)
+    geometry = Geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    settings = Settings(geometry, conv.groups, p, conv.eps, relu=conv.activation == "relu")
+    return Layer(conv.weight, conv.bias, keys, settings)
 
 
 class Transition(nn.Sequential):
@@ -77,7 +115,7 @@ class DenseNet(nn.Module):
             if block > 1:
                 features.add_module(f"transition{block - 1}", Transition(layers, channels))
                 channels //= 2
-            dense = nn.Sequential()
+            dense = DenseBlock()
             for index in range(1, depth + 1):
                 before_head = (block, index) == (4, depth)
                 layer = DenseLayer(layers, channels, growth, before_head)

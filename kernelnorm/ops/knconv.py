@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops import differentiable_rows, rows_for
+from kernelnorm.ops.convolution import convolve, convolve_backward
 from kernelnorm.ops.mask import Keys, rounded_p, spread_keys
 from kernelnorm.ops.rows_torch import narrow
 from kernelnorm.ops.windows import Geometry, box_sum, box_sum_transpose
@@ -49,10 +50,11 @@ def kn_conv(
 
     Args:
         keys: of the dropout mask, from :func:`kernelnorm.ops.mask.draw_keys`; ``None`` is for no
-            mask, and the statistics are then those expected under ``settings.p``, which are the plain ones for 0
+            mask, and the statistics are then those expected under ``settings.p``, which are the
+            plain ones for 0
         weight: may have a wider dtype than ``x``, which decides the output's
     """
-    with _without_autocast(x):
+    with without_autocast(x):
         y: Tensor = _KNConv.apply(x, weight, bias, keys, settings)[0]  # type: ignore[no-untyped-call]
     return y
 
@@ -70,7 +72,7 @@ class _KNConv(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, settings: Settings
     ) -> tuple[Tensor, ...]:
-        y, numerator, *rest = _forward(rows_for(x), x, weight, bias, keys, settings)
+        y, numerator, *rest = forward(rows_for(x), x, weight, bias, keys, settings)
         return y, y.new_empty(0) if numerator is None else numerator, *rest
 
     @staticmethod
@@ -87,9 +89,9 @@ class _KNConv(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         needs = ctx.needs_input_grad[:3]
-        with _without_autocast(grad):
+        with without_autocast(grad):
             # Someone differentiates this gradient again: give a gradient that can be.
-            gradients = _differentiable_backward if torch.is_grad_enabled() else _backward
+            gradients = _differentiable_backward if torch.is_grad_enabled() else backward
             return *gradients(grad, ctx.saved_tensors, needs, ctx.settings), None, None
 
 
@@ -102,7 +104,7 @@ def kappa(p: float, n: int) -> float:
     return p / (1 - p) * (1 - 1 / max(n, 1))
 
 
-def _forward(
+def forward(
     rows: ModuleType,
     x: Tensor,
     weight: Tensor,
@@ -111,14 +113,15 @@ def _forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
-    geometry, groups, p, eps, relu = settings
-    mask, kept, kappa = _dropout(x, keys, settings)
+    geometry = settings.geometry
+    mask = _mask(x, keys, settings)
+    kept, kappa = _dropout(x, keys, settings)
     pixels = prod(geometry.kernel_size)
     factors = 1 / (kept * pixels), 1 / (kept**2 * pixels)
     dtype = narrow(x)
 
     pair = box_sum(rows.statistics(x, mask), geometry)
-    mu, r = rows.moments(pair, factors, kappa, eps, dtype)
+    mu, r = rows.moments(pair, factors, kappa, settings.eps, dtype)
     sums = _sums(weight, dtype)
 
     if keys is not None and x.dtype == dtype:
@@ -130,46 +133,45 @@ def _forward(
         filters = (weight - _as_filters(sums / weight[0].numel(), weight)).to(x.dtype)
         rest = _sums(filters, dtype)
         maps, vectors = [mu], [-rest]
-        if keys is not None or groups > 1:
-            means = x.unflatten(1, (groups, -1)).mean(2, dtype=dtype).to(pair.dtype)
+        if keys is not None or settings.groups > 1:
+            means = x.unflatten(1, (settings.groups, -1)).mean(2, dtype=dtype).to(pair.dtype)
             means = box_sum(means, geometry) / pixels
             maps = [(means - factors[0] * pair[0]).to(dtype), means.to(dtype)]
             vectors = [sums, -rest]
-    z = torch.convolution(x, filters, None, *_convolution_arguments(settings))
-    return *rows.epilogue(z, maps, vectors, r, bias, relu), mu, r, sums
+    z = convolve(x, filters, geometry, settings.groups)
+    return *rows.epilogue(z, maps, vectors, r, bias, settings.relu), mu, r, sums
 
 
-def _backward(
-    grad: Tensor, saved: tuple[Any, ...], needs: tuple[bool, ...], settings: Settings
+def backward(
+    grad: Tensor,
+    saved: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    settings: Settings,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of the input, which is added to ``into`` if given, the weight and the bias."""
     x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
     rows = rows_for(x)
-    geometry = settings.geometry
-    mask, kept, kappa = _dropout(x, keys, settings)
+    geometry, groups = settings.geometry, settings.groups
+    kept, kappa = _dropout(x, keys, settings)
     elements = x.shape[1] * prod(geometry.kernel_size)
     factors = 1 / (kept * elements), 2 * (1 + kappa) / (kept**2 * elements)
 
     grad_z, pair, grad_bias, grad_sums = rows.output_gradient(
         grad, output, r, mu, sums, bias, settings.relu, factors
     )
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_z, x, weight.to(x.dtype), None, *_convolution_arguments(settings),
-        (needs_x, needs_weight, False),
-    )  # fmt: skip
-    if needs_x:
+    filters = weight.to(x.dtype)
+    grad_x, grad_weight = convolve_backward(
+        grad_z, x, filters, geometry, groups, needs_x, needs_weight, into
+    )
+    if grad_x is not None:
         pair = box_sum_transpose(pair, geometry, x.shape[2:])
-        grad_x = rows.input_gradient(grad_x, x, pair, mask)
-    if needs_weight:
+        grad_x = rows.input_gradient(grad_x, x, pair, _mask(x, keys, settings))
+    if grad_weight is not None:
         grad_sums = _as_filters(grad_sums, weight)
         grad_weight = grad_weight.to(grad_sums.dtype).add_(grad_sums).to(weight.dtype)
-    if needs_bias:
-        grad_bias = grad_bias.to(bias.dtype)
-    return (
-        grad_x if needs_x else None,
-        grad_weight if needs_weight else None,
-        grad_bias if needs_bias else None,
-    )
+    return grad_x, grad_weight, grad_bias.to(bias.dtype) if needs_bias else None
 
 
 def _differentiable_backward(
@@ -180,19 +182,21 @@ def _differentiable_backward(
     inputs = [x, weight] if bias is None else [x, weight, bias]
 
     def output(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _forward(differentiable_rows(), x, weight, bias, keys, settings)[0]
+        return forward(differentiable_rows(), x, weight, bias, keys, settings)[0]
 
     gradients = [*torch.func.vjp(output, *inputs)[1](grad), None]
     return tuple(g if need else None for g, need in zip(gradients[:3], needs, strict=True))
 
 
-def _dropout(
-    x: Tensor, keys: Tensor | None, settings: Settings
-) -> tuple[Keys | None, float, float]:
-    """The mask, the part of the elements that it keeps, and kappa where there is none."""
+def _mask(x: Tensor, keys: Tensor | None, settings: Settings) -> Keys | None:
+    return None if keys is None else spread_keys(keys, x.shape, settings.p)
+
+
+def _dropout(x: Tensor, keys: Tensor | None, settings: Settings) -> tuple[float, float]:
+    """The part of the elements that the mask keeps, and kappa where there is no mask."""
     if keys is None:
-        return None, 1.0, kappa(settings.p, x.shape[1] * prod(settings.geometry.kernel_size))
-    return spread_keys(keys, x.shape, settings.p), 1 - rounded_p(settings.p), 0.0
+        return 1.0, kappa(settings.p, x.shape[1] * prod(settings.geometry.kernel_size))
+    return 1 - rounded_p(settings.p), 0.0
 
 
 def _sums(filters: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,12 +207,7 @@ def _as_filters(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.dim() - 1))
 
 
-def _convolution_arguments(settings: Settings) -> tuple[Any, ...]:
-    _, stride, padding, dilation = settings.geometry
-    return stride, padding, dilation, False, (0,) * len(stride), settings.groups
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Inside, dtypes are chosen one by one."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -4,9 +4,8 @@ Run one by one, the operations of a primitive read and write the large tensors s
 region of ``torch.compile`` they are read once. A region is compiled when it is first used, in a few
 seconds, for all sizes; PyTorch keeps it on disk. That takes a C++ compiler.
 
-The regions see tensors of two or three dimensions: *rows*, :math:`(P, C)`, where the channels of a
-pixel lie side by side (``channels_last``), and *planes*, :math:`(N, C, L)`, where the pixels of a
-channel do. Anything else is left to ``rows_torch``.
+The regions see tensors in one of the two :mod:`kernelnorm.ops.layouts`; anything else is left to
+``rows_torch``.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops import rows_torch
+from kernelnorm.ops.layouts import Layout, flat, flat_map, layout_of, unflat
 from kernelnorm.ops.mask import Keys
 
 SMALLEST = 1 << 13
@@ -43,10 +43,12 @@ def supports(x: Tensor) -> bool:
 
 def statistics(x: Tensor, keys: Keys | None) -> Tensor:
     """See :func:`kernelnorm.ops.rows_torch.statistics`."""
-    layout = _layout(x)
+    layout = layout_of(x)
     if layout is None:
         return rows_torch.statistics(x, keys)
-    pair = _region(rows_torch.statistics)(_flat(x, layout), _flat_keys(keys, layout))
+    pair: Tensor = _region(rows_torch.statistics)(
+        flat(x.detach(), layout), _flat_keys(keys, layout)
+    )
     return pair.view(2, len(x), 1, *x.shape[2:])
 
 
@@ -63,13 +65,13 @@ def epilogue(
     z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
-    layout = _layout(z)
+    layout = layout_of(z)
     if layout is None or any(m.shape[1] > 1 for m in maps):
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu)
-    maps = [_flat_map(m, layout) for m in maps]
+    maps = [flat_map(m, layout) for m in maps]
     bias = None if bias is None else bias.detach()
-    y = _region(_epilogue)(_flat(z, layout), maps, vectors, _flat_map(r, layout), bias, relu)
-    return (z, None) if relu else (_unflat(y, z, layout), z)
+    y = _region(_epilogue)(flat(z, layout), maps, vectors, flat_map(r, layout), bias, relu)
+    return (z, None) if relu else (unflat(y, z.shape, layout), z)
 
 
 def output_gradient(
@@ -83,32 +85,34 @@ def output_gradient(
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.rows_torch.output_gradient`."""
-    layout = _layout(kept)
+    layout = layout_of(kept)
     if layout is None:
         return rows_torch.output_gradient(grad, kept, r, mu, sums, bias, relu, factors)
-    if _layout(grad) != layout:
+    if layout_of(grad) != layout:
         grad = torch.empty_like(kept).copy_(grad)
     shape = r.shape
-    r, mu = _flat_map(r, layout), _flat_map(mu, layout)
+    r, mu = flat_map(r, layout), flat_map(mu, layout)
     bias = None if bias is None else bias.detach()
     rows, pair = _region(_output_gradient)(
-        _flat(grad, layout), _flat(kept, layout), r, mu, sums, bias, relu, factors
+        flat(grad.detach(), layout), flat(kept.detach(), layout), r, mu, sums, bias, relu, factors
     )
     if layout == "rows":
         grad_bias, grad_sums = (r.reciprocal().T @ rows)[0], -(mu.T @ rows)[0]
     else:
         grad_bias = (rows @ r.reciprocal().movedim(1, 2)).sum((0, 2))
         grad_sums = -(rows @ mu.movedim(1, 2)).sum((0, 2))
-    return _unflat(rows, kept, layout), pair.view(2, *shape), grad_bias, grad_sums
+    return unflat(rows, kept.shape, layout), pair.view(2, *shape), grad_bias, grad_sums
 
 
 def input_gradient(grad: Tensor, x: Tensor, pair: Tensor, keys: Keys | None) -> Tensor:
     """See :func:`kernelnorm.ops.rows_torch.input_gradient`."""
-    layout = _layout(x)
-    if layout is None or _layout(grad) != layout:
+    layout = layout_of(x)
+    if layout is None or layout_of(grad) != layout:
         return rows_torch.input_gradient(grad, x, pair, keys)
     pair = pair.reshape(2, -1, 1) if layout == "rows" else pair.flatten(3)
-    _region(_input_gradient)(_flat(grad, layout), _flat(x, layout), pair, _flat_keys(keys, layout))
+    _region(_input_gradient)(
+        flat(grad.detach(), layout), flat(x.detach(), layout), pair, _flat_keys(keys, layout)
+    )
     return grad
 
 
@@ -130,7 +134,7 @@ def _region(function: Callable[..., Any]) -> Callable[..., Any]:
     The arguments are to be tensors that need no gradient, and no parameters: for those, PyTorch
     compiles again for each size.
     """
-    return torch.compile(function, dynamic=True, recompile_limit=64)
+    return torch.compile(function, dynamic=True)
 
 
 def _epilogue(
@@ -151,46 +155,8 @@ def _input_gradient(grad: Tensor, x: Tensor, pair: Tensor, keys: Keys | None) ->
     grad.copy_(rows_torch.input_gradient(grad, x, pair, keys))
 
 
-def _layout(x: Tensor) -> str | None:
-    """``"rows"``, ``"planes"`` or ``None``."""
-    sizes, strides = x.shape[2:], x.stride()[2:]
-    if x.stride(1) == 1 and _collapses((len(x), *sizes), (x.stride(0), *strides)):
-        return "rows"
-    if _collapses(sizes, strides):
-        return "planes"
-    return None
-
-
-def _collapses(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether one stride leads from each element to the next."""
-    expected = None
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size > 1:
-            if expected is not None and stride != expected:
-                return False
-            expected = stride * size
-    return True
-
-
-def _flat(x: Tensor, layout: str) -> Tensor:
-    x = x.detach()
-    return x.movedim(1, -1).flatten(0, -2) if layout == "rows" else x.flatten(2)
-
-
-def _unflat(flat: Tensor, like: Tensor, layout: str) -> Tensor:
-    if layout == "planes":
-        return flat.view(like.shape)
-    n, channels, *spatial = like.shape
-    return flat.view(n, *spatial, channels).movedim(-1, 1)
-
-
-def _flat_map(x: Tensor, layout: str) -> Tensor:
-    return x.reshape(-1, 1) if layout == "rows" else x.flatten(2)
-
-
-def _flat_keys(keys: Keys | None, layout: str) -> Keys | None:
+def _flat_keys(keys: Keys | None, layout: Layout) -> Keys | None:
     if keys is None:
         return None
-    pixels = _flat_map(keys.pixels, layout)
     channels = keys.channels.flatten() if layout == "rows" else keys.channels.view(-1, 1)
-    return keys._replace(pixels=pixels, channels=channels)
+    return keys._replace(pixels=flat_map(keys.pixels, layout), channels=channels)

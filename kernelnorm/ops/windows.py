@@ -29,19 +29,6 @@ class Geometry(NamedTuple):
         """The pixels from a window's first to its last, both counted, along dimension ``i``."""
         return self.dilation[i] * (self.kernel_size[i] - 1) + 1
 
-    def positions(self, size: int, i: int) -> int:
-        """The number of windows along dimension ``i`` of an input with ``size`` pixels there."""
-        return (size + 2 * self.padding[i] - self.reach(i)) // self.stride[i] + 1
-
-
-def _taps(geometry: Geometry, i: int, positions: int) -> list[tuple[Any, ...]]:
-    """For each pixel of the window, the index of the pixels that all positions see through it."""
-    step = geometry.stride[i]
-    span = step * (positions - 1) + 1
-    offsets = range(0, geometry.reach(i), geometry.dilation[i])
-    after = (slice(None),) * (len(geometry.stride) - 1 - i)
-    return [(..., slice(o, o + span, step), *after) for o in offsets]
-
 
 def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
     """The sum of the maps over each window; padded pixels are zero.
@@ -52,20 +39,14 @@ def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
     """
     if geometry.pointwise:
         return maps
-    d = len(geometry.stride)
-    maps = F.pad(maps, [p for size in reversed(geometry.padding) for p in (size, size)])
-    for i in range(d):
-        positions = geometry.positions(maps.shape[i - d] - 2 * geometry.padding[i], i)
-        first, *rest = _taps(geometry, i, positions)
-        total = maps[first]
-        for tap in rest:
-            total = total + maps[tap]
-        maps = total
-    return maps
+    return _sum_taps(_pad(maps, [(size, size) for size in geometry.padding]), geometry)
 
 
 def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) -> Tensor:
     """The transpose of :func:`box_sum`: each pixel gathers from the windows that contain it.
+
+    That is a sum over windows too, of the same size and stride 1, after zeros are put between the
+    positions.
 
     Shape:
         - Input: :math:`(*, P_1, ..., P_d)`
@@ -73,12 +54,34 @@ def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) 
     """
     if geometry.pointwise:
         return maps
+    d = len(sizes)
+    if {*geometry.stride} != {1}:
+        spread = [1 + (n - 1) * s for n, s in zip(maps.shape[-d:], geometry.stride, strict=True)]
+        between = maps.new_zeros(*maps.shape[:-d], *spread)
+        every: tuple[Any, ...] = tuple(slice(None, None, step) for step in geometry.stride)
+        between[(..., *every)] = maps
+        maps = between
+    pads = []
+    for i, size in enumerate(sizes):
+        before = geometry.reach(i) - 1 - geometry.padding[i]
+        pads.append((before, size + geometry.reach(i) - 1 - before - maps.shape[i - d]))
+    return _sum_taps(_pad(maps, pads), geometry._replace(stride=(1,) * d))
+
+
+def _pad(maps: Tensor, pads: list[tuple[int, int]]) -> Tensor:
+    return F.pad(maps, [size for pair in reversed(pads) for size in pair])
+
+
+def _sum_taps(maps: Tensor, geometry: Geometry) -> Tensor:
+    """The sum over the pixels of each window, one dimension after the other."""
     d = len(geometry.stride)
-    for i in reversed(range(d)):
-        shape = list(maps.shape)
-        shape[i - d] = sizes[i] + 2 * geometry.padding[i]
-        spread = maps.new_zeros(shape)
-        for tap in _taps(geometry, i, maps.shape[i - d]):
-            spread[tap] += maps
-        maps = spread.narrow(i - d, geometry.padding[i], sizes[i])
+    for i, step in enumerate(geometry.stride):
+        span = maps.shape[i - d] - geometry.reach(i) + 1
+        after: tuple[Any, ...] = (slice(None),) * (d - 1 - i)
+        total: Tensor | None = None
+        for offset in range(0, geometry.reach(i), geometry.dilation[i]):
+            tap = maps[(..., slice(offset, offset + span, step), *after)]
+            total = tap if total is None else total + tap
+        assert total is not None  # a window has a pixel
+        maps = total
     return maps

@@ -1,0 +1,155 @@
+"""A dense block: KNConvs that see all that came before them, in one buffer.
+
+Each step appends its output to its input. A concatenation would copy the input for each step and
+keep every copy for the backward; here the input of a step is a prefix of one buffer, which holds
+all outputs. In the backward, too, there is one buffer, to which each step adds the gradient of its
+prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernelnorm.ops import differentiable_rows, knconv, rows_for
+from kernelnorm.ops.knconv import Settings
+
+
+class Layer(NamedTuple):
+    """The arguments of :func:`kernelnorm.ops.knconv.kn_conv` but for the input."""
+
+    weight: Tensor
+    bias: Tensor | None
+    keys: Tensor | None
+    settings: Settings
+
+
+def dense_block(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
+    """The input and the outputs of all steps, concatenated.
+
+    Args:
+        steps: chains of layers that keep the size of the image
+
+    Shape:
+        - x: :math:`(N, C, *)`
+        - Output: :math:`(N, C', *)`, with the strides of ``channels_last``
+    """
+    settings = tuple(tuple(layer.settings for layer in step) for step in steps)
+    tensors = [tensor for step in steps for layer in step for tensor in layer[:3]]
+    with knconv.without_autocast(x):
+        y: Tensor = _DenseBlock.apply(settings, x, *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _DenseBlock(torch.autograd.Function):
+    """Keeps the buffer, the outputs within a step, and one-channel maps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: tuple[tuple[Settings, ...], ...], x: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        steps = _steps(settings, tensors)
+        channels = x.shape[1] + sum(len(step[-1].weight) for step in steps)
+        buffer = x.new_empty(len(x), *x.shape[2:], channels).movedim(-1, 1)
+        buffer[:, : x.shape[1]] = x
+        end = x.shape[1]
+        kept: list[Tensor | None] = []
+        for step in steps:
+            y = buffer[:, :end]
+            for layer in step:
+                y, numerator, *maps = knconv.forward(rows_for(y), y, *layer)
+                within = layer is not step[-1]
+                kept += [numerator if numerator is not None else y if within else None, *maps]
+                kept.append(y if within else None)
+            buffer[:, end : end + y.shape[1]] = y
+            end += y.shape[1]
+        ctx.settings, ctx.channels = settings, x.shape[1]
+        ctx.save_for_backward(buffer, *tensors, *kept)
+        return buffer
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        buffer, *rest = ctx.saved_tensors
+        count = 3 * sum(map(len, ctx.settings))
+        steps, kept = _steps(ctx.settings, rest[:count]), rest[count:]
+        needs = ctx.needs_input_grad[1:]
+        with knconv.without_autocast(grad):
+            if torch.is_grad_enabled():
+                x = buffer[:, : ctx.channels]
+                return None, *_differentiable_backward(grad, x, ctx.settings, rest[:count], needs)
+            return None, *_backward(grad, buffer, ctx.channels, steps, kept, needs)
+
+
+def _backward(
+    grad: Tensor,
+    buffer: Tensor,
+    channels: int,
+    steps: list[list[Layer]],
+    kept: list[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    total = buffer.new_empty(len(buffer), *buffer.shape[2:], buffer.shape[1]).movedim(-1, 1)
+    total.copy_(grad)
+    gradients: list[Tensor | None] = [None] * len(needs)
+    end, index = buffer.shape[1], len(gradients)
+    for step in reversed(steps):
+        start = end - len(step[-1].weight)
+        g = total[:, start:end]
+        for i in reversed(range(len(step))):
+            *state, _ = kept[-5:]
+            del kept[-5:]
+            x = kept[-1] if i > 0 else buffer[:, :start]
+            if state[0] is None:
+                state[0] = buffer[:, start:end]
+            into = total[:, :start] if i == 0 else None
+            index -= 3
+            saved = x, *step[i][:3], *state
+            wanted = True, *needs[index : index + 2]
+            g, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings, into)
+            gradients[index : index + 2] = of_parameters
+            if into is not None and g is not into:
+                into.copy_(g)
+        end = start
+    gradients[0] = total[:, :channels] if needs[0] else None
+    return gradients
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    settings: tuple[tuple[Settings, ...], ...],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same gradients, from operations that can be differentiated once more."""
+    wanted = [i for i, need in enumerate(needs) if need]
+
+    def output(*inputs: Tensor) -> Tensor:
+        every: list[Tensor | None] = [x, *tensors]
+        for i, value in zip(wanted, inputs, strict=True):
+            every[i] = value
+        y, *others = every
+        assert y is not None
+        for step in _steps(settings, others):
+            new = y
+            for layer in step:
+                new = knconv.forward(differentiable_rows(), new, *layer)[0]
+            y = torch.cat([y, new], 1)
+        return y
+
+    found = torch.func.vjp(output, *([x, *tensors][i] for i in wanted))[1](grad)
+    gradients: list[Tensor | None] = [None] * len(needs)
+    for i, value in zip(wanted, found, strict=True):
+        gradients[i] = value
+    return gradients
+
+
+def _steps(
+    settings: tuple[tuple[Settings, ...], ...], tensors: Sequence[Tensor | None]
+) -> list[list[Layer]]:
+    """The reverse of the flattening in :func:`dense_block`."""
+    tensor = iter(tensors)
+    return [[Layer(next(tensor), next(tensor), next(tensor), s) for s in step] for step in settings]  # type: ignore[arg-type]
