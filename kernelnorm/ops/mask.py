@@ -11,7 +11,6 @@ random numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ def draw_keys(shape: Sequence[int], device: torch.device) -> Tensor:
     Shape:
         - Output: :math:`(C + N L_1 + L_2 + ...,)`
     """
-    n, channels, first, *others = (*shape, 1)[: max(3, len(shape))]
+    n, channels, first, *others = shape if len(shape) > 2 else (*shape, 1)
     count = channels + n * first + sum(others)
     keys = torch.randint(-(1 << 31), 1 << 31, (count,), dtype=torch.int32, device=device)
     return keys.bitwise_or_(1)
@@ -59,14 +58,14 @@ def spread_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
         p: the dropout probability; it rounds to more than zero
     """
     n, channels, *spatial = shape
-    start = channels + n * prod(spatial[:1])
-    pixels = keys[channels:start].view(n, 1, *spatial[:1], *[1] * len(spatial[1:]))
-    for i, size in enumerate(spatial[1:], start=2):
-        pixels = pixels * keys[start : start + size].view(size, *[1] * (len(spatial) - i))
-        start += size
-    of_channels = keys[:channels].view(channels, *[1] * len(spatial))
+    first, *others = spatial or [1]
+    of_channels, pixels, *more = keys.split([channels, n * first, *others])
+    ones = [1] * len(spatial)
+    pixels = pixels.view(n, 1, *spatial[:1], *ones[1:])
+    for i, (size, factor) in enumerate(zip(others, more, strict=True)):
+        pixels = pixels * factor.view(size, *ones[i + 2 :])
     first_kept = round(rounded_p(p) * _RESOLUTION) * (1 << 16) - (1 << 31)
-    return Keys(pixels, of_channels, first_kept)
+    return Keys(pixels, of_channels.view(channels, *ones), first_kept)
 
 
 def keep(keys: Keys, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,10 @@ from kernelnorm.ops import rows_torch
 from kernelnorm.ops.layouts import Layout, flat, flat_map, layout_of, unflat
 from kernelnorm.ops.mask import Keys
 
-SMALLEST = 1 << 13
-"""The elements of an input below which calling a region takes longer than its operations."""
+# The elements below which calling a region takes longer than running its operations one by one.
+_LEAST = 1 << 13
+_LEAST_OF_MOMENTS = 1 << 15
+_LEAST_OF_EPILOGUE = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def supports(x: Tensor) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and x.numel() >= SMALLEST
+        and x.numel() >= _LEAST
         and _works()
     )
 
@@ -56,6 +58,8 @@ def moments(
     sums: Tensor, factors: tuple[float, float], kappa: float, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kernelnorm.ops.rows_torch.moments`."""
+    if sums.numel() < _LEAST_OF_MOMENTS:
+        return rows_torch.moments(sums, factors, kappa, eps, dtype)
     shape = sums.shape[1:]
     mu, r = _region(rows_torch.moments)(sums.reshape(2, -1), factors, kappa, eps, dtype)
     return mu.view(shape), r.view(shape)
@@ -66,7 +70,8 @@ def epilogue(
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
     layout = layout_of(z)
-    if layout is None or any(m.shape[1] > 1 for m in maps):
+    small = z.numel() < _LEAST_OF_EPILOGUE
+    if layout is None or small or any(m.shape[1] > 1 for m in maps):
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu)
     maps = [flat_map(m, layout) for m in maps]
     bias = None if bias is None else bias.detach()
@@ -134,7 +139,7 @@ def _region(function: Callable[..., Any]) -> Callable[..., Any]:
     The arguments are to be tensors that need no gradient, and no parameters: for those, PyTorch
     compiles again for each size.
     """
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options={"size_asserts": False})
 
 
 def _epilogue(
