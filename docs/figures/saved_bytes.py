@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
+from kernelnorm.experiments.bench import CASE_STUDIES, saved_bytes
 from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.models import create_model
-
-sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks.saved_bytes import NETWORKS, saved_bytes
 
 NORMS = ("batch", "group", "layer", "kernel")
 HATCHES = dict(zip(NORMS, ("", "//", "..", "xx"), strict=True))
@@ -22,7 +19,7 @@ def main() -> None:
     """Write the figure beside this file."""
     figure = Figure(figsize=(7.5, 3), layout="constrained")
     axes = figure.subplots()
-    for column, (name, size) in enumerate(NETWORKS.items()):
+    for column, (name, size) in enumerate(CASE_STUDIES.items()):
         x = torch.rand(2, 3, size, size).contiguous(memory_format=torch.channels_last)
         for i, norm in enumerate(NORMS):
             network = create_model(name, norm=norm).to(memory_format=torch.channels_last)
@@ -37,7 +34,7 @@ def main() -> None:
                 edgecolor="white", label=label,
             )  # fmt: skip
             axes.annotate(f"{megabytes:.1f}", (place, megabytes / whole), ha="center", va="bottom")
-    axes.set_xticks(range(len(NETWORKS)), [f"{n}, {s}x{s}" for n, s in NETWORKS.items()])
+    axes.set_xticks(range(len(CASE_STUDIES)), [f"{n}, {s}x{s}" for n, s in CASE_STUDIES.items()])
     axes.set_ylabel("kept, BatchNorm = 1")
     axes.set_ylim(0, 1.2)
     axes.set_title("Kept for the backward (on the bars: MB an image, float32)", fontsize=10)

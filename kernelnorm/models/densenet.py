@@ -6,7 +6,7 @@ With ``norm="batch"`` the parameters have the names, the order and the shapes of
 import torch
 from torch import Tensor, nn
 
-from kernelnorm import functional
+from kernelnorm import arguments, functional
 from kernelnorm.models.blocks import Layers, init_convolutions, layers_for
 from kernelnorm.modules import KNConv2d
 from kernelnorm.ops.dense import Layer, dense_block
@@ -38,34 +38,36 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """Dense layers in a row. Those of a kernel network share one buffer for all that they append."""
+    """Dense layers in a row; those of a kernel network have one buffer for all that they append."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``x`` with the channels that the layers append."""
-        if not _share_a_buffer([*self.modules()]):
-            x = super().forward(x)
+        if not _may_share_a_buffer([*self.modules()]):
+            for layer in self:
+                x = layer(x)
             return x
-        first = self[0].conv1
-        x = functional.autocast(x, first.weight, first.bias)
-        return dense_block(x, [[_layer(m.conv1, x), _layer(m.conv2, x)] for m in self])
+        convs = [conv for conv in self.modules() if isinstance(conv, KNConv2d)]
+        x = functional.autocast(x, convs[0].weight, convs[0].bias)
+        layers = [_layer(conv, x) for conv in convs]
+        return dense_block(x, [*zip(layers[::2], layers[1::2], strict=True)])
 
 
-def _share_a_buffer(modules: list[nn.Module]) -> bool:
+def _may_share_a_buffer(modules: list[nn.Module]) -> bool:
     """Whether nobody could tell the layers' own calls from one call for all of them."""
     return (
-        all(type(m) in (DenseBlock, DenseLayer, KNConv2d, nn.Identity) for m in modules)
-        and any(type(m) is KNConv2d for m in modules)
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and {*map(type, modules)} == {DenseBlock, DenseLayer, KNConv2d, nn.Identity}
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
 def _layer(conv: KNConv2d, x: Tensor) -> Layer:
     shape = len(x), conv.in_channels, *x.shape[2:]
     p, keys = functional.dropout(shape, x.device, conv.dropout_p, conv.training, conv.evaluation)
-    geometry = Geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    padding = arguments.integers("padding", conv.padding, 2, at_least=0)
+    geometry = Geometry(conv.kernel_size, conv.stride, padding, conv.dilation)
     settings = Settings(geometry, conv.groups, p, conv.eps, relu=conv.activation == "relu")
     return Layer(conv.weight, conv.bias, keys, settings)
 

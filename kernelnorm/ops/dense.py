@@ -108,10 +108,9 @@ def _backward(
             index -= 3
             saved = x, *step[i][:3], *state
             wanted = True, *needs[index : index + 2]
-            g, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings, into)
-            gradients[index : index + 2] = of_parameters
-            if into is not None and g is not into:
-                into.copy_(g)
+            of_x, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings, into)
+            assert of_x is not None  # it was wanted
+            g, gradients[index : index + 2] = of_x, of_parameters
         end = start
     gradients[0] = total[:, :channels] if needs[0] else None
     return gradients

@@ -168,6 +168,8 @@ def backward(
     if grad_x is not None:
         pair = box_sum_transpose(pair, geometry, x.shape[2:])
         grad_x = rows.input_gradient(grad_x, x, pair, _mask(x, keys, settings))
+        if into is not None and grad_x is not into:
+            grad_x = into.copy_(grad_x)
     if grad_weight is not None:
         grad_sums = _as_filters(grad_sums, weight)
         grad_weight = grad_weight.to(grad_sums.dtype).add_(grad_sums).to(weight.dtype)

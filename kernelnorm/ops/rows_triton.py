@@ -10,6 +10,7 @@ another block size is another order of summation; and there are no atomic additi
 
 Triton is part of PyTorch for GPUs. Without it this module can be imported, and supports nothing.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import functools
 import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -60,7 +61,8 @@ def supports(x: Tensor) -> bool:
 
 def statistics(x: Tensor, keys: Keys | None) -> Tensor:
     """See :func:`kernelnorm.ops.rows_torch.statistics`."""
-    pair = x.new_empty(2, len(x), 1, *x.shape[2:], dtype=rows_torch.wide(x))
+    shape = 2, x.shape[0], 1, *x.shape[2:]
+    pair = torch.empty(shape, dtype=rows_torch.wide(x), device=x.device)
     _statistics(_collapsible(x), *_flat_keys(keys), pair)
     return pair
 
@@ -84,8 +86,8 @@ def epilogue(
     z = _collapsible(z)
     y = None if relu else torch.empty_like(z)
     terms = [t.contiguous() for pair in zip(maps, vectors, strict=True) for t in pair]
-    terms += [None] * (4 - len(terms))
-    _epilogue(z, *terms, r.contiguous(), None if bias is None else bias.contiguous(), y)
+    none = [None] * (4 - len(terms))
+    _epilogue(z, *terms, *none, r.contiguous(), None if bias is None else bias.contiguous(), y)
     return (z, None) if y is None else (y, z)
 
 
@@ -108,7 +110,8 @@ def output_gradient(
         _collapsible(grad), kept, r.contiguous(), mu.contiguous(), sums.contiguous(),
         None if bias is None else bias.contiguous(), relu, *factors, grad_z, pair, vectors,
     )  # fmt: skip
-    return grad_z, pair, *vectors.unbind()
+    grad_bias, grad_sums = vectors.unbind()
+    return grad_z, pair, grad_bias, grad_sums
 
 
 def input_gradient(grad: Tensor, x: Tensor, pair: Tensor, keys: Keys | None) -> Tensor:
@@ -200,7 +203,7 @@ def _output_gradient(
     vectors: Tensor,
 ) -> None:
     large = [kept, grad, grad_z]
-    programs = _tiles(large)[0]
+    programs = _tiles(kept.shape, *(x.stride() for x in large))[0]
     parts = torch.empty((2, programs, len(sums)), dtype=r.dtype, device=r.device)
     scalars = _bits(factor_1), _bits(factor_2)
     _launch(_output_gradient_kernel, large, r, mu, sums, bias, *scalars, pair, parts, RELU=relu)
@@ -221,45 +224,51 @@ def _input_gradient(
 
 def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **constants: bool) -> None:
     """Runs a kernel over tensors of one shape, and over what else it takes."""
-    programs, sizes, strides, block = _tiles(large)
+    programs, strides, sizes = _tiles(large[0].shape, *(x.stride() for x in large))
     layout = [item for x, of_x in zip(large, strides, strict=True) for item in (x, *of_x)]
     with torch.cuda.device_of(large[0]):  # Triton launches on the current device
-        kernel[(programs,)](*layout, *arguments, *sizes, **block, **constants)
+        kernel[(programs,)](*layout, *arguments, **sizes, **constants)
 
 
+@functools.lru_cache(maxsize=4096)
 def _tiles(
-    large: list[Tensor],
-) -> tuple[int, tuple[int, int, int], list[tuple[int, int, int]], dict[str, int]]:
+    shape: tuple[int, ...], *strides: tuple[int, ...]
+) -> tuple[int, list[tuple[int, int, int]], dict[str, int]]:
     """How a kernel goes through tensors of one shape.
 
     Returns:
-        the number of programs; the numbers of all pixels, of pixels in a sample and of channels;
-        each tensor's strides of samples, pixels and channels; the block sizes
+        the number of programs; each tensor's strides of samples, pixels and channels; the numbers
+        of all pixels, of pixels in a sample and of channels, and the block sizes
     """
-    n, channels, *spatial = large[0].shape
+    n, channels, *spatial = shape
     # Where one stride leads through the pixels of all samples, these are as one.
-    steps = [_stride((n, *spatial), (x.stride(0), *x.stride()[2:])) for x in large]
-    size = pixels = n * prod(spatial)
-    if None in steps:
-        steps = [_stride(spatial, x.stride()[2:]) for x in large]
-        pixels = prod(spatial)
-    strides = [(x.stride(0), step, x.stride(1)) for x, step in zip(large, steps, strict=True)]
+    merged = all(_stride((n, *spatial), (s[0], *s[2:])) is not None for s in strides)
+    steps = []
+    for s in strides:
+        step = _stride((n, *spatial), (s[0], *s[2:])) if merged else _stride(spatial, s[2:])
+        assert step is not None  # or else it would be a copy
+        steps.append((s[0], step, s[1]))
+    size = n * prod(spatial)
+    pixels = size if merged else prod(spatial)
 
     # A cache line of 128 bytes along whatever lies side by side, and enough programs.
-    planes = steps[0] == 1
+    planes = steps[0][1] == 1
     widest = TILE // min(_power(channels), 32 if planes else 64)
     block_p = min(max(_power(size // PROGRAMS), 32 if planes else 1), widest, _power(pixels))
     block_c = min(_power(channels), TILE // block_p)
-    block = {
+    sizes = {
+        "size": size,
+        "pixels": pixels,
+        "channels": channels,
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "num_warps": max(1, block_p * block_c // (TILE // 8)),
     }
-    programs = size // max(pixels, 1) * -(-pixels // block_p)
-    return programs, (size, pixels, channels), strides, block
+    programs = -(-pixels // block_p) * (1 if merged else n)
+    return programs, steps, sizes
 
 
-def _stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+def _stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     """The one stride that leads from each element to the next, if one does."""
     one, expected = None, None
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
@@ -273,7 +282,7 @@ def _stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
 
 
 def _collapsible(x: Tensor) -> Tensor:
-    """``x``, or a copy if its pixels have no stride of their own."""
+    """``x``, or a copy if no one stride leads through the pixels of a sample."""
     return x.contiguous() if _stride(x.shape[2:], x.stride()[2:]) is None else x
 
 
@@ -295,22 +304,23 @@ def _bits(x: float) -> int:
 
 
 def _jit(function: Callable[..., Any]) -> Any:
+    """Makes it a kernel. Its arguments are to have no types: Triton would look these up."""
     return function if triton is None else triton.jit(function)
 
 
 @_jit
-def _double(bits: Any) -> Any:
+def _double(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @_jit
-def _narrow(x: Any) -> Any:
+def _narrow(x):
     """In the dtype of sums over channels."""
     return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
 
 
 @_jit
-def _block(pixels: Any, BLOCK_P: tl.constexpr) -> Any:
+def _block(pixels, BLOCK_P: tl.constexpr):
     """This program's sample, its pixels in it, which of them exist, and their place in maps."""
     program = tl.program_id(0).to(tl.int64)  # there are tensors of more than 2**31 elements
     blocks = tl.cdiv(pixels, BLOCK_P)
@@ -320,12 +330,7 @@ def _block(pixels: Any, BLOCK_P: tl.constexpr) -> Any:
 
 
 @_jit
-def _keep(
-    pixel_keys: Any,
-    channel_keys: Any,
-    first_kept: Any,
-    MULTIPLIER: tl.constexpr = HASH_MULTIPLIER,
-) -> Any:
+def _keep(pixel_keys, channel_keys, first_kept, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
     """See :func:`kernelnorm.ops.mask.keep`."""
     element = pixel_keys[:, None] * channel_keys[None, :]
     element = (element ^ ((element >> 15) & 0x1FFFF)) * MULTIPLIER
@@ -334,10 +339,10 @@ def _keep(
 
 @_jit
 def _statistics_kernel(
-    x: Any, x_n: Any, x_p: Any, x_c: Any,
-    pixel_keys: Any, channel_keys: Any, first_kept: Any, pair: Any,
-    size: Any, pixels: Any, channels: Any, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-) -> None:  # fmt: skip
+    x, x_n, x_p, x_c,
+    pixel_keys, channel_keys, first_kept, pair,
+    size, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
     rows = x + sample * x_n + pixel * x_p
     first = _narrow(tl.load(rows, exists, 0))
@@ -369,9 +374,9 @@ def _statistics_kernel(
 
 @_jit
 def _moments_kernel(
-    sums: Any, factor_1: Any, factor_2: Any, kappa: Any, eps: Any, mu: Any, r: Any, size: Any,
+    sums, factor_1, factor_2, kappa, eps, mu, r, size,
     BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < size
     mean = tl.load(sums + place, exists, 0) * _double(factor_1)
@@ -385,11 +390,11 @@ def _moments_kernel(
 
 @_jit
 def _epilogue_kernel(
-    z: Any, z_n: Any, z_p: Any, z_c: Any, y: Any, y_n: Any, y_p: Any, y_c: Any,
-    map_1: Any, vector_1: Any, map_2: Any, vector_2: Any, r: Any, bias: Any,
-    size: Any, pixels: Any, channels: Any,
+    z, z_n, z_p, z_c, y, y_n, y_p, y_c,
+    map_1, vector_1, map_2, vector_2, r, bias,
+    size, pixels, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
     z += sample * z_n + pixel * z_p
     y += sample * y_n + pixel * y_p
@@ -418,13 +423,13 @@ def _epilogue_kernel(
 
 @_jit
 def _output_gradient_kernel(
-    kept: Any, kept_n: Any, kept_p: Any, kept_c: Any,
-    grad: Any, grad_n: Any, grad_p: Any, grad_c: Any,
-    grad_z: Any, grad_z_n: Any, grad_z_p: Any, grad_z_c: Any,
-    r: Any, mu: Any, sums: Any, bias: Any, factor_1: Any, factor_2: Any, pair: Any, parts: Any,
-    size: Any, pixels: Any, channels: Any,
+    kept, kept_n, kept_p, kept_c,
+    grad, grad_n, grad_p, grad_c,
+    grad_z, grad_z_n, grad_z_p, grad_z_c,
+    r, mu, sums, bias, factor_1, factor_2, pair, parts,
+    size, pixels, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Each program writes its own part of the sums over pixels."""
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
     kept += sample * kept_n + pixel * kept_p
@@ -465,10 +470,10 @@ def _output_gradient_kernel(
 
 @_jit
 def _input_gradient_kernel(
-    x: Any, x_n: Any, x_p: Any, x_c: Any, grad: Any, grad_n: Any, grad_p: Any, grad_c: Any,
-    pair: Any, pixel_keys: Any, channel_keys: Any, first_kept: Any,
-    size: Any, pixels: Any, channels: Any, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-) -> None:  # fmt: skip
+    x, x_n, x_p, x_c, grad, grad_n, grad_p, grad_c,
+    pair, pixel_keys, channel_keys, first_kept,
+    size, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
     x += sample * x_n + pixel * x_p
     grad += sample * grad_n + pixel * grad_p
