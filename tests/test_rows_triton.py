@@ -110,7 +110,7 @@ def rows(draw: st.DrawFn) -> Rows:
     return Rows(
         shape=(
             draw(st.integers(0, 3)),
-            draw(st.sampled_from([1, 2, 3, 5, 8, 70])),
+            draw(st.sampled_from([1, 2, 3, 5, 70, 70])),
             *(draw(st.integers(1, 4)) for _ in range(d)),
         ),
         dtype=draw(st.sampled_from([*UNITS])),
@@ -163,7 +163,7 @@ def assert_same(actual, expected, dtype: torch.dtype, unit: float | None = None)
     torch.testing.assert_close(actual.double(), expected, rtol=unit, atol=unit * scale)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows())
 def test_statistics(device, case: Rows):
     x, keys = case.large(1, device) + 1, case.keys(device)
@@ -177,7 +177,9 @@ def test_statistics(device, case: Rows):
 @given(rows())
 def test_moments(device, case: Rows):
     mean, deviation = double(case.pixel_maps(2, device))
-    sums = torch.stack([mean, mean.square() + deviation.square() + 1]) * 7
+    var = (deviation.square() + 1) * deviation.sign()  # rounding can make it negative
+    sums = torch.stack([mean, mean.square() + var]) * 7
+    sums = torch.cat([sums] * 40, 1)  # of more than one block
     arguments = (1 / 7, 1 / 7), 0.1, 1e-5, case.narrow
     with case.small_blocks():
         results = rows_triton.moments(sums, *arguments)
@@ -185,7 +187,7 @@ def test_moments(device, case: Rows):
         assert_same(actual, expected.double(), case.narrow)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows())
 def test_epilogue(device, case: Rows):
     z, bias = case.large(1, device), case.bias(device)
@@ -204,7 +206,7 @@ def test_epilogue(device, case: Rows):
         assert_neighbours_are_untouched(z)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows())
 def test_output_gradient(device, case: Rows):
     grad, kept, bias = case.large(2, device), case.large(1, device), case.bias(device)
@@ -222,7 +224,7 @@ def test_output_gradient(device, case: Rows):
     assert_same(vectors[1], expected[3], case.narrow, unit)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows())
 def test_input_gradient(device, case: Rows):
     grad, x, keys = case.large(2, device), case.large(1, device), case.keys(device)
@@ -254,6 +256,16 @@ def test_the_mask_bit_by_bit(device, shape, p, layout):
     with blocks(PROGRAMS=2):
         mask = rows_triton.input_gradient(torch.zeros_like(x), x, pair, keys)
     assert torch.equal(mask, keep(keys, mask.dtype))
+
+
+def test_the_smallest_hash_that_is_kept(device):
+    """An element whose hash is the threshold: that of zero is zero."""
+    zero = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+    x = torch.ones(1, 1, 1, device=device)
+    for first_kept in (-1, 0, 1):
+        keys = Keys(zero, zero[0], first_kept)
+        square = rows_triton.statistics(x, keys)[1].item()
+        assert square == keep(keys, x.dtype).item() == (first_kept <= 0)
 
 
 def test_not_a_number_stays_one(device):
@@ -303,7 +315,7 @@ def test_imports_without_triton():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(cases(), st.sampled_from([0.0, 0.3]), st.booleans(), st.sampled_from([None, "relu"]))
 def test_layer_agrees_with_equation_4(device, case: Case, p, with_bias, activation):
     x = case.input(device=device).requires_grad_()
