@@ -50,11 +50,11 @@ def folder_of_images(path: Path, height: int = 40, width: int = 40) -> Path:
 def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     output = capsys.readouterr().out
-    for command in ("train", "compare", "evaluate", "predict"):
+    for command in ("train", "compare", "evaluate", "predict", "bench"):
         assert command in output
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "predict", "bench"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.saved_bytes import saved_bytes
+from kernelnorm.experiments.bench import saved_bytes
 from kernelnorm.models import create_model
 
 

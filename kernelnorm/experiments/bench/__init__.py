@@ -1,0 +1,158 @@
+"""Time and memory of the normalisations side by side, in tables, a file and a picture.
+
+``bench.json`` has what was measured, for others to compute with:
+
+``kernelnorm``, ``machine``
+    the package's version; PyTorch's version, the device in words, cores, threads, and whether
+    float32 products are rounded to TF32, as on CUDA they are.
+``results``
+    a list with an object for each row of the table:
+
+    ``network``, ``image_size``, ``batch_size``, ``dtype``, ``mode``, ``pass``
+        what was measured.
+    ``variants``
+        one for each norm and memory format: ``norm``, ``memory_format``, ``seconds`` (of a step,
+        one number a round; the i-th numbers of all variants are of the same round),
+        ``saved_bytes`` (kept for the backward), ``peak_bytes`` (on CUDA, the most that a step
+        allocated), ``failure`` (why there are no times, or an empty string).
+    ``summary``
+        for each norm that has times, in its faster ``memory_format``: the quartiles ``[low, median,
+        high]`` of ``seconds``, and ``to_batch`` and ``to_none``, of the ratios to another norm's
+        time of the same round, or null.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import kernelnorm
+from kernelnorm.experiments.bench.measure import measure_row, saved_bytes
+from kernelnorm.experiments.bench.plan import CASE_STUDIES, Plan, make_plan
+from kernelnorm.experiments.bench.report import TimeTable, draw, floor_lines, memory_lines
+from kernelnorm.experiments.bench.results import Result
+from kernelnorm.experiments.runs import RunError, write_whole
+
+__all__ = ["CASE_STUDIES", "Plan", "bench", "make_plan", "saved_bytes"]
+
+
+def bench(plan: Plan, out: Path) -> list[Result]:
+    """Measure the plan's rows; print the tables, and write ``bench.json`` and ``bench.png``.
+
+    The table of times grows by a line as each row ends, and so do the two files.
+
+    Args:
+        plan: what is measured.
+        out: the folder of the two files.
+
+    Raises:
+        RunError: the folder cannot be written to.
+    """
+    _check_folder(out)
+    results: list[Result] = []
+    with _settings(plan):
+        machine = _machine(plan)
+        print(_phrase(machine))
+        table = TimeTable(plan)
+        print(f"\nTime of a step: ratios to BatchNorm's, median (quartiles)\n{table.heading()}")
+        with tqdm(
+            total=len(plan.rows),
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+            smoothing=0,
+            dynamic_ncols=True,
+            leave=False,
+            disable=None,
+        ) as bar:
+            for row in plan.rows:
+
+                def progress(what: str, done: float, row: str = str(row.case)) -> None:
+                    bar.set_postfix_str(f"{row}: {what}")
+                    bar.update(len(results) + done - bar.n)
+
+                result = measure_row(row, plan, progress)
+                results.append(result)
+                tqdm.write(table.line(result))
+                _write(results, plan, machine, out)
+    if floor := floor_lines(results, plan.norms):
+        print("\nTime of a step: ratios to the floor, the network without a normalisation")
+        print("\n".join(floor))
+    if memory := memory_lines(results, plan.norms):
+        print("\nMemory: ratios to BatchNorm's; kept is what autograd saves for the backward")
+        print("\n".join(memory))
+    print(f"\nTimes:   {out / 'bench.json'}\nPicture: {out / 'bench.png'}")
+    return results
+
+
+def _check_folder(out: Path) -> None:
+    """Not after minutes of measuring."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise RunError(f"--out {out} must be a folder that can be written to")
+
+
+@contextmanager
+def _settings(plan: Plan) -> Iterator[None]:
+    """Set the threads and, on CUDA, TF32; afterwards they are as they were."""
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        if plan.threads is not None:
+            torch.set_num_threads(plan.threads)
+        if plan.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _machine(plan: Plan) -> dict[str, Any]:
+    cuda = plan.device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "device": f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {_processor()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "tf32": cuda,
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name, or at least its architecture."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    return platform.processor() or platform.machine()
+
+
+def _phrase(machine: dict[str, Any]) -> str:
+    """Return the machine in words."""
+    tf32 = ", float32 products in TF32" if machine["tf32"] else ""
+    return (
+        f"kernelnorm {kernelnorm.__version__}, PyTorch {machine['torch']}, {machine['device']}, "
+        f"cores: {machine['cores']}, threads: {machine['threads']}{tf32}"
+    )
+
+
+def _write(results: Sequence[Result], plan: Plan, machine: dict[str, Any], out: Path) -> None:
+    record = {
+        "kernelnorm": kernelnorm.__version__,
+        "machine": machine,
+        "results": [result.record() for result in results],
+    }
+    write_whole(out / "bench.json", f"{json.dumps(record, indent=1)}\n".encode())
+    picture = io.BytesIO()
+    draw(results, plan.norms).savefig(picture, dpi=150)
+    write_whole(out / "bench.png", picture.getbuffer())

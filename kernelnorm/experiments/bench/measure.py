@@ -1,0 +1,175 @@
+"""Time and memory of the variants of one row, interleaved so that what disturbs one disturbs all.
+
+Each network is warmed up. Then, round by round, every variant is timed once, in an order that is
+drawn anew, so that none always comes after the same other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernelnorm.experiments.bench.plan import DTYPES, MEMORY_FORMATS, Plan, Row
+from kernelnorm.experiments.bench.results import Result, Variant
+from kernelnorm.models import create_model
+
+__all__ = ["measure_row", "saved_bytes"]
+
+_LEAST_ROUNDS = 3
+_SHORTEST = 0.01
+"""A time is that of as many steps as the fastest variant does in so many seconds."""
+
+Step = Callable[[], None]
+
+
+def saved_bytes(network: nn.Module, x: Tensor) -> int:
+    """Return the bytes that a training step keeps between its forward and its backward.
+
+    Each storage that autograd saves is counted once, and the parameters are left out. The count
+    does not depend on the machine.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = network(x)
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+def measure_row(row: Row, plan: Plan, progress: Callable[[str, float], None]) -> Result:
+    """Measure the norms of the plan, in each of its memory formats.
+
+    A variant that fails says why, and the others go on.
+
+    Args:
+        row: what is measured.
+        plan: on which device, and for how long.
+        progress: called with what is being done, and the fraction of the row that is done.
+    """
+    variants = [Variant(norm, format_) for norm in plan.norms for format_ in plan.memory_formats]
+    steps: dict[int, Step] = {}
+    fastest = math.inf
+    for i, variant in enumerate(variants):
+        progress(f"warming up {variant.norm}", 0.0)
+        with _failing(variant):
+            steps[i], seconds = _warm_up(row, variant, plan.device)
+            fastest = min(fastest, seconds)
+    repeats = math.ceil(_SHORTEST / fastest) if steps else 0
+    generator, start = random.Random(0), time.perf_counter()
+    for done in range(plan.rounds):
+        share = max(done / plan.rounds, (time.perf_counter() - start) / (plan.seconds or 1e-9))
+        progress("timing", min(1.0, share))
+        if share >= 1 and done >= _LEAST_ROUNDS:
+            break
+        for i in generator.sample([*steps], len(steps)):
+            with _failing(variants[i]):
+                variants[i].seconds.append(_time(steps[i], repeats, plan.device))
+            if variants[i].failure:
+                variants[i].seconds.clear()
+                del steps[i]
+    if row.mode != "eager":
+        torch.compiler.reset()  # PyTorch does not compile the same function without end
+    return Result(row, variants)
+
+
+@contextlib.contextmanager
+def _failing(variant: Variant) -> Iterator[None]:
+    """Turn an exception into the variant's failure, whatever it is: other variants may do."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        variant.failure = f"failed: {type(error).__name__}: {reason}"
+
+
+def _warm_up(row: Row, variant: Variant, device: torch.device) -> tuple[Step, float]:
+    """Return a step, and how long the last one took; count the memory that it takes.
+
+    The first steps compile, choose algorithms and record CUDA graphs.
+    """
+    case, train, graphs = row.case, row.pass_ == "train", row.mode == "reduce-overhead"
+    memory_format = MEMORY_FORMATS[variant.memory_format]
+    network = create_model(case.network, norm=variant.norm, num_classes=10).to(device).train(train)
+    network.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if row.mode != "eager":
+        network.compile(dynamic=False, mode=row.mode if graphs else None)
+    x = torch.rand(case.batch_size, 3, case.image_size, case.image_size, device=device)
+    x = x.contiguous(memory_format=memory_format)
+    step = _training_step(row, network, x) if train else _inference_step(row, network, x)
+    for _ in range(3 if graphs else 1):
+        step()
+    if train and not graphs:
+        with _autocast(row, x):
+            variant.saved_bytes = saved_bytes(network, x)
+    if device.type == "cuda" and not graphs:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        variant.peak_bytes = torch.cuda.max_memory_allocated() - before
+    return step, _time(step, 1, device)
+
+
+def _training_step(row: Row, network: nn.Module, x: Tensor) -> Step:
+    y = torch.randint(0, 10, (len(x),), device=x.device)
+    # With a rate of 0, a step costs what any does, and the weights stay what they are.
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+
+    def step() -> None:
+        _begin(row)
+        with _autocast(row, x):
+            loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _inference_step(row: Row, network: nn.Module, x: Tensor) -> Step:
+    def step() -> None:
+        _begin(row)
+        with torch.no_grad(), _autocast(row, x):
+            network(x)
+
+    return step
+
+
+def _begin(row: Row) -> None:
+    """Tell CUDA graphs that the last step's output is no longer needed."""
+    if row.mode == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def _autocast(row: Row, x: Tensor) -> torch.autocast:
+    dtype = DTYPES[row.dtype]
+    return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _time(step: Step, repeats: int, device: torch.device) -> float:
+    """Return the seconds of a step, the mean of some without a break."""
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _synchronise(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,183 @@
+"""What is to be measured: the rows of the table, and what is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from kernelnorm.experiments.runs import RunError
+from kernelnorm.models import list_models
+from kernelnorm.norms import NORMS
+
+__all__ = ["CASE_STUDIES", "Case", "Plan", "Row", "make_plan"]
+
+CASE_STUDIES = {"vgg8": 32, "resnet18": 192, "densenet121": 160}
+"""The networks of the paper's case studies, and their images' height and width."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+MODES = ("eager", "compile", "reduce-overhead")
+PASSES = ("train", "inference")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its input."""
+
+    network: str
+    image_size: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.image_size}px x {self.batch_size}"
+
+
+_QUICK = (
+    Case("vgg8", 32, 2),
+    Case("vgg8", 32, 32),
+    Case("resnet18", 96, 4),
+    Case("densenet121", 64, 4),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: the norms and memory formats in it are measured in turn.
+
+    Args:
+        case: the network and its input.
+        dtype: one of :data:`DTYPES`; the half-precision ones by autocast.
+        mode: one of :data:`MODES`.
+        pass_: one of :data:`PASSES`: forward, backward and SGD with momentum, or forward alone.
+    """
+
+    case: Case
+    dtype: str
+    mode: str
+    pass_: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured; :func:`make_plan` makes one of the command's options.
+
+    Args:
+        rows: in the order in which they are measured.
+        norms: of each row, ``"batch"`` among them.
+        memory_formats: of each norm.
+        device: the CPU, or a GPU.
+        threads: of PyTorch on the CPU; ``None`` leaves it as it is.
+        rounds: the most in a row; in each, every variant is measured once.
+        seconds: a row ends when they have passed, but not before three rounds.
+    """
+
+    rows: Sequence[Row]
+    norms: Sequence[str]
+    memory_formats: Sequence[str]
+    device: torch.device
+    threads: int | None
+    rounds: int
+    seconds: float
+
+
+def make_plan(
+    *,
+    networks: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    norms: Sequence[str] = ("none", "batch", "group", "layer", "kernel"),
+    passes: Sequence[str] = PASSES,
+    dtypes: Sequence[str] = ("float32",),
+    memory_formats: Sequence[str] = ("channels_last",),
+    modes: Sequence[str] = ("eager",),
+    device: str = "auto",
+    threads: int | None = None,
+    rounds: int = 15,
+    seconds: float = 20.0,
+    quick: bool = False,
+) -> Plan:
+    """Return the plan of the options that ``kernelnorm bench --help`` explains.
+
+    Raises:
+        RunError: an option has a value that it cannot have, or not with the others.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch finds no CUDA device here")
+    _check_names("--norms", norms, NORMS)
+    if "batch" not in norms:
+        raise RunError(f"--norms must have batch, which it compares with, got {','.join(norms)}")
+    _check_names("--passes", passes, PASSES)
+    _check_names("--dtypes", dtypes, DTYPES)
+    _check_names("--memory-formats", memory_formats, MEMORY_FORMATS)
+    _check_names("--modes", modes, MODES)
+    for option, value in (("--dtypes", "float16"), ("--modes", "reduce-overhead")):
+        if value in (*dtypes, *modes) and not cuda:
+            raise RunError(f"{option} {value} needs a CUDA device, got --device {device}")
+    if threads is not None:
+        _check_least("--threads", threads, 1)
+    _check_least("--rounds", rounds, 2)
+    _check_least("--seconds", seconds, 0)
+    given = {"--networks": networks, "--sizes": sizes, "--batch-sizes": batch_sizes}
+    if quick:
+        if clash := [option for option, values in given.items() if values is not None]:
+            raise RunError(f"--quick has its own cases: leave out --quick, or {', '.join(clash)}")
+        cases: Sequence[Case] = _QUICK
+        rounds, seconds = min(rounds, 9), min(seconds, 4.0)
+    else:
+        cases = _cases(networks or [*CASE_STUDIES], sizes, batch_sizes or [2, 32])
+    return Plan(
+        rows=[Row(*choices) for choices in product(cases, dtypes, modes, passes)],
+        norms=norms,
+        memory_formats=memory_formats,
+        device=torch.device(device),
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+    )
+
+
+def _cases(
+    networks: Sequence[str], sizes: Sequence[int] | None, batch_sizes: Sequence[int]
+) -> list[Case]:
+    _check_names("--networks", networks, list_models())
+    if sizes is None:
+        sizes = [_size_of_family(network) for network in networks]
+    if len(sizes) != len(networks):
+        raise RunError(
+            f"--sizes must have a number for each of the {len(networks)} networks "
+            f"({','.join(networks)}), got {','.join(map(str, sizes))}"
+        )
+    for size in sizes:
+        _check_least("--sizes", size, 1)
+    for batch_size in batch_sizes:
+        _check_least("--batch-sizes", batch_size, 1)
+    return [
+        Case(network, size, batch_size)
+        for network, size in zip(networks, sizes, strict=True)
+        for batch_size in batch_sizes
+    ]
+
+
+def _size_of_family(network: str) -> int:
+    """Return the image size of the case study with a network of the same family."""
+    family = network.rstrip("0123456789")
+    return next(size for study, size in CASE_STUDIES.items() if study.startswith(family))
+
+
+def _check_names(option: str, values: Sequence[str], known: Collection[str]) -> None:
+    for value in values:
+        if value not in known:
+            raise RunError(f"{option}: unknown {value!r}, choose from: {', '.join(known)}")
+    if len({*values}) < len(values):
+        raise RunError(f"{option} must have each name once, got {','.join(values)}")
+
+
+def _check_least(option: str, value: float, least: float) -> None:
+    if value < least:
+        raise RunError(f"{option} must be at least {least}, got {value}")

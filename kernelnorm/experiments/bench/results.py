@@ -1,0 +1,97 @@
+"""What was measured, and the statistics of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from kernelnorm.experiments.bench.plan import Row
+
+__all__ = ["Quartiles", "Result", "Variant"]
+
+
+class Quartiles(NamedTuple):
+    """A quarter of the values is below ``low``, a quarter above ``high``."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Return those of at least two values; between two neighbours they are interpolated."""
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+@dataclass
+class Variant:
+    """One norm in one memory format.
+
+    Args:
+        norm: one of :data:`kernelnorm.norms.NORMS`.
+        memory_format: of the network and its input.
+        seconds: of a step, by round; the i-th of all variants were measured beside each other.
+        saved_bytes: kept between forward and backward, by :func:`.measure.saved_bytes`; ``None``
+            for inference, and with CUDA graphs, which keep memory of their own.
+        peak_bytes: on CUDA, the most that a step had allocated beyond what there was before it
+            (weights, momentum); ``None`` with CUDA graphs.
+        failure: why there are no times.
+    """
+
+    norm: str
+    memory_format: str
+    seconds: list[float] = field(default_factory=list)
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row and its variants."""
+
+    row: Row
+    variants: Sequence[Variant]
+
+    def best(self, norm: str) -> Variant | None:
+        """Return the variant of the norm in the memory format with the lowest median time.
+
+        There is none where the norm failed in all of them, or was not measured.
+        """
+        timed = [v for v in self.variants if v.norm == norm and v.seconds]
+        return min(timed, key=lambda v: statistics.median(v.seconds), default=None)
+
+    def ratio(self, norm: str, to: str) -> Quartiles | None:
+        """Return the quartiles, over the rounds, of the ratio of two norms' times.
+
+        Each norm is in its best memory format. There is none where either failed.
+        """
+        a, b = self.best(norm), self.best(to)
+        if a is None or b is None:
+            return None
+        return Quartiles.of([x / y for x, y in zip(a.seconds, b.seconds, strict=True)])
+
+    def record(self) -> dict[str, Any]:
+        """Return the result as JSON knows it."""
+        summary = {}
+        for norm in dict.fromkeys(variant.norm for variant in self.variants):
+            if best := self.best(norm):
+                summary[norm] = {
+                    "memory_format": best.memory_format,
+                    "seconds": Quartiles.of(best.seconds),
+                    "to_batch": self.ratio(norm, "batch"),
+                    "to_none": self.ratio(norm, "none"),
+                }
+        return {
+            **asdict(self.row.case),
+            "dtype": self.row.dtype,
+            "mode": self.row.mode,
+            "pass": self.row.pass_,
+            "variants": [asdict(variant) for variant in self.variants],
+            "summary": summary,
+        }
