@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,8 +21,6 @@ from kernelnorm.ops import knconv, rows_torch
 from kernelnorm.ops.mask import Keys, draw_keys, keep, spread_keys
 from tests.strategies import Case, cases, mask_of
 
-if not torch.cuda.is_available():  # has to be known when Triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 from kernelnorm.ops import rows_triton
 
