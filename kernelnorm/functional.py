@@ -12,7 +12,7 @@ from torch import Tensor
 from kernelnorm import arguments
 from kernelnorm.arguments import Evaluation
 from kernelnorm.ops import knconv
-from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
+from kernelnorm.ops.mask import draw_keys, kappa, keep, rounded_p, spread_keys
 
 __all__ = ["kernel_norm", "kn_conv"]
 
@@ -91,7 +91,7 @@ def _normalize(u: Tensor, unit: list[int], p: float, keys: Tensor | None, eps: f
     var = (dropped - mu).square().mean(unit, keepdim=True)
     if keys is None:
         n = prod([u.shape[axis] for axis in unit])
-        var = var + knconv.kappa(p, n) * (var + mu.square())
+        var = var + kappa(p, n) * (var + mu.square())
     return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
 
 

@@ -1,23 +1,54 @@
-"""The efficient algorithm. This file is its one seam: which row primitives run where."""
+"""The efficient algorithm. This file is its one seam: which primitives of a layer run where."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
-from kernelnorm.ops import rows_compiled, rows_torch
+from kernelnorm.ops import rows_compiled, rows_torch, statistics
 
 
-def rows_for(x: Tensor) -> ModuleType:
-    """The module whose row primitives are used for inputs like ``x``."""
+class Primitives(NamedTuple):
+    """What a layer does beside its convolution.
+
+    Each is a function of :mod:`kernelnorm.ops.statistics` or of :mod:`kernelnorm.ops.rows_torch`.
+    """
+
+    window_statistics: Callable[..., tuple[Tensor, Tensor]]
+    epilogue: Callable[..., tuple[Tensor, Tensor | None]]
+    output_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    through_statistics: Callable[..., Tensor]
+
+
+def primitives_of(rows: ModuleType) -> Primitives:
+    """Those that are made of a module's row primitives."""
+    return Primitives(
+        partial(statistics.window_statistics, rows),
+        rows.epilogue,
+        rows.output_gradient,
+        partial(statistics.through_statistics, rows),
+    )
+
+
+DIFFERENTIABLE = primitives_of(rows_torch)
+"""The primitives that autograd can differentiate."""
+
+_COMPILED = Primitives(
+    rows_compiled.window_statistics,
+    rows_compiled.epilogue,
+    rows_compiled.output_gradient,
+    rows_compiled.through_statistics,
+)
+
+
+def primitives_for(x: Tensor) -> Primitives:
+    """The primitives that are used for inputs like ``x``."""
     if x.is_cuda:
         from kernelnorm.ops import rows_triton  # Triton takes a moment to load
 
-        return rows_triton if rows_triton.supports(x) else rows_torch
-    return rows_compiled if rows_compiled.supports(x) else rows_torch
-
-
-def differentiable_rows() -> ModuleType:
-    """The module whose row primitives autograd can differentiate."""
-    return rows_torch
+        return primitives_of(rows_triton) if rows_triton.supports(x) else DIFFERENTIABLE
+    return _COMPILED if rows_compiled.supports(x) else DIFFERENTIABLE

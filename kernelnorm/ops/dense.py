@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import differentiable_rows, knconv, rows_for
+from kernelnorm.ops import DIFFERENTIABLE, knconv, primitives_for
 from kernelnorm.ops.knconv import Settings
 
 
@@ -58,9 +58,9 @@ class _DenseBlock(torch.autograd.Function):
         end = x.shape[1]
         kept: list[Tensor | None] = []
         for step in steps:
-            y = buffer[:, :end]
+            y = _rows(buffer[:, :end])
             for layer in step:
-                y, numerator, *maps = knconv.forward(rows_for(y), y, *layer)
+                y, numerator, *maps = knconv.forward(primitives_for(y), y, *layer)
                 within = layer is not step[-1]
                 kept += [numerator if numerator is not None else y if within else None, *maps]
                 kept.append(y if within else None)
@@ -91,8 +91,7 @@ def _backward(
     kept: list[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    total = buffer.new_empty(len(buffer), *buffer.shape[2:], buffer.shape[1]).movedim(-1, 1)
-    total.copy_(grad)
+    total = torch.empty_like(buffer).copy_(grad)
     gradients: list[Tensor | None] = [None] * len(needs)
     end, index = buffer.shape[1], len(gradients)
     for step in reversed(steps):
@@ -101,10 +100,10 @@ def _backward(
         for i in reversed(range(len(step))):
             *state, _ = kept[-5:]
             del kept[-5:]
-            x = kept[-1] if i > 0 else buffer[:, :start]
+            x = kept[-1] if i > 0 else _rows(buffer[:, :start])
             if state[0] is None:
                 state[0] = buffer[:, start:end]
-            into = total[:, :start] if i == 0 else None
+            into = total if i == 0 else None
             index -= 3
             saved = x, *step[i][:3], *state
             wanted = True, *needs[index : index + 2]
@@ -135,7 +134,7 @@ def _differentiable_backward(
         for step in _steps(settings, others):
             new = y
             for layer in step:
-                new = knconv.forward(differentiable_rows(), new, *layer)[0]
+                new = knconv.forward(DIFFERENTIABLE, new, *layer)[0]
             y = torch.cat([y, new], 1)
         return y
 
@@ -144,6 +143,11 @@ def _differentiable_backward(
     for i, value in zip(wanted, found, strict=True):
         gradients[i] = value
     return gradients
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Channels that lie side by side: what stands between them would slow a convolution down."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _steps(

@@ -13,24 +13,27 @@ With :math:`u` a window of the input, :math:`n` its number of elements, :math:`m
 variance that a mask would give on average, :math:`\mathbb{E}[\text{var}(m u)]`, for which
 :math:`\kappa = \frac{p}{1-p} (1 - \frac1n)`.
 
-This file names no backend: the row primitives come from :func:`kernelnorm.ops.rows_for`.
+This file names no backend: the row primitives come from :func:`kernelnorm.ops.primitives_for`.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import differentiable_rows, rows_for
-from kernelnorm.ops.convolution import convolve, convolve_backward
-from kernelnorm.ops.mask import Keys, rounded_p, spread_keys
-from kernelnorm.ops.rows_torch import narrow
-from kernelnorm.ops.windows import Geometry, box_sum, box_sum_transpose
+from kernelnorm.ops import DIFFERENTIABLE, Primitives, primitives_for
+from kernelnorm.ops.rows_torch import narrow, wide
+from kernelnorm.ops.statistics import gradient_factors
+from kernelnorm.ops.windows import Geometry, box_sum
+
+
+_LEAST_P = 1e-3
+r"""Of a layer whose means need no more care than those of a mask: :math:`|\mu| r` is below
+:math:`\kappa^{-1/2}`, about :math:`p^{-1/2}`."""
 
 
 class Settings(NamedTuple):
@@ -54,8 +57,12 @@ def kn_conv(
             plain ones for 0
         weight: may have a wider dtype than ``x``, which decides the output's
     """
+    arguments = x, weight, bias, keys, settings
     with without_autocast(x):
-        y: Tensor = _KNConv.apply(x, weight, bias, keys, settings)[0]  # type: ignore[no-untyped-call]
+        if torch._C._are_functorch_transforms_active():
+            y: Tensor = _Transformable.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        else:
+            y = _KNConv.apply(*arguments)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -66,28 +73,23 @@ class _KNConv(torch.autograd.Function):
     change the output in place, as an in-place ReLU or a residual addition does.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, settings: Settings
-    ) -> tuple[Tensor, ...]:
-        y, numerator, *rest = forward(rows_for(x), x, weight, bias, keys, settings)
-        return y, y.new_empty(0) if numerator is None else numerator, *rest
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        keys: Tensor | None,
+        settings: Settings,
+    ) -> Tensor:
+        y, numerator, *rest = forward(primitives_for(x), x, weight, bias, keys, settings)
+        kept = y if numerator is None else numerator
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, bias, keys, kept, *rest)
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.settings = inputs
-        y, numerator, *rest = output
-        ctx.mark_non_differentiable(numerator, *rest)
-        kept = y if ctx.settings.relu else numerator
-        ctx.save_for_backward(*tensors, kept, *rest)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         with without_autocast(grad):
             # Someone differentiates this gradient again: give a gradient that can be.
@@ -95,17 +97,33 @@ class _KNConv(torch.autograd.Function):
             return *gradients(grad, ctx.saved_tensors, needs, ctx.settings), None, None
 
 
-def kappa(p: float, n: int) -> float:
-    r"""What is added to the variance of ``n`` elements in place of a mask.
+class _Transformable(torch.autograd.Function):
+    """The same for ``torch.func``, which wants the context apart; such a call takes longer."""
 
-    :math:`\mathbb{E}[\text{var}(m u)] = \text{var}(u) + \kappa \, \text{mean}(u^2)`, exactly.
-    """
-    p = rounded_p(p)
-    return p / (1 - p) * (1 - 1 / max(n, 1))
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, settings: Settings
+    ) -> tuple[Tensor, ...]:
+        y, numerator, *rest = forward(primitives_for(x), x, weight, bias, keys, settings)
+        return y, y.new_empty(0) if numerator is None else numerator, *rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.settings = inputs
+        y, numerator, *rest = output
+        ctx.mark_non_differentiable(numerator, *rest)
+        ctx.save_for_backward(*tensors, y if ctx.settings.relu else numerator, *rest)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return (None,) * 5 if grad is None else _KNConv.backward(ctx, grad)
 
 
 def forward(
-    rows: ModuleType,
+    primitives: Primitives,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -113,33 +131,28 @@ def forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
-    geometry = settings.geometry
-    mask = _mask(x, keys, settings)
-    kept, kappa = _dropout(x, keys, settings)
-    pixels = prod(geometry.kernel_size)
-    factors = 1 / (kept * pixels), 1 / (kept**2 * pixels)
+    geometry, groups, p, eps, relu = settings
     dtype = narrow(x)
-
-    pair = box_sum(rows.statistics(x, mask), geometry)
-    mu, r = rows.moments(pair, factors, kappa, settings.eps, dtype)
     sums = _sums(weight, dtype)
-
-    if keys is not None and x.dtype == dtype:
+    if x.dtype == dtype and (keys is not None or p >= _LEAST_P):
         # mu differs from the mean of the window by far more than rounding does.
+        mu, r = primitives.window_statistics(x, keys, p, geometry, eps, dtype)
         filters, maps, vectors = weight, [mu], [-sums]
     else:
         # <u, W> - mu S subtracts two numbers that can be large beside their difference. Centred
         # filters have next to no sum, and what rounding leaves of it is taken away again.
+        mu, r = primitives.window_statistics(x, keys, p, geometry, eps, wide(x))
         filters = (weight - _as_filters(sums / weight[0].numel(), weight)).to(x.dtype)
         rest = _sums(filters, dtype)
-        maps, vectors = [mu], [-rest]
-        if keys is not None or settings.groups > 1:
-            means = x.unflatten(1, (settings.groups, -1)).mean(2, dtype=dtype).to(pair.dtype)
-            means = box_sum(means, geometry) / pixels
-            maps = [(means - factors[0] * pair[0]).to(dtype), means.to(dtype)]
+        maps, vectors = [mu.to(dtype)], [-rest]
+        if keys is not None or groups > 1:
+            means = x.unflatten(1, (groups, -1)).mean(2, dtype=dtype).to(mu.dtype)
+            means = box_sum(means, geometry) / prod(geometry.kernel_size)
+            maps = [(means - mu).to(dtype), means.to(dtype)]
             vectors = [sums, -rest]
-    z = convolve(x, filters, geometry, settings.groups)
-    return *rows.epilogue(z, maps, vectors, r, bias, settings.relu), mu, r, sums
+        mu, r = mu.to(dtype), r.to(dtype)
+    z = torch.convolution(x, filters, None, *_arguments(geometry, groups))
+    return *primitives.epilogue(z, maps, vectors, r, bias, relu), mu, r, sums
 
 
 def backward(
@@ -149,27 +162,25 @@ def backward(
     settings: Settings,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the input, which is added to ``into`` if given, the weight and the bias."""
+    """The gradients of the input, the weight and the bias.
+
+    Args:
+        into: to whose first channels the gradient of the input is added
+    """
     x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
-    rows = rows_for(x)
-    geometry, groups = settings.geometry, settings.groups
-    kept, kappa = _dropout(x, keys, settings)
-    elements = x.shape[1] * prod(geometry.kernel_size)
-    factors = 1 / (kept * elements), 2 * (1 + kappa) / (kept**2 * elements)
-
-    grad_z, pair, grad_bias, grad_sums = rows.output_gradient(
-        grad, output, r, mu, sums, bias, settings.relu, factors
+    geometry, groups, p, _, relu = settings
+    primitives = primitives_for(x)
+    factors = gradient_factors(x, keys, p, geometry)
+    grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
+        grad, output, r, mu, sums, bias, relu, factors
     )
-    filters = weight.to(x.dtype)
-    grad_x, grad_weight = convolve_backward(
-        grad_z, x, filters, geometry, groups, needs_x, needs_weight, into
-    )
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_z, x, weight.to(x.dtype), None, *_arguments(geometry, groups),
+        (needs_x, needs_weight, False),
+    )  # fmt: skip
     if grad_x is not None:
-        pair = box_sum_transpose(pair, geometry, x.shape[2:])
-        grad_x = rows.input_gradient(grad_x, x, pair, _mask(x, keys, settings))
-        if into is not None and grad_x is not into:
-            grad_x = into.copy_(grad_x)
+        grad_x = primitives.through_statistics(grad_x, x, pair, keys, p, geometry, into)
     if grad_weight is not None:
         grad_sums = _as_filters(grad_sums, weight)
         grad_weight = grad_weight.to(grad_sums.dtype).add_(grad_sums).to(weight.dtype)
@@ -184,21 +195,16 @@ def _differentiable_backward(
     inputs = [x, weight] if bias is None else [x, weight, bias]
 
     def output(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return forward(differentiable_rows(), x, weight, bias, keys, settings)[0]
+        return forward(DIFFERENTIABLE, x, weight, bias, keys, settings)[0]
 
     gradients = [*torch.func.vjp(output, *inputs)[1](grad), None]
     return tuple(g if need else None for g, need in zip(gradients[:3], needs, strict=True))
 
 
-def _mask(x: Tensor, keys: Tensor | None, settings: Settings) -> Keys | None:
-    return None if keys is None else spread_keys(keys, x.shape, settings.p)
-
-
-def _dropout(x: Tensor, keys: Tensor | None, settings: Settings) -> tuple[float, float]:
-    """The part of the elements that the mask keeps, and kappa where there is no mask."""
-    if keys is None:
-        return 1.0, kappa(settings.p, x.shape[1] * prod(settings.geometry.kernel_size))
-    return 1 - rounded_p(settings.p), 0.0
+def _arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:
+    """Those of a convolution."""
+    _, stride, padding, dilation = geometry
+    return stride, padding, dilation, False, (0,) * len(stride), groups
 
 
 def _sums(filters: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,16 +39,30 @@ def rounded_p(p: float) -> float:
     return min(round(p * _RESOLUTION), _RESOLUTION - 1) / _RESOLUTION
 
 
+def kappa(p: float, n: int) -> float:
+    r"""What is added to the variance of ``n`` elements in place of a mask.
+
+    :math:`\mathbb{E}[\text{var}(m u)] = \text{var}(u) + \kappa \, \text{mean}(u^2)`, exactly.
+    """
+    p = rounded_p(p)
+    return p / (1 - p) * (1 - 1 / max(n, 1))
+
+
 def draw_keys(shape: Sequence[int], device: torch.device) -> Tensor:
     """Fresh keys for a tensor of shape :math:`(N, C, L_1, L_2, ...)`: odd, int32.
 
     Shape:
         - Output: :math:`(C + N L_1 + L_2 + ...,)`
     """
-    n, channels, first, *others = shape if len(shape) > 2 else (*shape, 1)
-    count = channels + n * first + sum(others)
-    keys = torch.randint(-(1 << 31), 1 << 31, (count,), dtype=torch.int32, device=device)
+    size = (count_keys(shape),)
+    keys = torch.randint(-(1 << 31), 1 << 31, size, dtype=torch.int32, device=device)
     return keys.bitwise_or_(1)
+
+
+def count_keys(shape: Sequence[int]) -> int:
+    """How many keys a tensor of that shape has."""
+    n, channels, first, *others = shape if len(shape) > 2 else (*shape, 1)
+    return channels + n * first + sum(others)
 
 
 def spread_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:

@@ -1,31 +1,32 @@
-"""The row primitives of :mod:`kernelnorm.ops.rows_torch` as one compiled loop each, for CPUs.
+"""The row primitives of :mod:`kernelnorm.ops.rows_torch` as compiled loops, for CPUs.
 
-Run one by one, the operations of a primitive read and write the large tensors several times; as a
-region of ``torch.compile`` they are read once. A region is compiled when it is first used, in a few
-seconds, for all sizes; PyTorch keeps it on disk. That takes a C++ compiler.
+Run one by one, the operations of a primitive read and write the large tensors several times, and
+calling them takes longer than the small ones take themselves; compiled, they are a loop or two. That
+is done when a primitive is first used, in a few seconds each, for all sizes; PyTorch keeps it on
+disk. It takes a C++ compiler.
 
-The regions see tensors in one of the two :mod:`kernelnorm.ops.layouts`; anything else is left to
-``rows_torch``.
+The loops are for tensors in one of two layouts: *rows*, in which the channels of a pixel lie side by
+side, as in ``channels_last``, and *planes*, in which the pixels of a channel do.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import rows_torch
-from kernelnorm.ops.layouts import Layout, flat, flat_map, layout_of, unflat
-from kernelnorm.ops.mask import Keys
+from kernelnorm.ops import rows_torch, statistics
+from kernelnorm.ops.mask import count_keys, rounded_p
+from kernelnorm.ops.regions import compile_for_all_sizes
+from kernelnorm.ops.windows import Geometry, box_sum_transpose
 
-# The elements below which calling a region takes longer than running its operations one by one.
+Layout = Literal["rows", "planes"]
+
+# The elements below which compiling is not worth its seconds.
 _LEAST = 1 << 13
-_LEAST_OF_MOMENTS = 1 << 15
-_LEAST_OF_EPILOGUE = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -43,40 +44,28 @@ def supports(x: Tensor) -> bool:
     )
 
 
-def statistics(x: Tensor, keys: Keys | None) -> Tensor:
-    """See :func:`kernelnorm.ops.rows_torch.statistics`."""
-    layout = layout_of(x)
-    if layout is None:
-        return rows_torch.statistics(x, keys)
-    pair: Tensor = _region(rows_torch.statistics)(
-        flat(x.detach(), layout), _flat_keys(keys, layout)
-    )
-    return pair.view(2, len(x), 1, *x.shape[2:])
-
-
-def moments(
-    sums: Tensor, factors: tuple[float, float], kappa: float, eps: float, dtype: torch.dtype
+def window_statistics(
+    x: Tensor, keys: Tensor | None, p: float, geometry: Geometry, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kernelnorm.ops.rows_torch.moments`."""
-    if sums.numel() < _LEAST_OF_MOMENTS:
-        return rows_torch.moments(sums, factors, kappa, eps, dtype)
-    shape = sums.shape[1:]
-    mu, r = _region(rows_torch.moments)(sums.reshape(2, -1), factors, kappa, eps, dtype)
-    return mu.view(shape), r.view(shape)
+    """See :func:`kernelnorm.ops.statistics.window_statistics`."""
+    layout = _layout_of(x) or "planes"
+    compiled = _window_statistics(
+        layout, x.dtype, keys is not None, rounded_p(p), geometry, eps, dtype
+    )
+    mu, r = compiled([_laid(x, layout), *_given(keys)])
+    return mu, r
 
 
 def epilogue(
     z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
-    layout = layout_of(z)
-    small = z.numel() < _LEAST_OF_EPILOGUE
-    if layout is None or small or any(m.shape[1] > 1 for m in maps):
+    layout = _layout_of(z)
+    if layout is None or len(maps) > 1:
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu)
-    maps = [flat_map(m, layout) for m in maps]
-    bias = None if bias is None else bias.detach()
-    y = _region(_epilogue)(flat(z, layout), maps, vectors, flat_map(r, layout), bias, relu)
-    return (z, None) if relu else (unflat(y, z.shape, layout), z)
+    compiled = _epilogue(layout, z.dim() - 2, z.dtype, bias is not None, relu)
+    y = compiled([z, *maps, *vectors, r, *_given(bias)])
+    return (z, None) if relu else (y[0], z)
 
 
 def output_gradient(
@@ -90,42 +79,49 @@ def output_gradient(
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.rows_torch.output_gradient`."""
-    layout = layout_of(kept)
-    if layout is None:
-        return rows_torch.output_gradient(grad, kept, r, mu, sums, bias, relu, factors)
-    if layout_of(grad) != layout:
-        grad = torch.empty_like(kept).copy_(grad)
-    shape = r.shape
-    r, mu = flat_map(r, layout), flat_map(mu, layout)
-    bias = None if bias is None else bias.detach()
-    rows, pair = _region(_output_gradient)(
-        flat(grad.detach(), layout), flat(kept.detach(), layout), r, mu, sums, bias, relu, factors
-    )
+    layout = _layout_of(kept) or "planes"
+    compiled = _output_gradient(layout, kept.dim() - 2, kept.dtype, bias is not None, relu)
+    large = _laid(grad, layout), _laid(kept, layout)
+    small = r, mu, sums, _vector(factors, r.dtype), *_given(bias)
+    grad_z, pair, inverse = compiled([*large, *small])
+    # Sums over the pixels are products of a matrix and a vector: BLAS reads at full speed.
     if layout == "rows":
-        grad_bias, grad_sums = (r.reciprocal().T @ rows)[0], -(mu.T @ rows)[0]
+        transposed = grad_z.movedim(1, -1).flatten(0, -2).T
+        grad_bias, grad_sums = transposed.mv(inverse.view(-1)), transposed.mv(mu.view(-1))
     else:
-        grad_bias = (rows @ r.reciprocal().movedim(1, 2)).sum((0, 2))
-        grad_sums = -(rows @ mu.movedim(1, 2)).sum((0, 2))
-    return unflat(rows, kept.shape, layout), pair.view(2, *shape), grad_bias, grad_sums
+        planes = grad_z.flatten(2)
+        grad_bias = (planes @ inverse.flatten(2).movedim(1, 2)).sum((0, 2))
+        grad_sums = (planes @ mu.flatten(2).movedim(1, 2)).sum((0, 2))
+    return grad_z, pair, grad_bias, grad_sums.neg_()
 
 
-def input_gradient(grad: Tensor, x: Tensor, pair: Tensor, keys: Keys | None) -> Tensor:
-    """See :func:`kernelnorm.ops.rows_torch.input_gradient`."""
-    layout = layout_of(x)
-    if layout is None or layout_of(grad) != layout:
-        return rows_torch.input_gradient(grad, x, pair, keys)
-    pair = pair.reshape(2, -1, 1) if layout == "rows" else pair.flatten(3)
-    _region(_input_gradient)(
-        flat(grad.detach(), layout), flat(x.detach(), layout), pair, _flat_keys(keys, layout)
+def through_statistics(
+    grad: Tensor,
+    x: Tensor,
+    pair: Tensor,
+    keys: Tensor | None,
+    p: float,
+    geometry: Geometry,
+    into: Tensor | None = None,
+) -> Tensor:
+    """See :func:`kernelnorm.ops.statistics.through_statistics`."""
+    layout = _layout_of(x) or "planes"
+    if into is not None and _layout_of(into) != layout:
+        return statistics.through_statistics(rows_torch, grad, x, pair, keys, p, geometry, into)
+    compiled = _through_statistics(
+        layout, x.dtype, keys is not None, rounded_p(p), geometry, into is not None
     )
-    return grad
+    grad = _laid(grad, layout)
+    compiled([grad, _laid(x, layout), pair, *_given(keys), *_given(into)])
+    return grad if into is None else into[:, : x.shape[1]]
 
 
 @functools.cache
 def _works() -> bool:
     """Tries it once."""
     try:
-        _region(rows_torch.statistics)(torch.ones(2, 3), None)
+        x = torch.ones(2, 3, 4, 5)
+        window_statistics(x, None, 0.0, Geometry((1, 1), (1, 1), (0, 0), (1, 1)), 1.0, x.dtype)
     except Exception as error:  # whatever is wrong with the compiler, there is another way
         _log.warning("compiling failed, so kernel normalisation is slower: %s", error)
         return False
@@ -133,35 +129,127 @@ def _works() -> bool:
 
 
 @functools.cache
-def _region(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Not at import: the compiler takes a second to load.
+def _window_statistics(
+    layout: Layout,
+    dtype: torch.dtype,
+    masked: bool,
+    p: float,
+    geometry: Geometry,
+    eps: float,
+    of_maps: torch.dtype,
+) -> Any:
+    x, keys = _input_like(layout, dtype, geometry)
 
-    The arguments are to be tensors that need no gradient, and no parameters: for those, PyTorch
-    compiles again for each size.
-    """
-    return torch.compile(function, dynamic=True, options={"size_asserts": False})
+    def function(x: Tensor, *others: Tensor) -> Any:
+        of_mask = others[0] if masked else None
+        return statistics.window_statistics(rows_torch, x, of_mask, p, geometry, eps, of_maps)
 
-
-def _epilogue(
-    z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
-) -> Tensor:
-    """Leaves in ``z`` what is to be kept."""
-    y, numerator = rows_torch.epilogue(z, maps, vectors, r, bias, relu)
-    z.copy_(y if numerator is None else numerator)
-    return y
-
-
-def _output_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Without the sums over the pixels: those are products of a matrix and a vector."""
-    return rows_torch.output_gradient(*arguments)[:2]
+    return compile_for_all_sizes(function, (x, keys) if masked else (x,))
 
 
-def _input_gradient(grad: Tensor, x: Tensor, pair: Tensor, keys: Keys | None) -> None:
-    grad.copy_(rows_torch.input_gradient(grad, x, pair, keys))
+@functools.cache
+def _epilogue(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bool) -> Any:
+    z, one, vector = _output_like(layout, dtype, d)
+
+    def function(z: Tensor, mu: Tensor, sums: Tensor, r: Tensor, *others: Tensor) -> Any:
+        """Leaves in ``z`` what is to be kept."""
+        bias = others[0] if biased else None
+        y, numerator = rows_torch.epilogue(z, [mu], [sums], r, bias, relu)
+        z.copy_(y if numerator is None else numerator)
+        return () if relu else (y,)
+
+    return compile_for_all_sizes(function, (z, one, vector, one, *[vector] * biased))
 
 
-def _flat_keys(keys: Keys | None, layout: Layout) -> Keys | None:
-    if keys is None:
-        return None
-    channels = keys.channels.flatten() if layout == "rows" else keys.channels.view(-1, 1)
-    return keys._replace(pixels=flat_map(keys.pixels, layout), channels=channels)
+@functools.cache
+def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bool) -> Any:
+    z, one, vector = _output_like(layout, dtype, d)
+
+    def function(
+        grad: Tensor,
+        kept: Tensor,
+        r: Tensor,
+        mu: Tensor,
+        sums: Tensor,
+        factors: Tensor,
+        *others: Tensor,
+    ) -> Any:
+        bias = others[0] if biased else None
+        grad_z, pair, *_ = rows_torch.output_gradient(
+            grad, kept, r, mu, sums, bias, relu, (factors[0], factors[1])
+        )
+        return grad_z, pair, r.reciprocal()
+
+    factors = torch.empty(2, dtype=dtype)
+    arguments = z, z, one, one, vector, factors, *[vector] * biased
+    return compile_for_all_sizes(function, arguments)
+
+
+@functools.cache
+def _through_statistics(
+    layout: Layout, dtype: torch.dtype, masked: bool, p: float, geometry: Geometry, added: bool
+) -> Any:
+    x, keys = _input_like(layout, dtype, geometry)
+    _, pair = statistics.window_statistics(rows_torch, x, None, p, geometry, 1.0, dtype)
+    pair = pair.expand(2, *pair.shape).contiguous()
+    wider = _dense((len(x), x.shape[1] + 6, *x.shape[2:]), layout, dtype)
+
+    def function(grad: Tensor, x: Tensor, pair: Tensor, *others: Tensor) -> Any:
+        pair = box_sum_transpose(pair, geometry, x.shape[2:])
+        mask = statistics.mask_of(x, others[0] if masked else None, p)
+        total = rows_torch.input_gradient(grad, x, pair, mask)
+        if added:
+            others[-1][:, : x.shape[1]].add_(total)
+        else:
+            grad.copy_(total)
+        return (pair,)  # a result is kept in memory, and not computed anew for each channel
+
+    arguments = x, x, pair, *[keys] * masked, *[wider] * added
+    return compile_for_all_sizes(function, arguments)
+
+
+# Sizes of examples, no two alike: in a trace, sizes that are equal are the same size for ever.
+_SAMPLES, _CHANNELS, _SIZES = 3, 67, (29, 31, 23)
+
+
+def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """An input, and the keys of its mask."""
+    sizes = [
+        size + geometry.reach(i) for i, size in enumerate(_SIZES[: len(geometry.stride)])
+    ]
+    x = _dense((_SAMPLES, _CHANNELS, *sizes), layout, dtype)
+    return x, torch.zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
+
+
+def _output_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An output, a map and a vector."""
+    z = _dense((_SAMPLES, _CHANNELS, *_SIZES[:d]), layout, dtype)
+    return z, torch.empty(_SAMPLES, 1, *_SIZES[:d], dtype=dtype), torch.empty(_CHANNELS, dtype=dtype)
+
+
+def _dense(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
+    return _laid(torch.zeros(shape, dtype=dtype), layout)
+
+
+def _layout_of(x: Tensor) -> Layout | None:
+    """That of a tensor of shape :math:`(N, C, *)`; ``None`` for any other."""
+    if x.movedim(1, -1).is_contiguous():
+        return "rows"
+    return "planes" if x.is_contiguous() else None
+
+
+def _laid(x: Tensor, layout: Layout) -> Tensor:
+    """The tensor in that layout, a copy if need be."""
+    if layout == "planes":
+        return x.contiguous()
+    rows = x.movedim(1, -1)
+    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _vector(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)

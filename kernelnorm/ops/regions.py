@@ -1,0 +1,45 @@
+"""Functions of tensors, compiled into loops over them.
+
+``torch.compile`` guards what it has compiled: at each call it checks in Python whether it fits. For
+a few microseconds of work that takes longer than the work. Here a function is traced once, for all
+sizes, and Inductor's code for it is called as it is; that it fits is up to the caller. What it was
+traced for is the number, the dtypes and the strides of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compile_for_all_sizes(
+    function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor]
+) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+    """The function as one compiled piece, to be called with a list of tensors like the examples.
+
+    Args:
+        function: of tensors; it may change them in place, and must not depend on their values
+        examples: arguments whose sizes differ wherever those of a call may differ; a stride of
+            theirs has to follow from the sizes in the way that it does in each call
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    functional = torch.func.functionalize(function, remove="mutations")
+    separate = [example.clone() for example in examples]  # none shares another's memory
+    with torch.no_grad():
+        trace = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*separate)
+        inputs = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]
+        with (
+            tracing(TracingContext(inputs[0].fake_mode)),
+            config.patch({"size_asserts": False, "cpp.dynamic_threads": True}),
+        ):
+            compiled: Any = compile_fx_inner(trace, inputs)
+    call: Callable[[list[Tensor]], tuple[Tensor, ...]] = compiled
+    return call

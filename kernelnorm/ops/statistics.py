@@ -1,0 +1,85 @@
+"""The statistics of windows, and the gradient through them, from row primitives and box filters.
+
+Each backend has its own row primitives, and these two are made of them.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernelnorm.ops.mask import Keys, kappa, rounded_p, spread_keys
+from kernelnorm.ops.windows import Geometry, box_sum, box_sum_transpose
+
+
+def window_statistics(
+    rows: ModuleType,
+    x: Tensor,
+    keys: Tensor | None,
+    p: float,
+    geometry: Geometry,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    r"""Mean and inverse deviation of the windows, after dropout: two maps.
+
+    .. math:: \mu = \text{mean}(u') \qquad r = (\text{var}(u') + \epsilon)^{-1/2}
+
+    Args:
+        rows: the backend
+        keys: of the dropout mask; ``None`` is for the statistics that masks give on average
+        dtype: of the maps
+    """
+    kept, kappa = _dropout(x, keys, p, geometry)
+    pixels = prod(geometry.kernel_size)
+    factors = 1 / (kept * pixels), 1 / (kept**2 * pixels)
+    pair = box_sum(rows.statistics(x, mask_of(x, keys, p)), geometry)
+    mu, r = rows.moments(pair, factors, kappa, eps, dtype)
+    return mu, r
+
+
+def gradient_factors(
+    x: Tensor, keys: Tensor | None, p: float, geometry: Geometry
+) -> tuple[float, float]:
+    """What takes the gradients of a window's mean and variance to its elements' share of them."""
+    kept, kappa = _dropout(x, keys, p, geometry)
+    elements = x.shape[1] * prod(geometry.kernel_size)
+    return 1 / (kept * elements), 2 * (1 + kappa) / (kept**2 * elements)
+
+
+def through_statistics(
+    rows: ModuleType,
+    grad: Tensor,
+    x: Tensor,
+    pair: Tensor,
+    keys: Tensor | None,
+    p: float,
+    geometry: Geometry,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Adds the gradient that comes through the windows' statistics to the convolution's.
+
+    Args:
+        rows: the backend
+        grad: the convolution's gradient of the input; may be overwritten
+        pair: the gradients of the windows' mean and variance, times :func:`gradient_factors`
+        into: to whose first channels the sum is added, in the place of a new tensor
+    """
+    pair = box_sum_transpose(pair, geometry, x.shape[2:])
+    grad = rows.input_gradient(grad, x, pair, mask_of(x, keys, p))
+    return grad if into is None else into[:, : x.shape[1]].add_(grad)
+
+
+def mask_of(x: Tensor, keys: Tensor | None, p: float) -> Keys | None:
+    """The mask of an input, as row primitives take it."""
+    return None if keys is None else spread_keys(keys, x.shape, p)
+
+
+def _dropout(x: Tensor, keys: Tensor | None, p: float, geometry: Geometry) -> tuple[float, float]:
+    """The part of the elements that the mask keeps, and kappa where there is no mask."""
+    if keys is None:
+        return 1.0, kappa(p, x.shape[1] * prod(geometry.kernel_size))
+    return 1 - rounded_p(p), 0.0
