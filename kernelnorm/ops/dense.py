@@ -103,13 +103,13 @@ def _backward(
             x = kept[-1] if i > 0 else _rows(buffer[:, :start])
             if state[0] is None:
                 state[0] = buffer[:, start:end]
-            into = total if i == 0 else None
             index -= 3
             saved = x, *step[i][:3], *state
             wanted = True, *needs[index : index + 2]
-            of_x, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings, into)
+            of_x, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings)
             assert of_x is not None  # it was wanted
             g, gradients[index : index + 2] = of_x, of_parameters
+        total[:, :start].add_(g)
         end = start
     gradients[0] = total[:, :channels] if needs[0] else None
     return gradients

@@ -160,13 +160,8 @@ def backward(
     saved: tuple[Any, ...],
     needs: tuple[bool, ...],
     settings: Settings,
-    into: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the input, the weight and the bias.
-
-    Args:
-        into: to whose first channels the gradient of the input is added
-    """
+    """The gradients of the input, the weight and the bias."""
     x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
     geometry, groups, p, _, relu = settings
@@ -180,7 +175,7 @@ def backward(
         (needs_x, needs_weight, False),
     )  # fmt: skip
     if grad_x is not None:
-        grad_x = primitives.through_statistics(grad_x, x, pair, keys, p, geometry, into)
+        grad_x = primitives.through_statistics(grad_x, x, pair, keys, p, geometry)
     if grad_weight is not None:
         grad_sums = _as_filters(grad_sums, weight)
         grad_weight = grad_weight.to(grad_sums.dtype).add_(grad_sums).to(weight.dtype)

@@ -32,7 +32,7 @@ def compile_for_all_sizes(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     functional = torch.func.functionalize(function, remove="mutations")
-    separate = [example.clone() for example in examples]  # none shares another's memory
+    separate = [_empty_like(example) for example in examples]
     with torch.no_grad():
         trace = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*separate)
         inputs = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]
@@ -43,3 +43,8 @@ def compile_for_all_sizes(
             compiled: Any = compile_fx_inner(trace, inputs)
     call: Callable[[list[Tensor]], tuple[Tensor, ...]] = compiled
     return call
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """A tensor with the same strides; it shares no memory with others."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

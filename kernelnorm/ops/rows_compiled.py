@@ -96,24 +96,14 @@ def output_gradient(
 
 
 def through_statistics(
-    grad: Tensor,
-    x: Tensor,
-    pair: Tensor,
-    keys: Tensor | None,
-    p: float,
-    geometry: Geometry,
-    into: Tensor | None = None,
+    grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, p: float, geometry: Geometry
 ) -> Tensor:
     """See :func:`kernelnorm.ops.statistics.through_statistics`."""
     layout = _layout_of(x) or "planes"
-    if into is not None and _layout_of(into) != layout:
-        return statistics.through_statistics(rows_torch, grad, x, pair, keys, p, geometry, into)
-    compiled = _through_statistics(
-        layout, x.dtype, keys is not None, rounded_p(p), geometry, into is not None
-    )
+    compiled = _through_statistics(layout, x.dtype, keys is not None, rounded_p(p), geometry)
     grad = _laid(grad, layout)
-    compiled([grad, _laid(x, layout), pair, *_given(keys), *_given(into)])
-    return grad if into is None else into[:, : x.shape[1]]
+    compiled([grad, _laid(x, layout), pair, *_given(keys)])
+    return grad
 
 
 @functools.cache
@@ -187,25 +177,19 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
 
 @functools.cache
 def _through_statistics(
-    layout: Layout, dtype: torch.dtype, masked: bool, p: float, geometry: Geometry, added: bool
+    layout: Layout, dtype: torch.dtype, masked: bool, p: float, geometry: Geometry
 ) -> Any:
     x, keys = _input_like(layout, dtype, geometry)
     _, pair = statistics.window_statistics(rows_torch, x, None, p, geometry, 1.0, dtype)
     pair = pair.expand(2, *pair.shape).contiguous()
-    wider = _dense((len(x), x.shape[1] + 6, *x.shape[2:]), layout, dtype)
 
     def function(grad: Tensor, x: Tensor, pair: Tensor, *others: Tensor) -> Any:
         pair = box_sum_transpose(pair, geometry, x.shape[2:])
         mask = statistics.mask_of(x, others[0] if masked else None, p)
-        total = rows_torch.input_gradient(grad, x, pair, mask)
-        if added:
-            others[-1][:, : x.shape[1]].add_(total)
-        else:
-            grad.copy_(total)
+        grad.copy_(rows_torch.input_gradient(grad, x, pair, mask))
         return (pair,)  # a result is kept in memory, and not computed anew for each channel
 
-    arguments = x, x, pair, *[keys] * masked, *[wider] * added
-    return compile_for_all_sizes(function, arguments)
+    return compile_for_all_sizes(function, (x, x, pair, *[keys] * masked))
 
 
 # Sizes of examples, no two alike: in a trace, sizes that are equal are the same size for ever.
@@ -214,9 +198,7 @@ _SAMPLES, _CHANNELS, _SIZES = 3, 67, (29, 31, 23)
 
 def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """An input, and the keys of its mask."""
-    sizes = [
-        size + geometry.reach(i) for i, size in enumerate(_SIZES[: len(geometry.stride)])
-    ]
+    sizes = [size + geometry.reach(i) for i, size in enumerate(_SIZES[: len(geometry.stride)])]
     x = _dense((_SAMPLES, _CHANNELS, *sizes), layout, dtype)
     return x, torch.zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
 
@@ -224,7 +206,11 @@ def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple
 def _output_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """An output, a map and a vector."""
     z = _dense((_SAMPLES, _CHANNELS, *_SIZES[:d]), layout, dtype)
-    return z, torch.empty(_SAMPLES, 1, *_SIZES[:d], dtype=dtype), torch.empty(_CHANNELS, dtype=dtype)
+    return (
+        z,
+        torch.empty(_SAMPLES, 1, *_SIZES[:d], dtype=dtype),
+        torch.empty(_CHANNELS, dtype=dtype),
+    )
 
 
 def _dense(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:

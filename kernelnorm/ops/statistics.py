@@ -58,7 +58,6 @@ def through_statistics(
     keys: Tensor | None,
     p: float,
     geometry: Geometry,
-    into: Tensor | None = None,
 ) -> Tensor:
     """Adds the gradient that comes through the windows' statistics to the convolution's.
 
@@ -66,11 +65,10 @@ def through_statistics(
         rows: the backend
         grad: the convolution's gradient of the input; may be overwritten
         pair: the gradients of the windows' mean and variance, times :func:`gradient_factors`
-        into: to whose first channels the sum is added, in the place of a new tensor
     """
     pair = box_sum_transpose(pair, geometry, x.shape[2:])
-    grad = rows.input_gradient(grad, x, pair, mask_of(x, keys, p))
-    return grad if into is None else into[:, : x.shape[1]].add_(grad)
+    total: Tensor = rows.input_gradient(grad, x, pair, mask_of(x, keys, p))
+    return total
 
 
 def mask_of(x: Tensor, keys: Tensor | None, p: float) -> Keys | None:
