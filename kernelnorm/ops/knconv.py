@@ -30,7 +30,6 @@ from kernelnorm.ops.rows_torch import narrow, wide
 from kernelnorm.ops.statistics import gradient_factors
 from kernelnorm.ops.windows import Geometry, box_sum
 
-
 _LEAST_P = 1e-3
 r"""Of a layer whose means need no more care than those of a mask: :math:`|\mu| r` is below
 :math:`\kappa^{-1/2}`, about :math:`p^{-1/2}`."""

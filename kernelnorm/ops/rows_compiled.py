@@ -1,12 +1,12 @@
 """The row primitives of :mod:`kernelnorm.ops.rows_torch` as compiled loops, for CPUs.
 
 Run one by one, the operations of a primitive read and write the large tensors several times, and
-calling them takes longer than the small ones take themselves; compiled, they are a loop or two. That
-is done when a primitive is first used, in a few seconds each, for all sizes; PyTorch keeps it on
-disk. It takes a C++ compiler.
+calling them takes longer than the small ones take themselves; compiled, they are a loop or two.
+That is done when a primitive is first used, in a few seconds each, for all sizes; PyTorch keeps it
+on disk. It takes a C++ compiler.
 
-The loops are for tensors in one of two layouts: *rows*, in which the channels of a pixel lie side by
-side, as in ``channels_last``, and *planes*, in which the pixels of a channel do.
+The loops are for tensors in one of two layouts: *rows*, in which the channels of a pixel lie side
+by side, as in ``channels_last``, and *planes*, in which the pixels of a channel do.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
     ) -> Any:
         bias = others[0] if biased else None
         grad_z, pair, *_ = rows_torch.output_gradient(
-            grad, kept, r, mu, sums, bias, relu, (factors[0], factors[1])
+            grad, kept, r, mu, sums, bias, relu, (1.0, 1.0)
         )
-        return grad_z, pair, r.reciprocal()
+        return grad_z, pair * factors.view(2, *[1] * r.dim()), r.reciprocal()
 
     factors = torch.empty(2, dtype=dtype)
     arguments = z, z, one, one, vector, factors, *[vector] * biased
