@@ -58,6 +58,7 @@ ORDER = [
     "kernelnorm.experiments.sweep.view",
     "kernelnorm.experiments.sweep.execute",
     "kernelnorm.experiments.sweep.local",
+    "kernelnorm.experiments.sweep.cluster",
     "kernelnorm.experiments.sweep",
     "kernelnorm.cli.options",
     "kernelnorm.cli.train",

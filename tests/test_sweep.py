@@ -70,6 +70,7 @@ def without_times(root: Path) -> dict[str, list[Metrics]]:
             for metrics in RunFolder(path).read_metrics()
         ]
         for path in root.iterdir()
+        if path.is_dir()
     }
 
 
@@ -126,7 +127,7 @@ def test_a_run_whose_process_dies_has_failed_and_the_others_go_on(tmp_path: Path
     states = [status.state for status in run(configs, tmp_path, Here(lost=configs[:1]))]
     assert states == ["failed", "done"]
     failure = RunFolder(tmp_path / configs[0].name).read_failure()
-    assert failure == {"kind": "failed", "message": "its process has died: terminated abruptly"}
+    assert failure == {"kind": "failed", "message": "its process was lost: terminated abruptly"}
     assert [status.state for status in run(configs, tmp_path, Here())] == ["done", "done"]
 
 
@@ -317,3 +318,15 @@ def test_the_live_table_stays_in_its_place(
     view.show([Status(config, "missing") for config in configs], [])
     assert "and 4 more" in capsys.readouterr().out
     view.close()
+
+
+def test_ray_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelnorm.experiments.sweep.cluster.find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=r"--ray needs: pip install 'kernelnorm\[cluster\]'"):
+        main(["sweep", "--ray", f"--out={tmp_path}"])
+
+
+def test_a_case_after_ray_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelnorm.experiments.sweep.cluster.find_spec", lambda _: True)
+    with pytest.raises(SystemExit, match="--ray digits-vgg8: an address is auto, local or HOST"):
+        main(["sweep", "--ray", "digits-vgg8", f"--out={tmp_path}"])

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from kernelnorm.experiments.recipes import Recipe, RunConfig
-    from kernelnorm.experiments.sweep import Plan
+    from kernelnorm.experiments.sweep import Plan, Pool
 
 
 class Help(RawDescriptionHelpFormatter):
@@ -69,10 +69,16 @@ def add_place_arguments(parser: ArgumentParser) -> None:
 
 
 def add_sweep_arguments(parser: ArgumentParser) -> None:
-    """Add how many runs there are at a time."""
+    """Add where runs are executed, and how many at a time."""
     jobs_help = "runs at a time; without it one for each core, or for each 8 GiB of a GPU's memory"
-    parser.add_argument("--jobs", type=int | None, help=jobs_help)
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and their time, only")
+    add = parser.add_argument
+    add("--jobs", type=int | None, help=jobs_help)
+    ray_help = "on a Ray cluster: auto (that of this machine), local (begin one) or HOST:PORT"
+    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray_help)
+    gpus_help = "of a run, with --ray; without it a quarter where there are GPUs"
+    add("--gpus-per-run", type=float | None, help=gpus_help)
+    add("--cpus-per-run", type=int, default=1, help="with --ray")
+    add("--dry-run", action="store_true", help="list the runs and their time, only")
 
 
 def add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
@@ -137,9 +143,8 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     Raises:
         RunError: runs have failed.
     """
-    from kernelnorm.experiments.launch import Launch
     from kernelnorm.experiments.runs import RunError
-    from kernelnorm.experiments.sweep import LocalPool, default_jobs, dry_run, sweep
+    from kernelnorm.experiments.sweep import default_jobs, dry_run, sweep
 
     jobs = default_jobs(arguments.accelerator) if arguments.jobs is None else arguments.jobs
     if jobs < 1:
@@ -147,7 +152,7 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     if arguments.dry_run:
         dry_run(plan, out, jobs)
         return
-    pool = LocalPool(Launch(**where(arguments)), jobs)
+    pool = _make_pool(arguments, out, jobs)
     statuses = sweep(plan, out, pool, arguments.data_dir)
     failed = sum(status.result is None for status in statuses)
     if failed:
@@ -157,9 +162,21 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
             else f"{failed} runs have failed. In their folders"
         )
         raise RunError(
-            f"{which}, failure.json says why, and output.txt has what was printed; the same "
-            "command tries again"
+            f"{which}, failure.json says why, and output.txt, if it is there, has what was "
+            "printed; the same command tries again"
         )
+
+
+def _make_pool(arguments: Namespace, out: Path, jobs: int) -> Pool:
+    from kernelnorm.experiments.launch import Launch
+    from kernelnorm.experiments.sweep import LocalPool
+    from kernelnorm.experiments.sweep.cluster import RayPool
+
+    launch = Launch(**where(arguments))
+    if arguments.ray is None:
+        return LocalPool(launch, jobs)
+    gpus, cpus = arguments.gpus_per_run, arguments.cpus_per_run
+    return RayPool(launch, out, arguments.ray, gpus=gpus, cpus=cpus)
 
 
 def echo(text: str) -> None:

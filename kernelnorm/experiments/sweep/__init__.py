@@ -29,6 +29,7 @@ __all__ = [
     "Grid",
     "LocalPool",
     "Plan",
+    "Pool",
     "Status",
     "Tuned",
     "default_jobs",
@@ -91,7 +92,7 @@ class _Survey:
         """Take up the end of a run, and return what has become of it."""
         folder = RunFolder(self.root / config.name)
         error = future.exception()
-        message = future.result() if error is None else f"its process has died: {error}"
+        message = future.result() if error is None else f"its process was lost: {error}"
         if error is not None:
             with suppress(RunError):
                 folder.write_failure("failed", message, config.record())
@@ -184,6 +185,7 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
             if in_flight:
                 finished, _ = wait(in_flight, timeout=1, return_when=FIRST_COMPLETED)
                 ended = [survey.end(in_flight.pop(future), future) for future in finished]
+                tried -= {status.config.name for status in ended if status.state == "running"}
             else:  # another process trains what is missing
                 time.sleep(1)
     finally:
