@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format figures clean
+.PHONY: help demo test test-cluster check format figures clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.experiments  ## compare four normalisations on real digits: a table and a picture
 	$(BIN)/kernelnorm compare digits-vgg8 --norms batch,group,layer,kernel --batch-sizes 2,32 \
@@ -20,6 +20,9 @@ demo: $(VENV)/.experiments  ## compare four normalisations on real digits: a tab
 
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest
+
+test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they begin one here
+	$(BIN)/python -m pytest tests/test_cluster.py
 
 check: $(VENV)/.dev  ## check style, types and the examples of the docstrings
 	$(BIN)/ruff check
@@ -43,6 +46,10 @@ $(VENV)/.experiments: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(call install,dev)
 
+$(VENV)/.cluster: pyproject.toml constraints.txt
+	$(call install,dev$(comma)cluster)
+
+comma := ,
 define install
 @echo "installing kernelnorm[$(1)] into $(VENV): the first time takes a few minutes"
 @test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

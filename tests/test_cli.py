@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from kernelnorm import cli
-from kernelnorm.cli import main
+from kernelnorm.cli import main, train
+from kernelnorm.cli.options import configure_run
 from kernelnorm.experiments.evaluation import evaluate
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.norms import NORMS
 
+ALL = ["train", "compare", "sweep", "reproduce", "report", "evaluate", "predict", "bench"]
 SMALL = ["--batch-size=16", "--epochs=1", "--subset=50", "--image-size=8", "--accelerator=cpu"]
 
 
@@ -50,11 +52,11 @@ def folder_of_images(path: Path, height: int = 40, width: int = 40) -> Path:
 def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     output = capsys.readouterr().out
-    for command in ("train", "compare", "evaluate", "predict", "bench"):
+    for command in ALL:
         assert command in output
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "predict", "bench"])
+@pytest.mark.parametrize("command", ALL)
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -122,6 +124,8 @@ def test_without_the_extra_it_says_what_to_install(module: str) -> None:
     [
         (["train"], "kernelnorm: stopped; the same command goes on from the last checkpoint\n"),
         (["compare"], "kernelnorm: stopped; the same command goes on from the last checkpoint\n"),
+        (["sweep"], "kernelnorm: stopped; the same command goes on from the last checkpoint\n"),
+        (["reproduce"], "kernelnorm: stopped; the same command goes on from the last checkpoint\n"),
         (["evaluate", "run"], "kernelnorm: stopped\n"),
         (["predict", "run", "x.png"], "kernelnorm: stopped\n"),
     ],
@@ -136,8 +140,8 @@ def test_ctrl_c_exits_with_130(
     def stop(_: object) -> None:
         raise KeyboardInterrupt
 
-    make_parser, _, summary = cli._COMMANDS[arguments[0]]
-    monkeypatch.setitem(cli._COMMANDS, arguments[0], (make_parser, stop, summary))
+    command = cli.COMMANDS[arguments[0]]
+    monkeypatch.setitem(cli.COMMANDS, arguments[0], command._replace(run=stop))
     with pytest.raises(SystemExit, match="130"):
         main(arguments)
     assert capsys.readouterr().err == message
@@ -147,8 +151,8 @@ def test_train_tells_the_lr_only_where_it_is_not_quite_the_papers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def told(*arguments: str) -> str:
-        parser = cli._train_parser()
-        config = cli._configure(parser.parse_args([*arguments]), "kernel", 8)
+        parser = train.make_parser()
+        config = configure_run(parser.parse_args([*arguments]), "kernel", 8)
         assert config.lr == 0.0025
         return capsys.readouterr().out
 

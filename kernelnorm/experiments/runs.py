@@ -7,18 +7,30 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import torch
 import yaml
 
+from kernelnorm.experiments.data import DataError
+
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["DivergedError", "Metrics", "RunError", "RunFolder", "final_accuracy", "write_whole"]
+__all__ = [
+    "DivergedError",
+    "FailureKind",
+    "Metrics",
+    "RunError",
+    "RunFolder",
+    "error_message",
+    "final_accuracy",
+    "write_whole",
+]
 
 Metrics = dict[str, float]
 """One line of ``metrics.jsonl``; accuracies are fractions."""
@@ -38,6 +50,15 @@ class RunError(Exception):
 
 class DivergedError(RunError):
     """The loss or a weight became infinite or not a number."""
+
+
+FailureKind = Literal["diverged", "failed"]
+
+
+def error_message(error: Exception) -> str:
+    """Return an error's message, and its kind if it is not one that is meant for users."""
+    meant = isinstance(error, (DataError, RunError))
+    return str(error) if meant else f"{type(error).__name__}: {error}"
 
 
 def write_whole(file: Path, content: bytes | memoryview) -> None:
@@ -63,6 +84,16 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
+def _lock(stream: IO[str]) -> None:
+    """Take the lock, at the second attempt if need be: who asks for it holds it for a moment."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -76,6 +107,9 @@ class RunFolder:
     ``best.ckpt``
         the weights with the best test accuracy, for use: having been chosen on the test images,
         their accuracy is not a result.
+    ``failure.json``
+        why the last attempt ended before its time: ``kind``, which is ``"diverged"`` or
+        ``"failed"``, and ``message``. It goes when the run is begun again.
     ``.lock``
         an empty file, which the process that trains holds.
 
@@ -124,16 +158,69 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write {file}: {error.strerror}") from error
         with stream:
-            if sys.platform != "win32":
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise RunError(f"another process trains in {self.path}") from error
-                except OSError:  # a file system without locks
-                    pass
+            try:
+                _lock(stream)
+            except BlockingIOError as error:
+                raise RunError(f"another process trains in {self.path}") from error
+            except OSError:  # a file system without locks
+                pass
             for part in self.path.glob("*.part"):  # of processes that were killed
                 part.unlink(missing_ok=True)
             yield
+
+    def is_locked(self) -> bool:
+        """Tell whether a process trains in the folder, on systems that have such locks."""
+        try:
+            with (self.path / ".lock").open() as stream:
+                if sys.platform != "win32":
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no such file, or a file system without locks
+            pass
+        return False
+
+    @contextmanager
+    def attempt(self, record: Mapping[str, Any]) -> Iterator[None]:
+        """Hold the lock, and write ``failure.json`` if an error ends the run.
+
+        Args:
+            record: the configuration's fields.
+
+        Raises:
+            RunError: as :meth:`lock`.
+        """
+        with self.lock():
+            (self.path / "failure.json").unlink(missing_ok=True)
+            try:
+                yield
+            except Exception as error:
+                kind: FailureKind = "diverged" if isinstance(error, DivergedError) else "failed"
+                with suppress(RunError):  # the disk may be full
+                    self.write_failure(kind, error_message(error), record)
+                raise
+
+    def read_failure(self) -> dict[str, str] | None:
+        """Return what ``failure.json`` holds; ``None`` where there is no such file."""
+        try:
+            text = (self.path / "failure.json").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        failure: dict[str, str] = json.loads(text)
+        return failure
+
+    def write_failure(self, kind: FailureKind, message: str, record: Mapping[str, Any]) -> None:
+        """Write ``failure.json``, and ``config.yaml`` if the run did not come to that.
+
+        Args:
+            kind: ``"diverged"``, which is a result, or ``"failed"``.
+            message: what has happened.
+            record: the configuration's fields.
+        """
+        if not (self.path / "config.yaml").exists():
+            self.write_config({"run": dict(record)})
+        failure = {"kind": kind, "message": message}
+        write_whole(self.path / "failure.json", f"{json.dumps(failure)}\n".encode())
 
     def check(self, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Check that the folder is new, or of the run with this configuration.

@@ -56,7 +56,8 @@ def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
         if launch.verbose:
             rank_zero_only(print)(f"{folder.path} is finished, after {len(history)} epochs.")
         return folder
-    with folder.lock() if rank_zero_only.rank == 0 else nullcontext():  # type: ignore[attr-defined]
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    with folder.attempt(config.record()) if first else nullcontext():
         _Training(config, launch, folder).run()
     return folder
 
@@ -273,7 +274,8 @@ class _Training:
         found = describe(train=self.train_images, test=self.test_images)
         if (self.folder.path / "config.yaml").exists():
             self.folder.check_data(found)
-        elif self.fabric.is_global_zero:
+        begun = (self.folder.path / "last.ckpt").exists()
+        if self.fabric.is_global_zero and not begun:
             mean, std = self.preprocess.mean, self.preprocess.std
             self.folder.write_config(
                 {

@@ -1,0 +1,37 @@
+"""``kernelnorm predict``: classes of image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernelnorm.cli.options import add_trained_arguments, command_parser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command's arguments."""
+    parser = command_parser(
+        "Print the three likeliest classes of images.",
+        "kernelnorm predict runs/photos-resnet18/kernel-b32-seed0-0123abcd cat.jpg dog.jpg",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    add_trained_arguments(parser, "best")
+    return parser
+
+
+def run(arguments: Namespace) -> None:
+    """Run the command."""
+    from kernelnorm.experiments.evaluation import predict
+
+    predictions = predict(
+        arguments.run,
+        arguments.images,
+        checkpoint=arguments.checkpoint,
+        accelerator=arguments.accelerator,
+    )
+    for image, classes in zip(arguments.images, predictions, strict=True):
+        print(f"{image}: " + ", ".join(f"{name} {p:.1%}" for name, p in classes))

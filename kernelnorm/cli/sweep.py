@@ -1,0 +1,62 @@
+"""``kernelnorm sweep``: train a grid of runs, some at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernelnorm.cli.options import (
+    add_place_arguments,
+    add_recipe_arguments,
+    add_sweep_arguments,
+    choices,
+    command_parser,
+    execute_plan,
+    names,
+    numbers,
+    rates,
+    recipe_of,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command's arguments."""
+    parser = command_parser(
+        "Train what is missing of a grid of runs, some at a time. The same command goes on.",
+        "kernelnorm sweep",
+        "kernelnorm sweep cifar10-vgg8 --norms batch,kernel --batch-sizes 2,32 --lrs 0.01,0.025",
+        "kernelnorm sweep --config examples/sweeps/dropout.yaml --dry-run",
+    )
+    add = parser.add_argument
+    norms = ["batch", "group", "layer", "kernel"]
+    add("--norms", type=names, default=norms, help="with commas")
+    add("--batch-sizes", type=numbers, default=[8, 32], help="with commas")
+    add("--lrs", type=rates, default="auto", help="with commas; auto: the paper's Table 4")
+    add("--seeds", type=numbers, default=[0], help="with commas")
+    rules_help = 'variants of kernel networks, such as [{"dropout_p": 0.0}, {}]'
+    add("--rules", type=list[dict[str, Any]], default=[{}], help=rules_help)
+    add_recipe_arguments(parser)
+    add_place_arguments(parser)
+    add("--out", type=Path | None, help="the folder; without it runs/CASE")
+    add_sweep_arguments(parser)
+    return parser
+
+
+def run(arguments: Namespace) -> None:
+    """Run the command."""
+    from kernelnorm.experiments.sweep import Grid, make_grid
+
+    recipe = recipe_of(arguments)
+    grid = make_grid(
+        recipe,
+        norms=arguments.norms,
+        batch_sizes=arguments.batch_sizes,
+        lrs=arguments.lrs,
+        seeds=arguments.seeds,
+        rules=arguments.rules,
+        **choices(arguments),
+    )
+    execute_plan(Grid(grid), arguments.out or Path("runs") / recipe.case, arguments)

@@ -1,0 +1,192 @@
+"""Many runs, some at a time: what is missing of a plan is trained, wherever there is a place.
+
+A sweep is the folder of its runs' folders, and keeps nothing else. Stopped in whichever way and
+begun again, it looks at the folders, asks the plan what it wants, and goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from kernelnorm.experiments.evaluation import load_split
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.experiments.sweep.grid import make_grid
+from kernelnorm.experiments.sweep.local import LocalPool, default_jobs
+from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
+from kernelnorm.experiments.sweep.reproduction import PAPER_NORMS, reproduction
+from kernelnorm.experiments.sweep.status import Status, look
+from kernelnorm.experiments.sweep.view import View, forecast, table
+
+__all__ = [
+    "PAPER_NORMS",
+    "Grid",
+    "LocalPool",
+    "Plan",
+    "Pool",
+    "Status",
+    "Tuned",
+    "default_jobs",
+    "dry_run",
+    "look",
+    "make_grid",
+    "reproduction",
+    "sweep",
+]
+
+
+class Pool(Protocol):
+    """Where runs are executed."""
+
+    @property
+    def places(self) -> int:
+        """How many runs there are at a time."""
+
+    def submit(self, config: RunConfig, out: Path) -> Future[str]:
+        """Begin a run; the result says why it ended before its time, or is empty."""
+
+    def close(self) -> None:
+        """Stop what runs, and give the places back."""
+
+
+class _Survey:
+    """The states of a plan's runs; what has ended is not read again.
+
+    Args:
+        plan: what is wanted.
+        root: the folder of the runs' folders.
+    """
+
+    def __init__(self, plan: Plan, root: Path) -> None:
+        self.plan, self.root = plan, root
+        self._ended: dict[str, Status] = {}
+        self._failed: dict[str, Status] = {}
+
+    def look(self, config: RunConfig) -> Status:
+        """Return what has become of a run."""
+        name = config.name
+        if name in self._ended:
+            return self._ended[name]
+        status = look(RunFolder(self.root / name), config)
+        if status.result is not None:
+            self._ended[name] = status
+        elif name in self._failed and status.state != "running":
+            return self._failed[name]
+        return status
+
+    def result(self, config: RunConfig) -> float | None:
+        """Return a run's result, if it has ended."""
+        return self.look(config).result
+
+    def statuses(self) -> list[Status]:
+        """Return what has become of each run that is wanted so far."""
+        return [self.look(config) for config in self.plan.runs(self.result)]
+
+    def end(self, config: RunConfig, future: Future[str]) -> Status:
+        """Take up the end of a run, and return what has become of it."""
+        folder = RunFolder(self.root / config.name)
+        error = future.exception()
+        message = future.result() if error is None else f"its process was lost: {error}"
+        if error is not None:
+            with suppress(RunError):
+                folder.write_failure("failed", message, config.record())
+        status = self.look(config)
+        if status.result is None and status.state != "running":
+            self._failed[config.name] = replace(status, state="failed", message=message)
+        return self.look(config)
+
+
+def dry_run(plan: Plan, root: Path, jobs: int) -> None:
+    """List the runs that are wanted, with their states, and estimate the time they will take.
+
+    Args:
+        plan: what is wanted.
+        root: the folder of the runs' folders.
+        jobs: how many runs there would be at a time.
+    """
+    survey = _Survey(plan, root)
+    statuses = survey.statuses()
+    missing = [status for status in statuses if status.result is None]
+    print("\n".join([plan.note] * bool(plan.note) + table(statuses)))
+    time_needed = forecast(statuses, missing, jobs)
+    print(f"\nTo be trained in {root}: {len(missing)} of {len(statuses)} runs, {jobs} at a time.")
+    print(f"Time for them: {time_needed}, estimated from the runs that are there.")
+    fewest, most = plan.extent(survey.result)
+    if most > len(statuses):
+        number = str(most) if fewest == most else f"{fewest} to {most}"
+        print(f"As their results decide what comes next, there will be {number} runs in the end.")
+
+
+def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
+    """Train what is missing or failed, and print a table of all runs.
+
+    A run that diverges has its result. One that fails is tried again by the next sweep in the same
+    folder; the others go on. What another process trains is waited for.
+
+    Args:
+        plan: what is wanted.
+        root: the folder of the runs' folders.
+        pool: where runs are executed; it is closed in the end.
+        data_dir: where the data is, or is put before the first run.
+
+    Returns:
+        what has become of the runs.
+    """
+    survey = _Survey(plan, root)
+    _prepare([status.config for status in survey.statuses() if status.result is None], data_dir)
+    try:
+        _run_all(survey, pool)
+    finally:
+        pool.close()
+        statuses = survey.statuses()
+        print("\n".join(["", *[plan.note] * bool(plan.note), *table(statuses)]))
+        for status in statuses:
+            if status.state == "failed":
+                print(f"{status.config.name}: {status.message}")
+        print(f"\nThe runs are in {root}. Next: kernelnorm report {root}", flush=True)
+    return statuses
+
+
+def _prepare(configs: Sequence[RunConfig], data_dir: Path) -> None:
+    """Download and decode images before the first run, so that not each of them has to."""
+    for config in {(config.dataset, config.image_size): config for config in configs}.values():
+        load_split(config, "train", data_dir)
+        load_split(config, "test", data_dir)
+
+
+def _run_all(survey: _Survey, pool: Pool) -> None:
+    in_flight: dict[Future[str], RunConfig] = {}
+    tried: set[str] = set()
+    ended: list[Status] = []
+    view = View(survey.plan.note, pool.places)
+    try:
+        while True:
+            statuses = survey.statuses()
+            for status in statuses:
+                name = status.config.name
+                wanted = status.state in ("missing", "unfinished", "failed") and name not in tried
+                if wanted and len(in_flight) < pool.places:
+                    in_flight[pool.submit(status.config, survey.root / name)] = status.config
+                    tried.add(name)
+            running = {config.name for config in in_flight.values()}
+            statuses = [
+                replace(status, state="running") if status.config.name in running else status
+                for status in statuses
+            ]
+            view.show(statuses, ended)
+            if not any(status.state == "running" for status in statuses):
+                return
+            if in_flight:
+                finished, _ = wait(in_flight, timeout=1, return_when=FIRST_COMPLETED)
+                ended = [survey.end(in_flight.pop(future), future) for future in finished]
+                tried -= {status.config.name for status in ended if status.state == "running"}
+            else:  # another process trains what is missing
+                time.sleep(1)
+    finally:
+        view.close()

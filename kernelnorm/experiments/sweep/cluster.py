@@ -1,0 +1,156 @@
+"""Runs as Ray tasks, on the machines of a cluster."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from concurrent.futures import Future
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import RunError, RunFolder, write_whole
+from kernelnorm.experiments.sweep.execute import execute
+
+__all__ = ["RayPool"]
+
+_RECORD = ("config.yaml", "failure.json", "metrics.jsonl")
+_CHECKPOINTS = ("best.ckpt", "last.ckpt")
+_RETRIES = 3
+
+
+class RayPool:
+    """The machines of a Ray cluster. A run whose machine is lost is begun again on another.
+
+    On machines that see the sweep's folder, as on a shared file system, a run is trained in its own
+    folder there, and goes on from its last checkpoint. On others it is trained in a temporary
+    folder, whose files come here when it ends; what is here of it already goes there before.
+
+    Args:
+        launch: how runs are executed; its ``out`` is replaced.
+        root: the folder of the runs' folders.
+        address: that of the cluster; ``"auto"`` is the one on this machine, and ``"local"`` begins
+            one of this machine alone.
+        gpus: of a run, or a fraction of one; ``None`` is a quarter where the cluster has any.
+        cpus: cores of a run, each with a thread.
+
+    Raises:
+        RunError: Ray is not installed, there is no such cluster, or no machine has a run's share.
+    """
+
+    def __init__(
+        self, launch: Launch, root: Path, address: str, *, gpus: float | None = None, cpus: int = 1
+    ) -> None:
+        if find_spec("ray") is None:
+            raise RunError("--ray needs: pip install 'kernelnorm[cluster]'")
+        if address not in ("auto", "local") and ":" not in address:
+            raise RunError(
+                f"--ray {address}: an address is auto, local or HOST:PORT. Write --ray=ADDRESS, "
+                "or put the case before --ray"
+            )
+        import ray
+
+        self._ray: Any = ray
+        try:
+            if ":" in address:  # Ray itself would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address, log_to_driver=False, logging_level="error")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RunError(f"--ray {address}: {error}") from error
+        if gpus is None:
+            has_gpus = launch.accelerator != "cpu" and ray.cluster_resources().get("GPU", 0)
+            gpus = 0.25 if has_gpus else 0.0
+        self._needs = {"CPU": cpus, "GPU": gpus}
+        if not self.places:
+            ray.shutdown()
+            raise RunError(
+                f"no machine of the cluster has {cpus} CPUs and {gpus:g} GPUs for a run: change "
+                "--cpus-per-run or --gpus-per-run"
+            )
+        self._launch = replace(launch, data_dir=launch.data_dir.resolve())
+        self._task = ray.remote(_run).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
+        # Machines on which this file exists see the sweep's folder.
+        self._mark = root.resolve() / f".sweep-{secrets.token_hex(8)}"
+        write_whole(self._mark, b"")
+
+    @property
+    def places(self) -> int:
+        """How many runs fit the machines that the cluster has now."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return sum(
+            min(int(node.get(name, 0) / need) for name, need in self._needs.items() if need)
+            for node in nodes
+        )
+
+    def submit(self, config: RunConfig, out: Path) -> Future[str]:
+        """Begin a run.
+
+        Args:
+            config: the run.
+            out: its folder.
+
+        Returns:
+            what :func:`execute` returns.
+        """
+        threads = int(self._needs["CPU"]) or 1
+        there = _read(out, (*_RECORD, *_CHECKPOINTS))
+        task = self._task.remote(config, self._launch, out.resolve(), threads, self._mark, there)
+        future: Future[str] = Future()
+
+        def end(done: Future[tuple[str, dict[str, bytes]]]) -> None:
+            try:
+                message, files = done.result()
+                _write(out, files)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(message)
+
+        task.future().add_done_callback(end)
+        return future
+
+    def close(self) -> None:
+        """Leave the cluster, which ends the runs that are in progress."""
+        self._ray.shutdown()
+        self._mark.unlink(missing_ok=True)
+
+
+def _run(
+    config: RunConfig,
+    launch: Launch,
+    out: Path,
+    threads: int,
+    mark: Path,
+    there: dict[str, bytes],
+) -> tuple[str, dict[str, bytes]]:
+    """Execute a run on some machine; return what :func:`execute` does, and the run's files."""
+    torch.set_num_threads(threads)
+    if mark.exists():
+        message = execute(config, launch, out)
+        # A network file system may show them late; but they may be another process's by now.
+        return message, {} if RunFolder(out).is_locked() else _read(out, _RECORD)
+    with TemporaryDirectory() as folder:
+        here = Path(folder) / config.name
+        _write(here, there)
+        message = execute(config, launch, here)
+        return message, _read(here, (*_CHECKPOINTS, *_RECORD))
+
+
+def _read(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the contents of the files that are there, in this order."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Write a run's files, in this order; its last failure is over if it is not among them."""
+    if files and "failure.json" not in files:
+        (folder / "failure.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        write_whole(folder / name, content)

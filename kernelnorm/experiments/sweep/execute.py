@@ -1,0 +1,35 @@
+"""One run of a sweep, wherever that is."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from kernelnorm.experiments.data import DataError
+from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import RunError, error_message
+from kernelnorm.experiments.trainer import train
+
+__all__ = ["execute"]
+
+
+def execute(config: RunConfig, launch: Launch, out: Path) -> str:
+    """Train, or go on with a training.
+
+    Args:
+        config: the run.
+        launch: how it is executed; its ``out`` is replaced.
+        out: the run's folder.
+
+    Returns:
+        why it ended before its time, or an empty string.
+    """
+    try:
+        train(config, replace(launch, out=out, verbose=False))
+    except Exception as error:  # the other runs go on, whatever it is
+        if not isinstance(error, (DataError, RunError)):
+            traceback.print_exc()
+        return error_message(error)
+    return ""

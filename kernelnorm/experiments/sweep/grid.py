@@ -1,0 +1,67 @@
+"""A grid of choices to the configurations of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from kernelnorm.experiments.recipes import Recipe, RunConfig, configure
+from kernelnorm.experiments.runs import RunError
+
+__all__ = ["make_grid"]
+
+
+def make_grid(
+    recipe: Recipe,
+    *,
+    norms: Sequence[str],
+    batch_sizes: Sequence[int],
+    lrs: Sequence[float] | Literal["auto"] = "auto",
+    seeds: Sequence[int] = (0,),
+    rules: Sequence[Mapping[str, Any]] = ({},),
+    **choices: Any,
+) -> list[RunConfig]:
+    """Make the configurations of a grid, each once, those of large batches first.
+
+    Args:
+        recipe: from :func:`kernelnorm.experiments.recipes.recipe_for`.
+        norms: some of :data:`kernelnorm.norms.NORMS`.
+        batch_sizes: images a step.
+        lrs: the learning rates; ``"auto"`` is the paper's for each norm and batch size.
+        seeds: of initial weights, order, augmentation and dropout.
+        rules: variants of the kernel networks, each of them what differs from the paper's rules;
+            they mean nothing to other norms, which are in the grid without.
+        choices: what all runs have in place of the recipe's, as :func:`configure` takes them.
+
+    Raises:
+        RunError: a value is out of its range, or there are no runs.
+
+    Example::
+
+        >>> from kernelnorm.experiments.recipes import RECIPES
+        >>> recipe = RECIPES["cifar10-vgg8"]
+        >>> grid = make_grid(recipe, norms=["batch", "kernel"], batch_sizes=[2, 32])
+        >>> [(run.batch_size, run.norm, run.lr) for run in grid]
+        [(32, 'batch', 0.01), (32, 'kernel', 0.025), (2, 'batch', 0.0025), (2, 'kernel', 0.001)]
+    """
+    options = choices.pop("model_options", asdict(recipe)["model_options"])
+    runs = [
+        configure(
+            recipe,
+            norm=norm,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            model_options={**options, "rules": dict(variant)} if variant else options,
+            **choices,
+        )
+        for batch_size in sorted(batch_sizes, reverse=True)
+        for norm in norms
+        for variant in (rules if norm == "kernel" else ({},))
+        for lr in ((None,) if lrs == "auto" else lrs)
+        for seed in seeds
+    ]
+    if not runs:
+        raise RunError("the sweep has no runs: give each of its lists a value")
+    return list({run.name: run for run in runs}.values())

@@ -1,0 +1,91 @@
+"""What a sweep wants to be run, given the results that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.sweep.tuning import best_rate, rates_to_try
+
+__all__ = ["Grid", "Plan", "Result", "Tuned"]
+
+Result = Callable[[RunConfig], float | None]
+"""A run's final accuracy, minus infinity if it has diverged, ``None`` where it has not ended."""
+
+
+class Plan(Protocol):
+    """What a sweep wants. It keeps nothing: stopped and begun again, it wants the same."""
+
+    @property
+    def note(self) -> str:
+        """What has to be said wherever a table of these runs is shown."""
+
+    def runs(self, result: Result) -> list[RunConfig]:
+        """Return all runs that are wanted so far, those that have ended among them."""
+
+    def extent(self, result: Result) -> tuple[int, int]:
+        """Return the fewest and the most runs that there will be in the end."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs at once."""
+
+    configs: Sequence[RunConfig]
+    note: str = ""
+
+    def runs(self, result: Result) -> list[RunConfig]:
+        """Return the runs, whatever there is."""
+        return [*self.configs]
+
+    def extent(self, result: Result) -> tuple[int, int]:
+        """Return their number, twice."""
+        return len(self.configs), len(self.configs)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The paper's protocol: the best learning rate of each norm and batch size, then repetitions.
+
+    Args:
+        cells: a run for each norm and batch size, at the learning rate where the search begins.
+        rates: the learning rates of the case.
+        seeds: of the repetitions.
+        every: try all rates, also those that two worse neighbours rule out.
+        note: what has to be said wherever a table of these runs is shown.
+    """
+
+    cells: Sequence[RunConfig]
+    rates: Sequence[float]
+    seeds: Sequence[int] = (1, 2, 3)
+    every: bool = False
+    note: str = ""
+
+    def runs(self, result: Result) -> list[RunConfig]:
+        """Return what has been tried, what is to be tried next, and the repetitions."""
+        runs = []
+        for cell in self.cells:
+            results, untried = self._search(cell, result)
+            runs += [replace(cell, lr=lr) for lr in (*results, *untried)]
+            if not untried and (best := best_rate(results)) is not None:
+                runs += [replace(cell, lr=best, seed=seed) for seed in self.seeds]
+        return runs
+
+    def extent(self, result: Result) -> tuple[int, int]:
+        """Return the fewest runs, where the search ends soon, and the most, where it does not."""
+        fewest = most = 0
+        for cell in self.cells:
+            results, untried = self._search(cell, result)
+            least = len(results) + len(untried)
+            repetitions = len(self.seeds) if untried or best_rate(results) is not None else 0
+            fewest += least + repetitions
+            most += (len(self.rates) if untried else least) + repetitions
+        return fewest, most
+
+    def _search(self, cell: RunConfig, result: Result) -> tuple[dict[float, float], list[float]]:
+        """Return the results of a norm and batch size, and the learning rates to try next."""
+        found = {lr: result(replace(cell, lr=lr)) for lr in self.rates}
+        results = {lr: value for lr, value in found.items() if value is not None}
+        return results, rates_to_try(self.rates, cell.lr, results, every=self.every)

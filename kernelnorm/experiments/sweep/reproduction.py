@@ -1,0 +1,97 @@
+"""The paper's protocol for one of its cases, at its own scale or at one for a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kernelnorm.experiments.recipes import RECIPES, paper
+from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.sweep.grid import make_grid
+from kernelnorm.experiments.sweep.plan import Tuned
+
+__all__ = ["PAPER_NORMS", "Scale", "reproduction", "scale_of"]
+
+PAPER_NORMS = ("batch", "group", "layer", "kernel")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is.
+
+    Args:
+        batch_sizes: those that are trained.
+        choices: what the runs have in place of the recipe's.
+    """
+
+    batch_sizes: tuple[int, ...]
+    choices: dict[str, Any] = field(default_factory=dict)
+
+
+_SMALL = {
+    "digits-vgg8": Scale((8, 32), {"subset": 500, "epochs": 4}),
+    "cifar10-vgg8": Scale(
+        (2, 32, 256), {"subset": 2500, "epochs": 8, "model_options": {"width": 0.5}}
+    ),
+    "imagenette-densenet121": Scale((2, 32), {"subset": 1000, "image_size": 64, "epochs": 8}),
+    "imagewoof-resnet18": Scale((16, 64), {"subset": 1000, "image_size": 96, "epochs": 8}),
+}
+
+
+def scale_of(case: str, scale: Literal["small", "paper"]) -> Scale:
+    """Return the scale of a case.
+
+    Args:
+        case: the case study.
+        scale: ``"paper"`` is that of its tables; ``"small"`` is sized for a CPU.
+
+    Raises:
+        RunError: the case is unknown, or not of the paper.
+    """
+    if case not in RECIPES:
+        raise RunError(f"unknown case {case!r}: choose from {', '.join(RECIPES)}")
+    if scale == "small":
+        return _SMALL[case]
+    if case not in paper():
+        raise RunError(f"{case} is not in the paper: take --scale small, or {', '.join(paper())}")
+    return Scale(tuple(row["batch_size"] for row in paper()[case]["accuracy"]["rows"]))
+
+
+def reproduction(
+    case: str,
+    scale: Literal["small", "paper"],
+    *,
+    norms: Sequence[str] = PAPER_NORMS,
+    batch_sizes: Sequence[int] | None = None,
+    seeds: Sequence[int] = (1, 2, 3),
+    every_rate: bool = False,
+) -> Tuned:
+    """Plan the paper's experiments of a case: Appendix B's tuning, with seed 0, then repetitions.
+
+    Args:
+        case: the case study.
+        scale: see :func:`scale_of`.
+        norms: the normalisations.
+        batch_sizes: without them the scale's.
+        seeds: of the repetitions.
+        every_rate: try all learning rates of the paper's list.
+
+    Raises:
+        RunError: a value is out of its range.
+    """
+    size = scale_of(case, scale)
+    recipe = RECIPES[case]
+    if 0 in seeds:
+        raise RunError("seed 0 is that of the tuning: give others to the repetitions")
+    cells = make_grid(
+        recipe, norms=norms, batch_sizes=batch_sizes or size.batch_sizes, **size.choices
+    )
+    note = ""
+    if scale == "small":
+        changed = {**size.choices, **size.choices.get("model_options", {})}
+        changed.pop("model_options", None)
+        what = ", ".join(f"{name} {value}" for name, value in changed.items())
+        note = f"Scale small ({what}): not the paper's experiment, and not to be compared with it."
+    rates = paper()[recipe.lr_table]["learning_rate"]["tried"]
+    return Tuned(cells, rates, seeds, every_rate, note)

@@ -1,0 +1,100 @@
+"""What has become of runs, from their folders alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
+
+__all__ = ["State", "Status", "look", "seconds_left", "seconds_per_epoch"]
+
+State = Literal["done", "diverged", "failed", "running", "unfinished", "missing"]
+"""``"diverged"`` is a result; what is failed, unfinished or missing has to be run."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What has become of a run.
+
+    Args:
+        config: the run.
+        state: one of :data:`State`.
+        history: the metrics of its finished epochs.
+        message: why it has diverged or failed.
+    """
+
+    config: RunConfig
+    state: State
+    history: Sequence[Metrics] = ()
+    message: str = ""
+
+    @property
+    def result(self) -> float | None:
+        """The final accuracy, minus infinity where it has diverged; ``None`` before the end."""
+        if self.state == "diverged":
+            return -math.inf
+        return final_accuracy(self.history) if self.state == "done" else None
+
+    @property
+    def epochs_left(self) -> int:
+        """The most epochs that are still to be trained."""
+        return 0 if self.result is not None else self.config.epochs - len(self.history)
+
+
+def look(folder: RunFolder, config: RunConfig) -> Status:
+    """Tell what has become of a run.
+
+    Args:
+        folder: where it is, or would be.
+        config: the run.
+    """
+    history = folder.read_metrics()
+    if config.finished(history):
+        return Status(config, "done", history)
+    if folder.is_locked():
+        return Status(config, "running", history)
+    if failure := folder.read_failure():
+        state: State = "diverged" if failure["kind"] == "diverged" else "failed"
+        return Status(config, state, history, failure["message"])
+    return Status(config, "unfinished" if folder.path.exists() else "missing", history)
+
+
+def seconds_per_epoch(statuses: Sequence[Status], config: RunConfig) -> float | None:
+    """Estimate a run's time from those of the same norm and batch size, else batch size; ``None``
+    where there are none.
+    """
+    same = [status for status in statuses if status.config.batch_size == config.batch_size]
+    for runs in ([status for status in same if status.config.norm == config.norm], same):
+        seconds = [metrics["seconds"] for status in runs for metrics in status.history]
+        if seconds:
+            return sum(seconds) / len(seconds)
+    return None
+
+
+def seconds_left(statuses: Sequence[Status], of: Sequence[Status]) -> tuple[float, int]:
+    """Estimate the time that some runs still need, one after the other.
+
+    Args:
+        statuses: those that times are taken from.
+        of: those whose time it is.
+
+    Returns:
+        the seconds, and the number of runs whose time is unknown and not in them.
+    """
+    total, unknown = 0.0, 0
+    times: dict[tuple[str, int], float | None] = {}
+    for status in of:
+        config = status.config
+        cell = config.norm, config.batch_size
+        if cell not in times:
+            times[cell] = seconds_per_epoch(statuses, config)
+        seconds = times[cell]
+        if seconds is not None:
+            total += seconds * status.epochs_left
+        elif status.epochs_left:
+            unknown += 1
+    return total, unknown

@@ -1,0 +1,69 @@
+"""Appendix B of the paper: which learning rates have to be tried, and which one is the best.
+
+A result is the final accuracy of a run, or minus infinity for one that has diverged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+__all__ = ["best_rate", "rates_to_try"]
+
+
+def best_rate(results: Mapping[float, float]) -> float | None:
+    """Return the learning rate with the best result, the lowest of several; ``None`` if all runs
+    have diverged.
+
+    Example::
+
+        >>> best_rate({0.1: -math.inf, 0.05: 0.82, 0.025: 0.84, 0.01: 0.84})
+        0.01
+    """
+    best = max(results, key=lambda lr: (results[lr], -lr), default=None)
+    return None if best is None or results[best] == -math.inf else best
+
+
+def rates_to_try(
+    rates: Sequence[float], start: float, results: Mapping[float, float], *, every: bool = False
+) -> list[float]:
+    """Return the learning rates that have to be tried next; none are left where it is tuned.
+
+    The search begins with the rate that is nearest to ``start`` and its two neighbours, and goes
+    uphill until the neighbours of the best rate are worse. The paper: "if the model gives higher
+    accuracy with learning rate of 0.05 compared to 0.1 and 0.025 [...], then it is unlikely the
+    model will achieve better accuracy with much lower or higher learning rates". Where all have
+    diverged, uphill is down to the lower rates.
+
+    What it returns depends on the results alone, so that a search that was stopped goes on.
+
+    Args:
+        rates: the list of the case.
+        start: where the best rate is expected.
+        results: of the rates that have been tried.
+        every: try the whole list.
+
+    Example::
+
+        >>> rates = [0.1, 0.05, 0.025, 0.01, 0.005]
+        >>> rates_to_try(rates, 0.02, {})
+        [0.05, 0.025, 0.01]
+        >>> rates_to_try(rates, 0.02, {0.05: 0.80, 0.025: 0.82, 0.01: 0.83})
+        [0.005]
+        >>> rates_to_try(rates, 0.02, {0.05: 0.80, 0.025: 0.82, 0.01: 0.83, 0.005: 0.81})
+        []
+    """
+    ladder = sorted(rates, reverse=True)
+    known = {lr: results[lr] for lr in ladder if lr in results}
+
+    def unknown(lrs: Sequence[float]) -> list[float]:
+        return [lr for lr in lrs if lr not in known]
+
+    def around(lr: float) -> list[float]:
+        place = ladder.index(lr)
+        return ladder[max(place - 1, 0) : place + 2]
+
+    if every:
+        return unknown(ladder)
+    first = unknown(around(min(ladder, key=lambda lr: abs(math.log(lr / start)))))
+    return first or unknown(around(best_rate(known) or min(known)))
