@@ -43,17 +43,17 @@ class Rules:
             - ``"branch"``, as stated: in the last KNConv of each branch and in the shortcut's, and
               none after the addition
             - ``"sum"``, as in the original networks: after the addition only
-            - ``"both"``: in those KNConvs and after the addition
-
-            By the rule's exception there is none between the network's last KNConv and the
-            KernelNorm of rule IV: neither before nor after the addition
+            - ``"both"``: in those KNConvs and after the addition. What those let through is not
+              negative, so the second ReLU matters only in the last block, whose last KNConv has
+              none by the rule's exception
         head: rule IV, whether there is a KernelNorm and a ReLU before the final average pooling.
-            Without them the last KNConv has its ReLU, as its exception is gone
+            Without them no KernelNorm follows the last KNConv, which then has its ReLU
         evaluation: what all kernel layers do in evaluation, on which the paper is silent: see
             :class:`kernelnorm.KNConv2d`
 
     Raises:
-        ValueError: a value is out of its range, or ``head_dropout_p`` is given without a head.
+        ValueError: a value is out of its range, or does nothing without a head:
+            ``head_dropout_p``, and ``"both"``, which is ``"branch"`` then.
 
     Source: Section 3, rules I, III and IV; Figure 5.
 
@@ -92,6 +92,8 @@ class Rules:
             )
         if not self.head:
             _check_unused(self, {"head_dropout_p": "head=False leaves the KernelNorm out"})
+            if self.residual_relu == "both":
+                raise ValueError("rule residual_relu='both' is 'branch' with head=False: say that")
 
 
 def _check_unused(rules: Rules, unused: Mapping[str, str]) -> None:
@@ -138,8 +140,8 @@ class NormLayers:
         """Returns the activation that follows a norm."""
         return nn.ReLU()
 
-    def sum_relu(self, *, before_head: bool) -> nn.Module:
-        """Returns the activation that follows an addition; ``before_head`` as in :meth:`conv`."""
+    def sum_relu(self) -> nn.Module:
+        """Returns the activation that follows an addition."""
         return nn.ReLU()
 
     def head(self) -> nn.Module:
@@ -165,7 +167,8 @@ class KernelLayers:
         before_head: bool = False,
     ) -> nn.Conv2d:
         """Rule I, with the ReLU of rule III unless it is the sum's or a KernelNorm comes next."""
-        moved = before_sum and self.rules.residual_relu == "sum"
+        left_to_sum = before_sum and self.rules.residual_relu == "sum"
+        followed_by_norm = before_head and self.rules.head
         return KNConv2d(
             in_channels,
             out_channels,
@@ -174,7 +177,7 @@ class KernelLayers:
             padding,
             bias=True,
             dropout_p=self.rules.dropout_p,
-            activation=None if moved or self._before_norm(before_head) else "relu",
+            activation=None if left_to_sum or followed_by_norm else "relu",
             evaluation=self.rules.evaluation,
         )
 
@@ -186,10 +189,9 @@ class KernelLayers:
         """Rule III: the convolution has it."""
         return nn.Identity()
 
-    def sum_relu(self, *, before_head: bool) -> nn.Module:
+    def sum_relu(self) -> nn.Module:
         """Rule III: the convolutions have it, unless :attr:`rules` vary that."""
-        varied = self.rules.residual_relu != "branch"
-        return nn.ReLU() if varied and not self._before_norm(before_head) else nn.Identity()
+        return nn.Identity() if self.rules.residual_relu == "branch" else nn.ReLU()
 
     def head(self) -> nn.Module:
         """Rule IV."""
@@ -197,10 +199,6 @@ class KernelLayers:
             return nn.Identity()
         p, evaluation = self.rules.head_dropout_p, self.rules.evaluation
         return nn.Sequential(KernelNorm2d(1, 1, dropout_p=p, evaluation=evaluation), nn.ReLU())
-
-    def _before_norm(self, before_head: bool) -> bool:
-        """Rule III's exception: whether a separate KernelNorm comes next."""
-        return before_head and self.rules.head
 
 
 Layers = NormLayers | KernelLayers

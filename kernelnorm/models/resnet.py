@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
             width, width, 3, padding=1, before_sum=True, before_head=before_head
         )
         self.bn2 = layers.norm(width)
-        self.sum_relu = layers.sum_relu(before_head=before_head)
+        self.sum_relu = layers.sum_relu()
         self.downsample = _shortcut(layers, in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
         self.conv3 = layers.conv(width, out_channels, 1, before_sum=True, before_head=before_head)
         self.bn3 = layers.norm(out_channels)
         self.relu = layers.relu()
-        self.sum_relu = layers.sum_relu(before_head=before_head)
+        self.sum_relu = layers.sum_relu()
         self.downsample = _shortcut(layers, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
