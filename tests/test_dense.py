@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,12 @@ from kernelnorm.models import densenet
 from kernelnorm.models.blocks import layers_for
 
 
-def block_of(growth: int = 3, depth: int = 3, norm: str = "kernel") -> densenet.DenseBlock:
+def block_of(
+    growth: int = 3, depth: int = 3, norm: str = "kernel", rules: dict[str, Any] | None = None
+) -> densenet.DenseBlock:
+    made = layers_for(norm, rules)
     layers = [
-        densenet.DenseLayer(layers_for(norm), 4 + i * growth, growth, before_head=i == depth - 1)
+        densenet.DenseLayer(made, 4 + i * growth, growth, before_head=i == depth - 1)
         for i in range(depth)
     ]
     block = densenet.DenseBlock(*layers).double()
@@ -55,6 +60,19 @@ def test_it_is_the_concatenation(x: Tensor, training: bool, create_graph: bool, 
     expected = run(lambda x: concatenated(block, x), block, x, create_graph)
     assert type(results[0].grad_fn).__name__ == "_DenseBlockBackward"
     for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "rules",
+    [{"dropout_p": 0.0}, {"dropout_p": 0.5}, {"head": False}, {"evaluation": "monte_carlo"}],
+)
+def test_it_is_the_concatenation_under_other_rules(x: Tensor, rules: dict[str, Any], training):
+    block = block_of(rules=rules).train(training)
+    results = run(block, block, x)
+    assert type(results[0].grad_fn).__name__ == "_DenseBlockBackward"
+    for a, b in zip(results, run(lambda x: concatenated(block, x), block, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()))
 
 

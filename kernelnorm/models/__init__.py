@@ -1,15 +1,17 @@
 """The paper's networks, each with any of the norms in ``kernelnorm.norms.NORMS``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from kernelnorm.models.blocks import Rules
 from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
 from kernelnorm.models.resnet import resnet18, resnet34, resnet50, resnet101
 from kernelnorm.models.vgg import vgg8
 
 __all__ = [
+    "Rules",
     "create_model",
     "densenet121",
     "densenet161",
@@ -41,17 +43,25 @@ def list_models() -> list[str]:
     return list(_MODELS)
 
 
-def create_model(name: str, *, norm: str = "kernel", **options: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    norm: str = "kernel",
+    rules: Rules | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
     """Returns the network ``name``, normalised by ``norm``.
 
     Args:
         name: one of :func:`list_models`
         norm: one of ``kernelnorm.norms.NORMS``
+        rules: for the kernel norm, other rules than the paper's: a :class:`Rules`, or a mapping
+            with fields of it
         options: what else the constructor takes: ``num_classes``, ``in_channels``, and
             ``small_images`` (ResNet, DenseNet) or ``width`` (VGG8, which is for small images)
 
     Raises:
-        ValueError: if there is no such network or norm.
+        ValueError: if there is no such network, norm or rule, or a rule does nothing there.
 
     Example::
 
@@ -62,4 +72,4 @@ def create_model(name: str, *, norm: str = "kernel", **options: Any) -> nn.Modul
     """
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}, choose one of: {', '.join(_MODELS)}")
-    return _MODELS[name](norm=norm, **options)
+    return _MODELS[name](norm=norm, rules=rules, **options)

@@ -12,16 +12,96 @@ that the original network has them, and those that a norm has no use for are ide
 III the ReLU is a part of the KNConv, so each branch of a residual block has its own and none
 follows the addition, and the pre-activations of DenseNet become post-activations. The exception
 is the last KNConv of ResNet and DenseNet: after the addition or the concatenation comes the
-KernelNorm of rule IV.
+KernelNorm of rule IV. :class:`Rules` has what ablations vary.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from kernelnorm.arguments import Evaluation
 from kernelnorm.modules import KernelNorm2d, KNConv2d
 from kernelnorm.norms import make_norm
+
+ResidualReLU = Literal["branch", "sum", "both"]
+"""Where a residual block has its last ReLU; see :class:`Rules`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What an ablation varies of the rules for KNConvNets; the defaults are the paper's.
+
+    A rule that differs from its default but does nothing in a network is an error there.
+
+    Args:
+        dropout_p: rule I, the dropout of all KNConvs. Figure 5 compares 0 with a small value
+        head_dropout_p: rule IV, the dropout of the KernelNorm before the final average pooling
+        residual_relu: rule III in residual networks, which the paper states for each KNConv:
+
+            - ``"branch"``, as stated: in the last KNConv of each branch and in the shortcut's, and
+              none after the addition
+            - ``"sum"``, as in the original networks: after the addition only
+            - ``"both"``: in those KNConvs and after the addition. What those let through is not
+              negative, so the second ReLU matters only in the last block, whose last KNConv has
+              none by the rule's exception
+        head: rule IV, whether there is a KernelNorm and a ReLU before the final average pooling.
+            Without them no KernelNorm follows the last KNConv, which then has its ReLU
+        evaluation: what all kernel layers do in evaluation, on which the paper is silent: see
+            :class:`kernelnorm.KNConv2d`
+
+    Raises:
+        ValueError: a value is out of its range, or does nothing without a head:
+            ``head_dropout_p``, and ``"both"``, which is ``"branch"`` then.
+
+    Source: Section 3, rules I, III and IV; Figure 5.
+
+    Example::
+
+        >>> from kernelnorm.models import create_model
+        >>> network = create_model("resnet18", rules=Rules(dropout_p=0.2, residual_relu="sum"))
+        >>> network.conv1.dropout_p
+        0.2
+        >>> network = create_model("resnet18", rules={"head": False})
+        >>> network.head
+        Identity()
+    """
+
+    dropout_p: float = 0.1
+    head_dropout_p: float = 0.2
+    residual_relu: ResidualReLU = "branch"
+    head: bool = True
+    evaluation: Evaluation = "expected"
+
+    def __post_init__(self) -> None:
+        for name, p in (("dropout_p", self.dropout_p), ("head_dropout_p", self.head_dropout_p)):
+            number = isinstance(p, (int, float)) and not isinstance(p, bool)
+            if not number or not 0 <= p < 1:
+                raise ValueError(f"rule {name} must be a number from 0 to below 1, got {p!r}")
+        if self.residual_relu not in get_args(ResidualReLU):
+            raise ValueError(
+                f"rule residual_relu must be one of {get_args(ResidualReLU)}, "
+                f"got {self.residual_relu!r}"
+            )
+        if not isinstance(self.head, bool):
+            raise ValueError(f"rule head must be True or False, got {self.head!r}")
+        if self.evaluation not in get_args(Evaluation):
+            raise ValueError(
+                f"rule evaluation must be one of {get_args(Evaluation)}, got {self.evaluation!r}"
+            )
+        if not self.head:
+            _check_unused(self, {"head_dropout_p": "head=False leaves the KernelNorm out"})
+            if self.residual_relu == "both":
+                raise ValueError("rule residual_relu='both' is 'branch' with head=False: say that")
+
+
+def _check_unused(rules: Rules, unused: Mapping[str, str]) -> None:
+    """Refuse rules that differ from the paper's to no effect, each with the reason."""
+    for name, reason in unused.items():
+        value = getattr(rules, name)
+        if value != getattr(Rules, name):
+            raise ValueError(f"rule {name}={value!r} does nothing: {reason}. Leave it out")
 
 
 @dataclass(frozen=True)
@@ -41,9 +121,14 @@ class NormLayers:
         stride: int = 1,
         padding: int = 0,
         *,
+        before_sum: bool = False,
         before_head: bool = False,
     ) -> nn.Conv2d:
-        """Returns a convolution; ``before_head`` says that it is the last before :meth:`head`."""
+        """Returns a convolution.
+
+        ``before_sum`` says that it is the last before an addition, ``before_head`` that it is the
+        last before :meth:`head`.
+        """
         bias = self.name == "none"
         return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
@@ -52,7 +137,11 @@ class NormLayers:
         return make_norm(self.name, channels)
 
     def relu(self) -> nn.Module:
-        """Returns the activation that follows a norm or an addition."""
+        """Returns the activation that follows a norm."""
+        return nn.ReLU()
+
+    def sum_relu(self) -> nn.Module:
+        """Returns the activation that follows an addition."""
         return nn.ReLU()
 
     def head(self) -> nn.Module:
@@ -64,6 +153,8 @@ class NormLayers:
 class KernelLayers:
     """The layers of a KNConvNet: the methods of :class:`NormLayers` under rules I to IV."""
 
+    rules: Rules
+
     def conv(
         self,
         in_channels: int,
@@ -72,9 +163,12 @@ class KernelLayers:
         stride: int = 1,
         padding: int = 0,
         *,
+        before_sum: bool = False,
         before_head: bool = False,
     ) -> nn.Conv2d:
-        """Rule I, with the ReLU of rule III unless the KernelNorm of :meth:`head` comes next."""
+        """Rule I, with the ReLU of rule III unless it is the sum's or a KernelNorm comes next."""
+        left_to_sum = before_sum and self.rules.residual_relu == "sum"
+        followed_by_norm = before_head and self.rules.head
         return KNConv2d(
             in_channels,
             out_channels,
@@ -82,8 +176,9 @@ class KernelLayers:
             stride,
             padding,
             bias=True,
-            dropout_p=0.1,
-            activation=None if before_head else "relu",
+            dropout_p=self.rules.dropout_p,
+            activation=None if left_to_sum or followed_by_norm else "relu",
+            evaluation=self.rules.evaluation,
         )
 
     def norm(self, channels: int) -> nn.Module:
@@ -94,17 +189,58 @@ class KernelLayers:
         """Rule III: the convolution has it."""
         return nn.Identity()
 
+    def sum_relu(self) -> nn.Module:
+        """Rule III: the convolutions have it, unless :attr:`rules` vary that."""
+        return nn.Identity() if self.rules.residual_relu == "branch" else nn.ReLU()
+
     def head(self) -> nn.Module:
         """Rule IV."""
-        return nn.Sequential(KernelNorm2d(1, 1, dropout_p=0.2), nn.ReLU())
+        if not self.rules.head:
+            return nn.Identity()
+        p, evaluation = self.rules.head_dropout_p, self.rules.evaluation
+        return nn.Sequential(KernelNorm2d(1, 1, dropout_p=p, evaluation=evaluation), nn.ReLU())
 
 
 Layers = NormLayers | KernelLayers
 
 
-def layers_for(norm: str) -> Layers:
-    """Returns the layers of a network normalised by ``norm``, one of ``kernelnorm.norms.NORMS``."""
-    return KernelLayers() if norm == "kernel" else NormLayers(norm)
+def layers_for(
+    norm: str,
+    rules: Rules | Mapping[str, Any] | None = None,
+    *,
+    unused: Mapping[str, str] | None = None,
+) -> Layers:
+    """Returns the layers of a network.
+
+    Args:
+        norm: one of ``kernelnorm.norms.NORMS``
+        rules: for the kernel norm, other rules than the paper's; a mapping has fields of
+            :class:`Rules`, as YAML gives them
+        unused: the fields of :class:`Rules` that do nothing in this network, each with the reason
+
+    Raises:
+        ValueError: the rules have an unknown field, a value out of its range, or one that does
+            nothing, or the norm is not ``"kernel"``.
+    """
+    if norm == "kernel":
+        given = _as_rules({} if rules is None else rules)
+        _check_unused(given, unused or {})
+        return KernelLayers(given)
+    if rules is not None:
+        raise ValueError(f"rules are for norm='kernel', got norm={norm!r}. Leave them out")
+    return NormLayers(norm)
+
+
+def _as_rules(rules: Rules | Mapping[str, Any]) -> Rules:
+    if isinstance(rules, Rules):
+        return rules
+    names = [field.name for field in fields(Rules)]
+    if not isinstance(rules, Mapping):
+        raise ValueError(f"rules must be a mapping with any of {', '.join(names)}, got {rules!r}")
+    for name in rules:
+        if name not in names:
+            raise ValueError(f"unknown rule {name!r}, choose from: {', '.join(names)}")
+    return Rules(**rules)
 
 
 def init_convolutions(network: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:

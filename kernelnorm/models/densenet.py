@@ -3,11 +3,14 @@
 With ``norm="batch"`` the parameters have the names, the order and the shapes of torchvision's.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from kernelnorm import arguments, functional
-from kernelnorm.models.blocks import Layers, init_convolutions, layers_for
+from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
 from kernelnorm.modules import KNConv2d
 from kernelnorm.ops.dense import Layer, dense_block
 from kernelnorm.ops.knconv import Settings
@@ -90,7 +93,7 @@ class DenseNet(nn.Module):
         growth: the channels that a dense layer appends
         depths: the dense layers of each block
         stem: the channels of the first convolution
-        norm, num_classes, in_channels, small_images: see :func:`densenet121`
+        norm, num_classes, in_channels, small_images, rules: see :func:`densenet121`
     """
 
     def __init__(
@@ -102,9 +105,10 @@ class DenseNet(nn.Module):
         num_classes: int,
         in_channels: int,
         small_images: bool,
+        rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        layers = layers_for(norm)
+        layers = layers_for(norm, rules, unused={"residual_relu": "DenseNet has no additions"})
         kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
         features = nn.Sequential()
         features.add_module("conv0", layers.conv(in_channels, stem, kernel_size, stride, padding))
@@ -142,7 +146,11 @@ class DenseNet(nn.Module):
 
 
 def densenet121(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> DenseNet:
     """DenseNet-121.
 
@@ -152,6 +160,8 @@ def densenet121(
         in_channels: the channels of the images
         small_images: a stem for images of about 32x32, a 3x3 convolution of stride 1 and no
             max-pooling, in place of the 7x7 convolution of stride 2 and the max-pooling
+        rules: for the kernel norm, other rules than the paper's: a
+            :class:`~kernelnorm.models.Rules`, or a mapping with fields of it
 
     Shape:
         ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 29, or 8 with
@@ -164,25 +174,37 @@ def densenet121(
         >>> network(torch.randn(2, 3, 64, 64)).shape
         torch.Size([2, 10])
     """
-    return DenseNet(32, (6, 12, 24, 16), 64, norm, num_classes, in_channels, small_images)
+    return DenseNet(32, (6, 12, 24, 16), 64, norm, num_classes, in_channels, small_images, rules)
 
 
 def densenet161(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> DenseNet:
     """DenseNet-161, with the arguments of :func:`densenet121`."""
-    return DenseNet(48, (6, 12, 36, 24), 96, norm, num_classes, in_channels, small_images)
+    return DenseNet(48, (6, 12, 36, 24), 96, norm, num_classes, in_channels, small_images, rules)
 
 
 def densenet169(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> DenseNet:
     """DenseNet-169, with the arguments of :func:`densenet121`."""
-    return DenseNet(32, (6, 12, 32, 32), 64, norm, num_classes, in_channels, small_images)
+    return DenseNet(32, (6, 12, 32, 32), 64, norm, num_classes, in_channels, small_images, rules)
 
 
 def densenet201(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> DenseNet:
     """DenseNet-201, with the arguments of :func:`densenet121`."""
-    return DenseNet(32, (6, 12, 48, 32), 64, norm, num_classes, in_channels, small_images)
+    return DenseNet(32, (6, 12, 48, 32), 64, norm, num_classes, in_channels, small_images, rules)

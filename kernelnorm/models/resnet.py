@@ -3,9 +3,12 @@
 With ``norm="batch"`` the parameters have the names, the order and the shapes of torchvision's.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import Layers, init_convolutions, layers_for
+from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
 
 
 class BasicBlock(nn.Module):
@@ -20,15 +23,18 @@ class BasicBlock(nn.Module):
         self.conv1 = layers.conv(in_channels, width, 3, stride, padding=1)
         self.bn1 = layers.norm(width)
         self.relu = layers.relu()
-        self.conv2 = layers.conv(width, width, 3, padding=1, before_head=before_head)
+        self.conv2 = layers.conv(
+            width, width, 3, padding=1, before_sum=True, before_head=before_head
+        )
         self.bn2 = layers.norm(width)
+        self.sum_relu = layers.sum_relu()
         self.downsample = _shortcut(layers, in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output, at ``1 / stride`` of the resolution."""
         y: Tensor = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        y = self.relu(y + self.downsample(x))
+        y = self.sum_relu(y + self.downsample(x))
         return y
 
 
@@ -46,9 +52,10 @@ class Bottleneck(nn.Module):
         self.bn1 = layers.norm(width)
         self.conv2 = layers.conv(width, width, 3, stride, padding=1)
         self.bn2 = layers.norm(width)
-        self.conv3 = layers.conv(width, out_channels, 1, before_head=before_head)
+        self.conv3 = layers.conv(width, out_channels, 1, before_sum=True, before_head=before_head)
         self.bn3 = layers.norm(out_channels)
         self.relu = layers.relu()
+        self.sum_relu = layers.sum_relu()
         self.downsample = _shortcut(layers, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,14 +63,14 @@ class Bottleneck(nn.Module):
         y: Tensor = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        y = self.relu(y + self.downsample(x))
+        y = self.sum_relu(y + self.downsample(x))
         return y
 
 
 def _shortcut(layers: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    conv = layers.conv(in_channels, out_channels, 1, stride)
+    conv = layers.conv(in_channels, out_channels, 1, stride, before_sum=True)
     return nn.Sequential(conv, layers.norm(out_channels))
 
 
@@ -73,7 +80,7 @@ class ResNet(nn.Module):
     Args:
         block: :class:`BasicBlock` or :class:`Bottleneck`
         depths: the blocks of each stage
-        norm, num_classes, in_channels, small_images: see :func:`resnet18`
+        norm, num_classes, in_channels, small_images, rules: see :func:`resnet18`
     """
 
     def __init__(
@@ -84,9 +91,10 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int,
         small_images: bool,
+        rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        layers = layers_for(norm)
+        layers = layers_for(norm, rules)
         kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
         self.conv1 = layers.conv(in_channels, 64, kernel_size, stride, padding)
         self.bn1 = layers.norm(64)
@@ -120,7 +128,11 @@ class ResNet(nn.Module):
 
 
 def resnet18(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> ResNet:
     """ResNet-18.
 
@@ -130,6 +142,8 @@ def resnet18(
         in_channels: the channels of the images
         small_images: a stem for images of about 32x32, a 3x3 convolution of stride 1 and no
             max-pooling, in place of the 7x7 convolution of stride 2 and the max-pooling
+        rules: for the kernel norm, other rules than the paper's: a
+            :class:`~kernelnorm.models.Rules`, or a mapping with fields of it
 
     Shape:
         ``(n, in_channels, h, w)`` to ``(n, num_classes)``.
@@ -141,25 +155,37 @@ def resnet18(
         >>> network(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    return ResNet(BasicBlock, (2, 2, 2, 2), norm, num_classes, in_channels, small_images)
+    return ResNet(BasicBlock, (2, 2, 2, 2), norm, num_classes, in_channels, small_images, rules)
 
 
 def resnet34(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> ResNet:
     """ResNet-34, with the arguments of :func:`resnet18`."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), norm, num_classes, in_channels, small_images)
+    return ResNet(BasicBlock, (3, 4, 6, 3), norm, num_classes, in_channels, small_images, rules)
 
 
 def resnet50(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> ResNet:
     """ResNet-50, with the arguments of :func:`resnet18`; the stride is in the 3x3 convolutions."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), norm, num_classes, in_channels, small_images)
+    return ResNet(Bottleneck, (3, 4, 6, 3), norm, num_classes, in_channels, small_images, rules)
 
 
 def resnet101(
-    norm: str = "kernel", num_classes: int = 1000, in_channels: int = 3, small_images: bool = False
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> ResNet:
     """ResNet-101, with the arguments of :func:`resnet18`; the stride is in the 3x3 convolutions."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), norm, num_classes, in_channels, small_images)
+    return ResNet(Bottleneck, (3, 4, 23, 3), norm, num_classes, in_channels, small_images, rules)

@@ -1,18 +1,35 @@
 """VGG8, the shallow network of the paper's CIFAR-10 study."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import layers_for
+from kernelnorm.models.blocks import Rules, layers_for
+
+_NO_HEAD = "VGG8 has no KernelNorm before its average pooling"
+_UNUSED = {
+    "residual_relu": "VGG8 has no additions",
+    "head": _NO_HEAD,
+    "head_dropout_p": _NO_HEAD,
+}
 
 
 class VGG8(nn.Module):
     """Five 3x3 convolutions, average pooling and a linear layer: see :func:`vgg8`."""
 
-    def __init__(self, norm: str, num_classes: int, in_channels: int, width: float) -> None:
+    def __init__(
+        self,
+        norm: str,
+        num_classes: int,
+        in_channels: int,
+        width: float,
+        rules: Rules | Mapping[str, Any] | None,
+    ) -> None:
         super().__init__()
         if width <= 0:
             raise ValueError(f"width must be positive, got {width}")
-        layers = layers_for(norm)
+        layers = layers_for(norm, rules, unused=_UNUSED)
         channels = in_channels
         features: list[nn.Module] = []
         for base, pooled in ((64, True), (128, True), (256, True), (512, False), (512, False)):
@@ -35,7 +52,11 @@ class VGG8(nn.Module):
 
 
 def vgg8(
-    norm: str = "kernel", num_classes: int = 10, in_channels: int = 3, width: float = 1.0
+    norm: str = "kernel",
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: float = 1.0,
+    rules: Rules | Mapping[str, Any] | None = None,
 ) -> VGG8:
     """VGG8, of Table 3 of the paper.
 
@@ -49,6 +70,8 @@ def vgg8(
         num_classes: the size of the output
         in_channels: the channels of the images
         width: multiplies the channels of every convolution
+        rules: for the kernel norm, other rules than the paper's: a
+            :class:`~kernelnorm.models.Rules`, or a mapping with fields of it
 
     Shape:
         ``(n, in_channels, h, w)``, ``h`` and ``w`` at least 8, to ``(n, num_classes)``.
@@ -59,4 +82,4 @@ def vgg8(
         >>> vgg8(norm="group", width=0.25)(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    return VGG8(norm, num_classes, in_channels, width)
+    return VGG8(norm, num_classes, in_channels, width, rules)
