@@ -76,6 +76,8 @@ class RunFolder:
     ``best.ckpt``
         the weights with the best test accuracy, for use: having been chosen on the test images,
         their accuracy is not a result.
+    ``failure.json``
+        why the run ended early: ``{"kind": "diverged" or "failed", "message": ...}``.
     ``.lock``
         an empty file, which the process that trains holds.
 
@@ -192,6 +194,16 @@ class RunFolder:
         """Write ``metrics.jsonl``."""
         lines = "".join(f"{json.dumps(metrics)}\n" for metrics in history)
         write_whole(self.path / "metrics.jsonl", lines.encode())
+
+    def read_failure(self) -> dict[str, str] | None:
+        """Return what ``failure.json`` holds: the ``kind``, ``"diverged"`` or ``"failed"``, and the
+        ``message``; ``None`` where there is no such file.
+        """
+        file = self.path / "failure.json"
+        if not file.exists():
+            return None
+        failure: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        return failure
 
     def write_tensorboard(self, metrics: Metrics) -> None:
         """Add an epoch to TensorBoard's files, in the folder ``tensorboard``."""
