@@ -10,8 +10,8 @@
     ``case``, ``setting``, ``deviations``, ``environments``, ``counts``
         what was run, what of it differs from the paper's training, where, how many runs.
     ``cells``
-        one for each normalisation and batch size, see :class:`.cells.Cell`, with ``paper``'s values,
-        and ``absence``: why there is no accuracy.
+        one for each normalisation and batch size, see :class:`.cells.Cell`, with the values of
+        ``paper``, and ``absence``: why there is no accuracy.
     ``comparisons``, ``variants``
         see :class:`.sections.Comparison` and :class:`.variants.Variant`.
     ``runs``
@@ -55,7 +55,7 @@ def report(root: Path, out: Path | None = None) -> Path:
     collection = collect(root, out)
     sections = make_sections(collection.records)
     chapters = make_chapters(collection, sections)
-    title = "Kernel normalized convolutional networks: what was run"
+    title = "Kernel normalized convolutional networks: results"
     numbers = {
         "kernelnorm": kernelnorm.__version__,
         "sections": [section.record() for section in sections],

@@ -17,9 +17,17 @@ _TUNING_SEED = 0
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate that was tried: the accuracy over all seeds that are done, and the states."""
+    """A learning rate that was tried; accuracies are in percent.
+
+    Args:
+        lr: the learning rate.
+        tuning: the accuracy by which the best rate is chosen, ``None`` if no run has it.
+        accuracy: mean and deviation over all seeds that are done.
+        states: how many runs are in which state.
+    """
 
     lr: float
+    tuning: float | None
     accuracy: Estimate | None
     states: dict[str, int]
 
@@ -85,17 +93,22 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         lr: [record for record in records if record.config.lr == lr]
         for lr in sorted({record.config.lr for record in records})
     }
-    rates = [
-        Rate(lr, estimate(_accuracies(there)), dict(Counter(record.state for record in there)))
-        for lr, there in by_rate.items()
-    ]
     done = [record for record in records if record.state == "done"]
     tuning = [record for record in done if record.config.seed == _TUNING_SEED] or done
     scores = {
-        lr: statistics.fmean(accuracies)
+        lr: statistics.fmean(scored)
         for lr in by_rate
-        if (accuracies := _accuracies([r for r in tuning if r.config.lr == lr]))
+        if (scored := _accuracies([record for record in tuning if record.config.lr == lr]))
     }
+    rates = [
+        Rate(
+            lr,
+            scores.get(lr),
+            estimate(_accuracies(there)),
+            dict(Counter(record.state for record in there)),
+        )
+        for lr, there in by_rate.items()
+    ]
     if not scores:
         return Cell(norm, batch_size, rates, None, [], {}, None, None, None)
     lr = max(scores, key=lambda lr: scores[lr])

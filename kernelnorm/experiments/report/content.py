@@ -75,7 +75,7 @@ def _warning(section: Section) -> str:
         return ""
     return (
         f"Not as in the paper: {', '.join(section.deviations)}. The paper's values beside ours are "
-        "of its whole training, so that the differences to them are no test of the paper."
+        "those of its full training: the differences to them do not test the paper."
     )
 
 

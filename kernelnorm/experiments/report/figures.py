@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from kernelnorm.experiments.recipes import paper
-from kernelnorm.experiments.report.collect import Record
 from kernelnorm.experiments.report.reference import paper_accuracy
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.report.variants import Variant
@@ -22,9 +21,10 @@ from kernelnorm.experiments.style import LABELS, line_style
 __all__ = ["Picture", "section_pictures"]
 
 _CURVES_BATCH_SIZE = 32
-_DASHES = ("-", "--", "-.", ":")
-_GREYS = ("#D55E00", "#000000", "#7F7F7F", "#56B4E9", "#009E73", "#CC79A7")
-_MARKERS = ("*", "o", "s", "^", "D", "v", "P", "x")
+# Variants are in greys: a colour is a normalisation's.
+_DASHES = ("--", "-.", ":")
+_GREYS = ("#000000", "#4D4D4D", "#808080", "#A6A6A6")
+_MARKERS = ("o", "s", "^", "D", "v")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def section_pictures(section: Section) -> dict[str, Picture]:
 
 
 def _against_batch_size(section: Section) -> Picture | None:
-    if not any(cell.accuracy for cell in section.cells.values()):
+    if len({cell.batch_size for cell in section.cells.values() if cell.accuracy}) < 2:
         return None
     case, in_paper = section.config.case, section.config.case in paper()
     alike = in_paper and not section.deviations
@@ -153,33 +153,32 @@ def _against_rate(section: Section) -> Picture | None:
             if cell.batch_size != size:
                 continue
             style = line_style(cell.norm)
-            points = [(rate.lr, rate.accuracy.mean) for rate in cell.rates if rate.accuracy]
-            panel.plot([lr for lr, _ in points], [mean for _, mean in points], **style)
-            for lr, mean in points:
-                if lr == cell.lr:
-                    ring = {"markersize": 12, "fillstyle": "none", "marker": "o"}
-                    panel.plot([lr], [mean], color=style["color"], **ring)
+            points = [(rate.lr, rate.tuning) for rate in cell.rates if rate.tuning is not None]
+            panel.plot([lr for lr, _ in points], [score for _, score in points], **style)
+            best = [(lr, score) for lr, score in points if lr == cell.lr]
+            ring = {"marker": "o", "markersize": 13, "fillstyle": "none", "linestyle": "none"}
+            panel.plot([lr for lr, _ in best], [y for _, y in best], color=style["color"], **ring)
             lost = [rate.lr for rate in cell.rates if set(rate.states) == {"diverged"}]
-            bottom = panel.get_xaxis_transform()
+            height = 0.04 + 0.05 * section.norms.index(cell.norm)
             panel.plot(
                 lost,
-                [0.04] * len(lost),
-                transform=bottom,
-                color=style["color"],
-                linestyle="none",
-                marker="x",
+                [height] * len(lost),
+                transform=panel.get_xaxis_transform(),  # near the lower edge
+                **{**style, "label": None, "linestyle": "none", "fillstyle": "none"},
             )
         _tidy(panel)
     for panel in panels.flat[len(sizes) :]:
         panel.set_axis_off()
-    figure.supxlabel("learning rate", fontsize=10)
+    for panel in panels[-1]:
+        panel.set_xlabel("learning rate")
     figure.supylabel("test accuracy, %", fontsize=10)
     _legend(figure, panels.flat)
     return Picture(
         "Accuracy against learning rate",
         "Final test accuracy against learning rate, a panel for each batch size; the numbers are "
         "in the table of the learning rates.",
-        "A ring is the best rate, a cross at the lower edge one whose runs all diverged.",
+        "Of the tuning's seed. A ring is the best rate; hollow marks at the lower edge are rates "
+        "whose runs all diverged.",
         _png(figure),
     )
 
@@ -195,7 +194,7 @@ def _dropout(section: Section) -> Picture | None:
     shown = [v for v in variants if (v.batch_size, v.lr) == (size, lr)]
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for number, variant in enumerate(shown):
+    for number, variant in enumerate(sorted(shown, key=lambda v: v.name == "")):
         style = _variant_style(number, variant)
         _curves(axes, [record.test_accuracies for record in variant.records], style)
     axes.set_ylabel("test accuracy, %")
@@ -244,8 +243,8 @@ def _ablations(section: Section) -> Picture | None:
     panels[-1, 0].set_xlabel("test accuracy, %")
     return Picture(
         "Ablations of the rules",
-        "Final test accuracy of kernel networks with changed rules; the numbers are in the table of "
-        "the ablations.",
+        "Final test accuracy of kernel networks with changed rules; the numbers are in "
+        "the table of the ablations.",
         "Mean and sample deviation; each seed is a tick.",
         _png(figure),
     )
@@ -263,13 +262,13 @@ def _curves(axes: Axes, curves: Sequence[Sequence[float]], style: dict[str, Any]
 
 
 def _variant_style(number: int, variant: Variant) -> dict[str, Any]:
-    """Return colour, dashes and marker; the paper's rules have KernelNorm's own."""
+    """Return grey, dashes and marker; the paper's rules have KernelNorm's own."""
     if not variant.name:
         return {**line_style("kernel"), "label": variant.label}
     return {
         "label": variant.label,
-        "color": _GREYS[1 + number % (len(_GREYS) - 1)],
-        "marker": _MARKERS[1 + number % (len(_MARKERS) - 1)],
+        "color": _GREYS[number % len(_GREYS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
         "linestyle": _DASHES[number % len(_DASHES)],
         "markersize": 5,
     }
@@ -303,11 +302,14 @@ def _tidy(axes: Axes) -> None:
 
 def _legend(figure: Figure, panels: Any, columns: int = 4) -> None:
     """Put one legend below all panels, with each name once."""
-    entries = {}
+    entries: dict[str, Any] = {}
+    order = [*LABELS.values()]
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+    labels = sorted(entries, key=lambda label: order.index(label) if label in order else 0)
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _names(norms: Sequence[str]) -> str:

@@ -31,7 +31,8 @@ def to_markdown(title: str, chapters: Sequence[Chapter]) -> str:
 
 
 def _table(table: Table) -> list[str]:
-    numeric = [any(entry.number is not None for entry in column) for column in zip(*table.rows)]
+    columns = zip(*table.rows, strict=True)
+    numeric = [any(entry.number is not None for entry in column) for column in columns]
     rows = [
         table.head,
         ["---:" if right else "---" for right in numeric],

@@ -134,7 +134,8 @@ def _place(section: Section) -> tuple[int, str, int]:
     return place, case, len(section.deviations)
 
 
-def _make_section(records: list[Record]) -> Section:
+def _make_section(group: Sequence[Record]) -> Section:
+    records = sorted(group, key=_row)
     config = records[0].config
     plain = [record for record in records if not record.config.variant]
     grid = [
@@ -160,6 +161,12 @@ def _make_section(records: list[Record]) -> Section:
         make_variants(records),
         deviations(config, found),
     )
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    config = record.config
+    norm = [*LABELS].index(config.norm)
+    return config.batch_size, norm, config.variant, config.lr, config.seed
 
 
 def _comparisons(case: str, cells: dict[tuple[str, int], Cell]) -> list[Comparison]:

@@ -99,12 +99,12 @@ def _accuracy_entry(section: Section, cell: Cell) -> Entry:
     counts += [f"{cell.diverged} diverged"] if cell.diverged else []
     text = _estimate(ours) + (f" ({', '.join(counts)})" if counts else "")
     if theirs:
-        printed += f", {_signed(ours.mean - theirs[0])}"
+        printed += f" ({_signed(ours.mean - theirs[0])})"
     return Entry(text, ours.mean, printed)
 
 
 def _comparison(section: Section) -> Table:
-    head = ["batch size", "KernelNorm - BatchNorm", "95 % interval", "pairs"]
+    head = ["batch size", "KernelNorm − BatchNorm", "95 % interval", "pairs"]
     in_paper = section.config.case in paper()
     rows = []
     for comparison in section.comparisons:
@@ -135,10 +135,10 @@ def _time(section: Section) -> Table:
     for cell in section.cells.values():
         batch = section.cells.get(("batch", cell.batch_size))
         row = [_number(cell.batch_size), Entry(LABELS[cell.norm])]
-        for name, digits in (("seconds_per_epoch", 2), ("minutes", 2)):
+        for name in ("seconds_per_epoch", "minutes"):
             ours = getattr(cell, name)
-            row.append(Entry("-") if ours is None else Entry(f"{ours:.{digits}f}", ours))
-            row.append(_ratio(ours, batch and getattr(batch, name)))
+            row.append(Entry("-") if ours is None else Entry(f"{ours:.2f}", ours))
+            row.append(_ratio(ours, getattr(batch, name) if batch else None))
             if in_paper:
                 there = (case, cell.norm, cell.batch_size)
                 norms = (there, (case, "batch", cell.batch_size))
@@ -176,12 +176,13 @@ def _lr_entry(section: Section, cell: Cell) -> Entry:
 
 
 def _rates(section: Section) -> Table:
-    head = ["batch size", "norm", "learning rate", "accuracy, %", "runs", "chosen"]
+    head = ["batch size", "norm", "learning rate", "tuning, %", "all seeds, %", "runs", "chosen"]
     rows = [
         [
             _number(cell.batch_size),
             Entry(LABELS[cell.norm]),
             Entry(f"{rate.lr:g}", rate.lr),
+            Entry("-") if rate.tuning is None else Entry(f"{rate.tuning:.2f}", rate.tuning),
             _estimated(rate.accuracy),
             Entry(_states(rate.states)),
             Entry("best" if rate.lr == cell.lr else ""),
@@ -189,7 +190,12 @@ def _rates(section: Section) -> Table:
         for cell in section.cells.values()
         for rate in cell.rates
     ]
-    note = "Mean ± sample deviation over all seeds that are done, the tuning's among them."
+    if all(len(cell.rates) < 2 for cell in section.cells.values()):
+        rows = []  # nothing was tuned
+    note = (
+        "Tuning: the final accuracy of seed 0, by which the best rate is chosen (the mean, where "
+        "no run of seed 0 is done). All seeds: mean ± sample deviation, the tuning's among them."
+    )
     return Table("Every learning rate that was tried", head, rows, note, folded=True)
 
 
@@ -220,7 +226,7 @@ def _variants(section: Section) -> Table:
 
 
 def _incomplete(section: Section) -> Table:
-    head = ["run", "norm", "batch size", "learning rate", "seed", "rules", "state", "what it said"]
+    head = ["norm", "batch size", "learning rate", "seed", "state", "what it said"]
     rows = []
     for record in section.records:
         config, epochs = record.config, len(record.history)
@@ -229,14 +235,12 @@ def _incomplete(section: Section) -> Table:
         said = record.message or f"{epochs} of at most {config.epochs} epochs"
         rows.append(
             [
-                Entry(record.folder),
-                Entry(LABELS[config.norm]),
+                Entry(LABELS[config.norm], None, config.variant),
                 _number(config.batch_size),
                 Entry(f"{config.lr:g}", config.lr),
                 _number(config.seed),
-                Entry(config.variant),
                 Entry(record.state),
-                Entry(said),
+                Entry(said, None, record.folder),
             ]
         )
     note = (
@@ -271,7 +275,8 @@ def _number(value: int) -> Entry:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
 
 
 def _estimate(found: Estimate) -> str:
