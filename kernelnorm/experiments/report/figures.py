@@ -142,8 +142,8 @@ def _against_rate(section: Section) -> Picture | None:
     sizes = sorted({cell.batch_size for cell in tried})
     if not sizes:
         return None
-    columns = min(4, len(sizes))
-    rows = math.ceil(len(sizes) / columns)
+    rows = math.ceil(len(sizes) / 4)
+    columns = math.ceil(len(sizes) / rows)
     figure = Figure(figsize=(max(5.5, 2.8 * columns), 0.8 + 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel, size in zip(panels.flat, sizes, strict=False):
@@ -169,8 +169,9 @@ def _against_rate(section: Section) -> Picture | None:
         _tidy(panel)
     for panel in panels.flat[len(sizes) :]:
         panel.set_axis_off()
-    for panel in panels[-1]:
+    for panel in panels.flat[max(0, len(sizes) - columns) : len(sizes)]:  # none below it
         panel.set_xlabel("learning rate")
+        panel.tick_params(labelbottom=True)
     figure.supylabel("test accuracy, %", fontsize=10)
     _legend(figure, panels.flat)
     return Picture(
@@ -230,12 +231,14 @@ def _ablations(section: Section) -> Picture | None:
                 [row],
                 xerr=[variant.accuracy.deviation or 0.0],
                 capsize=3,
-                color=style["color"] if variant.name else "black",
-                marker=style["marker"] if variant.name else "o",
-                markersize=7,
+                color="0.25" if variant.name else style["color"],
+                marker="o" if variant.name else style["marker"],
+                markersize=6 if variant.name else 10,
             )
             if not variant.name:
-                panel.axvline(variant.accuracy.mean, color="black", linewidth=0.8, linestyle=":")
+                panel.axvline(
+                    variant.accuracy.mean, color=style["color"], linewidth=0.8, linestyle=":"
+                )
         panel.set_yticks(range(len(there)), [variant.label for variant in there])
         panel.set_ylim(len(there) - 0.5, -0.5)
         panel.set_title(f"batch size {place[0]}, learning rate {place[1]:g}", fontsize=10)
