@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from kernelnorm.experiments.recipes import paper
 from kernelnorm.experiments.report.reference import paper_accuracy
 from kernelnorm.experiments.report.sections import Section
+from kernelnorm.experiments.report.statistics import Estimate
 from kernelnorm.experiments.report.variants import Variant
 from kernelnorm.experiments.style import LABELS, line_style
 
@@ -70,7 +71,7 @@ def _against_batch_size(section: Section) -> Picture | None:
         panels[0].errorbar(
             [batch_size for batch_size, _ in points],
             [accuracy.mean for _, accuracy in points],
-            yerr=[accuracy.deviation or 0.0 for _, accuracy in points],
+            yerr=[_bar(accuracy) for _, accuracy in points],
             capsize=3,
             **line_style(norm),
         )
@@ -229,7 +230,7 @@ def _ablations(section: Section) -> Picture | None:
             panel.errorbar(
                 [variant.accuracy.mean],
                 [row],
-                xerr=[variant.accuracy.deviation or 0.0],
+                xerr=[_bar(variant.accuracy)],
                 capsize=3,
                 color="0.25" if variant.name else style["color"],
                 marker="o" if variant.name else style["marker"],
@@ -251,6 +252,11 @@ def _ablations(section: Section) -> Picture | None:
         "Mean and sample deviation; each seed is a tick.",
         _png(figure),
     )
+
+
+def _bar(accuracy: Estimate) -> float:
+    """Return the length of an error bar; a single run has none, rather than one of no length."""
+    return math.nan if accuracy.deviation is None else accuracy.deviation
 
 
 def _curves(axes: Axes, curves: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
