@@ -29,9 +29,9 @@ from pathlib import Path
 import kernelnorm
 from kernelnorm.experiments.report.collect import collect
 from kernelnorm.experiments.report.content import make_chapters
-from kernelnorm.experiments.report.figures import Picture
 from kernelnorm.experiments.report.markdown import to_markdown
 from kernelnorm.experiments.report.page import to_html
+from kernelnorm.experiments.report.plotting import Picture
 from kernelnorm.experiments.report.sections import make_sections
 from kernelnorm.experiments.runs import write_whole
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from kernelnorm.experiments.recipes import paper
 from kernelnorm.experiments.report.collect import Collection
-from kernelnorm.experiments.report.figures import Picture, section_pictures
+from kernelnorm.experiments.report.entries import Table
+from kernelnorm.experiments.report.figures import section_pictures
+from kernelnorm.experiments.report.plotting import Picture
 from kernelnorm.experiments.report.sections import Section
-from kernelnorm.experiments.report.tables import Table, section_tables, unreadable_table
+from kernelnorm.experiments.report.tables import section_tables, unreadable_table
 
 __all__ = ["Chapter", "make_chapters"]
 

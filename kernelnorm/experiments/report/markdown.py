@@ -6,8 +6,8 @@ import html
 from collections.abc import Sequence
 
 from kernelnorm.experiments.report.content import Chapter
-from kernelnorm.experiments.report.figures import Picture
-from kernelnorm.experiments.report.tables import Entry, Table
+from kernelnorm.experiments.report.entries import Entry, Table
+from kernelnorm.experiments.report.plotting import Picture
 
 __all__ = ["to_markdown"]
 

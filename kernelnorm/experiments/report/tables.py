@@ -1,53 +1,28 @@
-"""The tables of a section, as text; each entry knows the number that it is sorted by."""
+"""The tables of a section."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kernelnorm.experiments.recipes import paper
 from kernelnorm.experiments.report.cells import Cell
 from kernelnorm.experiments.report.collect import Unreadable
+from kernelnorm.experiments.report.entries import (
+    Entry,
+    Table,
+    estimate_entry,
+    estimate_text,
+    interval_entry,
+    number_entry,
+    ratio_entry,
+    signed,
+    states_text,
+)
 from kernelnorm.experiments.report.reference import paper_accuracy, paper_lr, paper_time
-from kernelnorm.experiments.report.sections import STATES, Section
-from kernelnorm.experiments.report.statistics import Difference, Estimate
+from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.style import LABELS
 
-__all__ = ["Entry", "Table", "section_tables", "unreadable_table"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of a table.
-
-    Args:
-        text: what it says.
-        number: what it is sorted by; ``None`` sorts by the text, behind all numbers.
-        note: a second line, such as the paper's value.
-    """
-
-    text: str
-    number: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its heading and what has to be said about it.
-
-    Args:
-        title: above it.
-        head: the headings of the columns.
-        rows: the entries.
-        note: below it.
-        folded: whether a page may fold it away, being long.
-    """
-
-    title: str
-    head: list[str]
-    rows: list[list[Entry]]
-    note: str
-    folded: bool = False
+__all__ = ["section_tables", "unreadable_table"]
 
 
 def section_tables(section: Section) -> dict[str, Table]:
@@ -97,9 +72,9 @@ def _accuracy_entry(section: Section, cell: Cell) -> Entry:
         return Entry(cell.absence, None, printed)
     counts = [f"{ours.runs} run{'s' * (ours.runs > 1)}"] if ours.runs < 3 else []
     counts += [f"{cell.diverged} diverged"] if cell.diverged else []
-    text = _estimate(ours) + (f" ({', '.join(counts)})" if counts else "")
+    text = estimate_text(ours) + (f" ({', '.join(counts)})" if counts else "")
     if theirs:
-        printed += f" ({_signed(ours.mean - theirs[0])})"
+        printed += f" ({signed(ours.mean - theirs[0])})"
     return Entry(text, ours.mean, printed)
 
 
@@ -110,14 +85,14 @@ def _comparison(section: Section) -> Table:
     for comparison in section.comparisons:
         found = comparison.difference
         row = [
-            _number(comparison.batch_size),
-            Entry(_signed(found.mean), found.mean) if found else Entry("no pair"),
-            _interval(found),
-            _number(found.pairs if found else 0),
+            number_entry(comparison.batch_size),
+            Entry(signed(found.mean), found.mean) if found else Entry("no pair"),
+            interval_entry(found),
+            number_entry(found.pairs if found else 0),
         ]
         if in_paper:
             theirs = comparison.paper
-            row.append(Entry("-") if theirs is None else Entry(_signed(theirs), theirs))
+            row.append(Entry("-") if theirs is None else Entry(signed(theirs), theirs))
         rows.append(row)
     note = (
         "Percentage points of final accuracy, KernelNorm minus BatchNorm, paired by seed; only "
@@ -134,15 +109,15 @@ def _time(section: Section) -> Table:
     rows = []
     for cell in section.cells.values():
         batch = section.cells.get(("batch", cell.batch_size))
-        row = [_number(cell.batch_size), Entry(LABELS[cell.norm])]
+        row = [number_entry(cell.batch_size), Entry(LABELS[cell.norm])]
         for name in ("seconds_per_epoch", "minutes"):
             ours = getattr(cell, name)
             row.append(Entry("-") if ours is None else Entry(f"{ours:.2f}", ours))
-            row.append(_ratio(ours, getattr(batch, name) if batch else None))
+            row.append(ratio_entry(ours, getattr(batch, name) if batch else None))
             if in_paper:
                 there = (case, cell.norm, cell.batch_size)
                 norms = (there, (case, "batch", cell.batch_size))
-                row.append(_ratio(*(paper_time(name, *place) for place in norms)))
+                row.append(ratio_entry(*(paper_time(name, *place) for place in norms)))
         if cell.accuracy:
             rows.append(row)
     columns = ["ratio", *(["paper's ratio"] if in_paper else [])]
@@ -179,12 +154,12 @@ def _rates(section: Section) -> Table:
     head = ["batch size", "norm", "learning rate", "tuning, %", "all seeds, %", "runs", "chosen"]
     rows = [
         [
-            _number(cell.batch_size),
+            number_entry(cell.batch_size),
             Entry(LABELS[cell.norm]),
             Entry(f"{rate.lr:g}", rate.lr),
             Entry("-") if rate.tuning is None else Entry(f"{rate.tuning:.2f}", rate.tuning),
-            _estimated(rate.accuracy),
-            Entry(_states(rate.states)),
+            estimate_entry(rate.accuracy),
+            Entry(states_text(rate.states)),
             Entry("best" if rate.lr == cell.lr else ""),
         ]
         for cell in section.cells.values()
@@ -207,14 +182,14 @@ def _variants(section: Section) -> Table:
         found = variant.to_paper
         rows.append(
             [
-                _number(variant.batch_size),
+                number_entry(variant.batch_size),
                 Entry(f"{variant.lr:g}", variant.lr),
                 Entry(variant.label),
-                _estimated(variant.accuracy),
-                Entry(_states(variant.states)),
-                Entry(_signed(found.mean), found.mean) if found else Entry("-"),
-                _interval(found) if found else Entry("-"),
-                _number(found.pairs) if found else Entry("-"),
+                estimate_entry(variant.accuracy),
+                Entry(states_text(variant.states)),
+                Entry(signed(found.mean), found.mean) if found else Entry("-"),
+                interval_entry(found) if found else Entry("-"),
+                number_entry(found.pairs) if found else Entry("-"),
             ]
         )
     note = (
@@ -236,9 +211,9 @@ def _incomplete(section: Section) -> Table:
         rows.append(
             [
                 Entry(LABELS[config.norm], None, config.variant),
-                _number(config.batch_size),
+                number_entry(config.batch_size),
                 Entry(f"{config.lr:g}", config.lr),
-                _number(config.seed),
+                number_entry(config.seed),
                 Entry(record.state),
                 Entry(said, None, record.folder),
             ]
@@ -251,7 +226,7 @@ def _incomplete(section: Section) -> Table:
 
 
 def _missing(section: Section) -> Table:
-    rows = [[Entry(LABELS[cell.norm]), _number(cell.batch_size)] for cell in section.missing]
+    rows = [[Entry(LABELS[cell.norm]), number_entry(cell.batch_size)] for cell in section.missing]
     note = "Of the normalisations and batch sizes that there are, these meet in no run."
     return Table("Missing", ["norm", "batch size"], rows, note)
 
@@ -262,44 +237,9 @@ def _grid(
     """Return the table in the paper's form: a row for each batch size, a column for each norm."""
     rows = [
         [
-            _number(batch_size),
+            number_entry(batch_size),
             *(entry(section, section.cells[norm, batch_size]) for norm in section.norms),
         ]
         for batch_size in section.batch_sizes
     ]
     return Table(title, ["batch size", *(LABELS[norm] for norm in section.norms)], rows, note)
-
-
-def _number(value: int) -> Entry:
-    return Entry(str(value), value)
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.2f}".replace("-", "−")
-    return "0.00" if text[1:] == "0.00" else text
-
-
-def _estimate(found: Estimate) -> str:
-    spread = "" if found.deviation is None else f" ± {found.deviation:.2f}"
-    return f"{found.mean:.2f}{spread}"
-
-
-def _estimated(found: Estimate | None) -> Entry:
-    return Entry(_estimate(found), found.mean) if found else Entry("-")
-
-
-def _interval(found: Difference | None) -> Entry:
-    if found is None or found.interval is None:
-        return Entry("fewer than two pairs: no interval")
-    low, high = found.interval
-    return Entry(f"{_signed(low)} to {_signed(high)}", low)
-
-
-def _ratio(value: float | None, base: float | None) -> Entry:
-    if value is None or base is None:
-        return Entry("-")
-    return Entry(f"{value / base:.2f}", value / base)
-
-
-def _states(states: dict[str, int]) -> str:
-    return ", ".join(f"{states[state]} {state}" for state in STATES if states.get(state))
