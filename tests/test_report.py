@@ -57,7 +57,7 @@ def test_accuracy_is_mean_and_sample_deviation_of_the_last_five_epochs(tmp_path:
 def test_fewer_than_three_seeds_are_said(tmp_path: Path, seeds: tuple[int, ...], text: str) -> None:
     for seed in seeds:
         write_result(tmp_path, 80.0, seed=seed)
-    assert row_of((report(tmp_path).with_suffix(".md")).read_text(), "32")[1].startswith(text)
+    assert row_of(report(tmp_path).with_suffix(".md").read_text(), "32")[1].startswith(text)
 
 
 def test_seed_0_chooses_the_rate_and_the_others_count(tmp_path: Path) -> None:
