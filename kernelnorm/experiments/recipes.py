@@ -142,6 +142,15 @@ class RunConfig(Recipe):
         digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         return f"{self.norm}-b{self.batch_size}-seed{self.seed}-{digest[:8]}"
 
+    @property
+    def variant(self) -> str:
+        """What the run changes of the paper's rules: ``"dropout_p=0, head=False"``, or nothing."""
+        rules = self.model_options.get("rules") or {}
+        return ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in sorted(rules.items())
+        )
+
 
 CIFAR10 = Recipe(case="cifar10-vgg8", dataset="cifar10", model="vgg8", lr_table="cifar10-vgg8")
 IMAGENETTE = Recipe(

@@ -1,0 +1,188 @@
+"""Run folders, wherever they lie below a root, as records."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import Metrics, RunError, RunFolder, final_accuracy
+from kernelnorm.norms import NORMS
+
+__all__ = ["Collection", "Record", "Unreadable", "collect"]
+
+_FILES = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
+_METRICS = ("train_loss", "test_accuracy", "seconds")
+_KINDS = ("diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one run.
+
+    Args:
+        folder: its folder, seen from the root.
+        config: its configuration.
+        state: ``"done"``, ``"diverged"``, ``"failed"``, or ``"unfinished"``, which it is as well
+            while it is being trained.
+        message: why it diverged or failed.
+        history: its finished epochs.
+        found: the rest of ``config.yaml``: the images, and the ``environment``.
+    """
+
+    folder: str
+    config: RunConfig
+    state: str
+    message: str
+    history: Sequence[Metrics]
+    found: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """The final accuracy of a run that is done, in percent: of its last five epochs."""
+        return 100 * final_accuracy(self.history)
+
+    @property
+    def test_accuracies(self) -> list[float]:
+        """The accuracy after each epoch, in percent."""
+        return [100 * metrics["test_accuracy"] for metrics in self.history]
+
+    @property
+    def train_losses(self) -> list[float]:
+        """The mean training loss of each epoch."""
+        return [metrics["train_loss"] for metrics in self.history]
+
+    @property
+    def seconds(self) -> list[float]:
+        """The time of each epoch's training."""
+        return [metrics["seconds"] for metrics in self.history]
+
+    def record(self) -> dict[str, Any]:
+        """Return the run as JSON knows it, with accuracies in percent."""
+        config = self.config
+        return {
+            "folder": self.folder,
+            "norm": config.norm,
+            "batch_size": config.batch_size,
+            "lr": config.lr,
+            "seed": config.seed,
+            "variant": config.variant,
+            "state": self.state,
+            "message": self.message,
+            "final_accuracy": self.accuracy if self.state == "done" else None,
+            "train_loss": self.train_losses,
+            "test_accuracy": self.test_accuracies,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A folder that cannot be counted, and why."""
+
+    folder: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All that was found under a root."""
+
+    records: list[Record]
+    unreadable: list[Unreadable]
+
+
+def collect(root: Path, out: Path) -> Collection:
+    """Read every run folder under a root; a run that lies there twice is counted once.
+
+    Args:
+        root: where to look.
+        out: the report's own folder, which is left out.
+
+    Raises:
+        RunError: there is no run.
+    """
+    if not root.is_dir():
+        raise RunError(f"{root} is not a folder: give the folder of runs, such as runs/")
+    folders = sorted(_run_folders(root, out))
+    records: dict[str, Record] = {}
+    unreadable = []
+    for folder in tqdm(folders, unit=" runs", leave=False, disable=None, dynamic_ncols=True):
+        place = folder.relative_to(root).as_posix()
+        try:
+            record = _read(RunFolder(folder), place)
+        except Exception as error:  # a damaged file can fail in every layer of its reader
+            reason = (
+                f"{error}" if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+            )
+            unreadable.append(Unreadable(place, reason.replace(f"{root}{os.sep}", "")))
+            continue
+        other = records.setdefault(f"{record.config.case}/{record.config.name}", record)
+        if other is not record:
+            # The one that counts is the one that came further.
+            kept, left = sorted((other, record), key=_progress, reverse=True)
+            records[f"{record.config.case}/{record.config.name}"] = kept
+            unreadable.append(Unreadable(left.folder, f"the same run as {kept.folder}"))
+    if not records:
+        problems = "".join(f"; {item.folder}: {item.reason}" for item in unreadable[:3])
+        raise RunError(
+            f"there are no runs under {root}{problems}. "
+            "Train some with kernelnorm train, sweep or reproduce, or give their folder"
+        )
+    return Collection(list(records.values()), unreadable)
+
+
+def _run_folders(root: Path, out: Path) -> Iterator[Path]:
+    for path, folders, files in os.walk(root):
+        here = Path(path)
+        if not _FILES.isdisjoint(files):
+            yield here
+            folders.clear()
+        folders[:] = [name for name in folders if here / name not in (out, root / "report")]
+
+
+def _progress(record: Record) -> tuple[bool, int]:
+    return record.state == "done", len(record.history)
+
+
+def _read(folder: RunFolder, place: str) -> Record:
+    if not (folder.path / "config.yaml").exists():
+        raise RunError("it has no config.yaml: the run was stopped before it had begun, or copied")
+    found = folder.read_config()
+    config = RunConfig.from_record(found.pop("run"))
+    _check_config(config)
+    history = folder.read_metrics()
+    for number, metrics in enumerate(history, 1):
+        if any(not _is_number(metrics.get(name)) for name in _METRICS):
+            raise RunError(f"metrics.jsonl, line {number}, must have numbers for {_METRICS}")
+    failure = folder.read_failure()
+    if failure is not None and failure.get("kind") not in _KINDS:
+        raise RunError(f"failure.json must have a kind, 'diverged' or 'failed', got {failure!r}")
+    if config.finished(history):
+        state, message = "done", ""
+    elif failure is not None:
+        state, message = failure["kind"], failure.get("message", "")
+    else:
+        state, message = "unfinished", ""
+    return Record(place, config, state, message, history, found)
+
+
+def _check_config(config: RunConfig) -> None:
+    if config.norm not in NORMS:
+        raise RunError(f"config.yaml has an unknown norm: {config.norm!r}")
+    if type(config.seed) is not int:
+        raise RunError(f"config.yaml: seed must be an integer, got {config.seed!r}")
+    for name in ("batch_size", "epochs", "lr"):
+        value = getattr(config, name)
+        if not (_is_number(value) and value > 0):
+            raise RunError(f"config.yaml: {name} must be a positive number, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

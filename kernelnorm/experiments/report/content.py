@@ -1,0 +1,103 @@
+"""What the page and the Markdown both say, in order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kernelnorm.experiments.recipes import paper
+from kernelnorm.experiments.report.collect import Collection
+from kernelnorm.experiments.report.entries import Table
+from kernelnorm.experiments.report.figures import section_pictures
+from kernelnorm.experiments.report.plotting import Picture
+from kernelnorm.experiments.report.sections import Section
+from kernelnorm.experiments.report.tables import section_tables, unreadable_table
+
+__all__ = ["Chapter", "make_chapters"]
+
+# Tables and figures by name, as a reader wants them.
+_ORDER = (
+    "accuracy",
+    "figure-3",
+    "comparison",
+    "figure-4",
+    "time",
+    "lr",
+    "learning-rates",
+    "rates",
+    "figure-5",
+    "ablations",
+    "variants",
+    "incomplete",
+    "missing",
+)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A section of the page.
+
+    Args:
+        title: its heading.
+        slug: the title as a part of files' names.
+        warning: what has to be seen first, or nothing.
+        facts: what was run, and where.
+        blocks: tables and pictures by name, in order.
+    """
+
+    title: str
+    slug: str
+    warning: str
+    facts: list[str]
+    blocks: dict[str, Table | Picture]
+
+
+def make_chapters(collection: Collection, sections: Sequence[Section]) -> list[Chapter]:
+    """Return a chapter for each section, and one for the folders that do not count."""
+    chapters: list[Chapter] = []
+    for section in sections:
+        case = section.config.case
+        slug = re.sub(r"[^\w.-]", "_", case, flags=re.ASCII)
+        same = sum(chapter.title.split(" (")[0] == case for chapter in chapters)
+        if same:
+            slug = f"{slug}-{same + 1}"
+        title = f"{case} ({same + 1})" if same else case
+        found: dict[str, Table | Picture] = {**section_tables(section), **section_pictures(section)}
+        blocks = {name: found[name] for name in _ORDER if name in found}
+        chapters.append(Chapter(title, slug, _warning(section), _facts(section), blocks))
+    if collection.unreadable:
+        table = unreadable_table(collection.unreadable)
+        chapters.append(Chapter("Not counted", "not-counted", "", [], {"unreadable": table}))
+    return chapters
+
+
+def _warning(section: Section) -> str:
+    if not section.deviations:
+        return ""
+    return (
+        f"Not as in the paper: {', '.join(section.deviations)}. The paper's values beside ours are "
+        "those of its full training: the differences to them do not test the paper."
+    )
+
+
+def _facts(section: Section) -> list[str]:
+    config = section.config
+    counts = [f"{number} {state}" for state, number in section.counts.items() if number]
+    missing = len(section.missing)
+    if missing:
+        counts.append(f"{missing} missing")
+    runs = f"Runs: {', '.join(counts)}."
+    size = f", {config.image_size} pixels" if config.image_size else ""
+    subset = f", {config.subset:,} images" if config.subset else ""
+    options = {name: value for name, value in config.model_options.items() if name != "rules"}
+    with_options = "".join(f", {name} {value}" for name, value in options.items())
+    facts = [
+        f"Data {config.dataset}{size}{subset}; network {config.model}{with_options}; at most "
+        f"{config.epochs} epochs; {config.precision}.",
+        runs,
+        *(f"{number} of them with {where}." for where, number in section.environments.items()),
+    ]
+    if config.case not in paper():
+        facts.append("Not one of the paper's case studies: there are no values to compare with.")
+    return facts

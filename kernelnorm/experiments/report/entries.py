@@ -1,0 +1,96 @@
+"""Tables as text, and how numbers are written in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernelnorm.experiments.report.sections import STATES
+from kernelnorm.experiments.report.statistics import Difference, Estimate
+
+__all__ = [
+    "Entry",
+    "Table",
+    "estimate_entry",
+    "estimate_text",
+    "interval_entry",
+    "number_entry",
+    "ratio_entry",
+    "signed",
+    "states_text",
+]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a table.
+
+    Args:
+        text: what it says.
+        number: what it is sorted by; ``None`` sorts by the text, behind all numbers.
+        note: a second line, such as the paper's value.
+    """
+
+    text: str
+    number: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its heading and what has to be said about it.
+
+    Args:
+        title: above it.
+        head: the headings of the columns.
+        rows: the entries.
+        note: below it.
+        folded: whether a page may fold it away, being long.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[Entry]]
+    note: str
+    folded: bool = False
+
+
+def number_entry(value: int) -> Entry:
+    """Return a whole number."""
+    return Entry(str(value), value)
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, which zero does not have."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
+
+
+def estimate_text(found: Estimate) -> str:
+    """Return mean and deviation, if there is one."""
+    spread = "" if found.deviation is None else f" ± {found.deviation:.2f}"
+    return f"{found.mean:.2f}{spread}"
+
+
+def estimate_entry(found: Estimate | None) -> Entry:
+    """Return mean and deviation, or a dash."""
+    return Entry(estimate_text(found), found.mean) if found else Entry("-")
+
+
+def interval_entry(found: Difference | None) -> Entry:
+    """Return the interval, sorted by its lower end, or why there is none."""
+    if found is None or found.interval is None:
+        return Entry("fewer than two pairs: no interval")
+    low, high = found.interval
+    return Entry(f"{signed(low)} to {signed(high)}", low)
+
+
+def ratio_entry(value: float | None, base: float | None) -> Entry:
+    """Return how often a value holds another, or a dash."""
+    if value is None or base is None:
+        return Entry("-")
+    return Entry(f"{value / base:.2f}", value / base)
+
+
+def states_text(states: dict[str, int]) -> str:
+    """Return how many runs are in which state, in words."""
+    return ", ".join(f"{states[state]} {state}" for state in STATES if states.get(state))

@@ -1,0 +1,198 @@
+"""Runs that may stand in one table: of one case, trained alike but for what the tables compare."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kernelnorm.experiments.recipes import RECIPES, RunConfig, paper
+from kernelnorm.experiments.report.cells import Cell, make_cell
+from kernelnorm.experiments.report.collect import Record
+from kernelnorm.experiments.report.reference import (
+    deviations,
+    paper_accuracy,
+    paper_lr,
+    paper_time,
+)
+from kernelnorm.experiments.report.statistics import Difference, difference
+from kernelnorm.experiments.report.variants import Variant, make_variants
+from kernelnorm.experiments.style import LABELS
+
+__all__ = ["Comparison", "Section", "make_sections"]
+
+STATES = ("done", "diverged", "failed", "unfinished")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Kernel minus batch normalisation at one batch size, in percentage points."""
+
+    batch_size: int
+    difference: Difference | None
+    paper: float | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """One case, and all that is computed from its runs.
+
+    Args:
+        config: that of any of its runs: what it tells of model, data and training is that of all.
+        records: its runs.
+        cells: by normalisation and batch size, of the runs with the paper's rules; the grid that
+            their normalisations and batch sizes span.
+        comparisons: kernel against batch normalisation.
+        variants: of the rules.
+        deviations: what differs from the paper's training, as phrases; nothing if it is the same,
+            or if the case is not the paper's.
+    """
+
+    config: RunConfig
+    records: list[Record]
+    cells: dict[tuple[str, int], Cell]
+    comparisons: list[Comparison]
+    variants: list[Variant]
+    deviations: list[str]
+
+    @property
+    def norms(self) -> list[str]:
+        """The normalisations of the grid, in the order of the tables."""
+        return [norm for norm in LABELS if any(norm == there for there, _ in self.cells)]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes of the grid."""
+        return sorted({batch_size for _, batch_size in self.cells})
+
+    @property
+    def missing(self) -> list[Cell]:
+        """The cells of the grid that have no run at all."""
+        return [cell for cell in self.cells.values() if not cell.rates]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many runs are in which state."""
+        states = Counter(record.state for record in self.records)
+        return {state: states[state] for state in STATES}
+
+    @property
+    def environments(self) -> dict[str, int]:
+        """Versions and devices, in words, and how many runs were made there."""
+        return dict(Counter(_environment(record.found) for record in self.records).most_common())
+
+    def record(self) -> dict[str, Any]:
+        """Return all numbers as JSON knows them, with accuracies in percent."""
+        config, cells = self.config, []
+        for cell in self.cells.values():
+            where = (config.case, cell.norm, cell.batch_size)
+            times = ("seconds_per_epoch", "minutes")
+            cells.append(
+                {
+                    **asdict(cell),
+                    "records": [record.folder for record in cell.records],
+                    "absence": "" if cell.accuracy else cell.absence,
+                    "paper": {
+                        "accuracy": paper_accuracy(*where),
+                        "lr": paper_lr(*where),
+                        **{name: paper_time(name, *where) for name in times},
+                    },
+                }
+            )
+        variants = [
+            {**asdict(variant), "records": [record.folder for record in variant.records]}
+            for variant in self.variants
+        ]
+        return {
+            "case": config.case,
+            "setting": _setting(config),
+            "deviations": self.deviations,
+            "environments": self.environments,
+            "counts": {**self.counts, "missing": len(self.missing)},
+            "cells": cells,
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "variants": variants,
+            "runs": [record.record() for record in self.records],
+        }
+
+
+def make_sections(records: Sequence[Record]) -> list[Section]:
+    """Group the runs, so that those of a section differ only in norm, batch size, learning rate,
+    seed and rules; the paper's cases come first.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(json.dumps(_setting(record.config), sort_keys=True), []).append(record)
+    return sorted((_make_section(group) for group in groups.values()), key=_place)
+
+
+def _place(section: Section) -> tuple[int, str, int]:
+    order, case = [case for case in RECIPES if case in paper()], section.config.case
+    place = order.index(case) if case in order else len(order)
+    return place, case, len(section.deviations)
+
+
+def _make_section(group: Sequence[Record]) -> Section:
+    records = sorted(group, key=_row)
+    config = records[0].config
+    plain = [record for record in records if not record.config.variant]
+    grid = [
+        (norm, batch_size)
+        for batch_size in sorted({record.config.batch_size for record in plain})
+        for norm in LABELS
+        if any(record.config.norm == norm for record in plain)
+    ]
+    cells = {
+        (norm, size): make_cell(
+            norm,
+            size,
+            [r for r in plain if (r.config.norm, r.config.batch_size) == (norm, size)],
+        )
+        for norm, size in grid
+    }
+    found = max((record.found for record in records), key=len)
+    return Section(
+        config,
+        records,
+        cells,
+        _comparisons(config.case, cells),
+        make_variants(records),
+        deviations(config, found),
+    )
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    config = record.config
+    norm = [*LABELS].index(config.norm)
+    return config.batch_size, norm, config.variant, config.lr, config.seed
+
+
+def _comparisons(case: str, cells: dict[tuple[str, int], Cell]) -> list[Comparison]:
+    comparisons = []
+    for (norm, batch_size), kernel in cells.items():
+        batch = cells.get(("batch", batch_size))
+        if norm != "kernel" or batch is None:
+            continue
+        means = [paper_accuracy(case, name, batch_size) for name in ("kernel", "batch")]
+        papers = means[0][0] - means[1][0] if means[0] and means[1] else None
+        found = difference(kernel.accuracies, batch.accuracies)
+        comparisons.append(Comparison(batch_size, found, papers))
+    return comparisons
+
+
+def _setting(config: RunConfig) -> dict[str, Any]:
+    """Return what is the same in all runs of a section."""
+    setting = config.record()
+    for name in ("norm", "batch_size", "lr", "seed"):
+        del setting[name]
+    setting["model_options"].pop("rules", None)
+    return setting
+
+
+def _environment(found: dict[str, Any]) -> str:
+    environment = found.get("environment")
+    if not isinstance(environment, dict):
+        return "unknown versions and device"
+    return ", ".join(f"{name} {value}" for name, value in environment.items())

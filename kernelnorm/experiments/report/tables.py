@@ -1,0 +1,245 @@
+"""The tables of a section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kernelnorm.experiments.recipes import paper
+from kernelnorm.experiments.report.cells import Cell
+from kernelnorm.experiments.report.collect import Unreadable
+from kernelnorm.experiments.report.entries import (
+    Entry,
+    Table,
+    estimate_entry,
+    estimate_text,
+    interval_entry,
+    number_entry,
+    ratio_entry,
+    signed,
+    states_text,
+)
+from kernelnorm.experiments.report.reference import paper_accuracy, paper_lr, paper_time
+from kernelnorm.experiments.report.sections import Section
+from kernelnorm.experiments.style import LABELS
+
+__all__ = ["section_tables", "unreadable_table"]
+
+
+def section_tables(section: Section) -> dict[str, Table]:
+    """Return those tables that have a row, by what they are about."""
+    tables = {
+        "accuracy": _accuracy(section),
+        "comparison": _comparison(section),
+        "time": _time(section),
+        "lr": _lr(section),
+        "rates": _rates(section),
+        "variants": _variants(section),
+        "incomplete": _incomplete(section),
+        "missing": _missing(section),
+    }
+    return {name: table for name, table in tables.items() if table.rows}
+
+
+def unreadable_table(unreadable: Sequence[Unreadable]) -> Table:
+    """Return the table of the folders that do not count."""
+    rows = [[Entry(item.folder), Entry(item.reason)] for item in unreadable]
+    note = "Their numbers are in no table and no figure."
+    return Table(
+        "Folders that cannot be read, or hold what is counted already",
+        ["folder", "why"],
+        rows,
+        note,
+    )
+
+
+def _accuracy(section: Section) -> Table:
+    note = (
+        "Final test accuracy in %: mean ± sample deviation over seeds, each the mean over its "
+        "last five epochs, never the best epoch. Where fewer than three seeds count, their number "
+        "is there. The learning rate is the best of seed 0 (Table 4); the other seeds count, or "
+        "seed 0 alone if there are no others, and all of them where a single rate was tried."
+    )
+    if section.config.case in paper():
+        note += " Below, the paper's value (three seeds), and ours minus the paper's."
+    return _grid(section, "Table 1. Test accuracy", note, _accuracy_entry)
+
+
+def _accuracy_entry(section: Section, cell: Cell) -> Entry:
+    theirs = paper_accuracy(section.config.case, cell.norm, cell.batch_size)
+    printed = f"paper {theirs[0]:.2f} ± {theirs[1]:.2f}" if theirs else ""
+    ours = cell.accuracy
+    if ours is None:
+        return Entry(cell.absence, None, printed)
+    counts = [f"{ours.runs} run{'s' * (ours.runs > 1)}"] if ours.runs < 3 else []
+    counts += [f"{cell.diverged} diverged"] if cell.diverged else []
+    text = estimate_text(ours) + (f" ({', '.join(counts)})" if counts else "")
+    if theirs:
+        printed += f" ({signed(ours.mean - theirs[0])})"
+    return Entry(text, ours.mean, printed)
+
+
+def _comparison(section: Section) -> Table:
+    head = ["batch size", "KernelNorm − BatchNorm", "95 % interval", "pairs"]
+    in_paper = section.config.case in paper()
+    rows = []
+    for comparison in section.comparisons:
+        found = comparison.difference
+        row = [
+            number_entry(comparison.batch_size),
+            Entry(signed(found.mean), found.mean) if found else Entry("no pair"),
+            interval_entry(found),
+            number_entry(found.pairs if found else 0),
+        ]
+        if in_paper:
+            theirs = comparison.paper
+            row.append(Entry("-") if theirs is None else Entry(signed(theirs), theirs))
+        rows.append(row)
+    note = (
+        "Percentage points of final accuracy, KernelNorm minus BatchNorm, paired by seed; only "
+        "seeds that both have count. The interval is Student's for the mean of the pairs; fewer "
+        "than two pairs have none. Each interval is for its own row: of twenty, one may miss."
+    )
+    title = "Kernel against batch normalisation"
+    return Table(title, [*head, *(["paper's difference"] if in_paper else [])], rows, note)
+
+
+def _time(section: Section) -> Table:
+    case = section.config.case
+    in_paper = case in paper()
+    rows = []
+    for cell in section.cells.values():
+        batch = section.cells.get(("batch", cell.batch_size))
+        row = [number_entry(cell.batch_size), Entry(LABELS[cell.norm])]
+        for name in ("seconds_per_epoch", "minutes"):
+            ours = getattr(cell, name)
+            row.append(Entry("-") if ours is None else Entry(f"{ours:.2f}", ours))
+            row.append(ratio_entry(ours, getattr(batch, name) if batch else None))
+            if in_paper:
+                there = (case, cell.norm, cell.batch_size)
+                norms = (there, (case, "batch", cell.batch_size))
+                row.append(ratio_entry(*(paper_time(name, *place) for place in norms)))
+        if cell.accuracy:
+            rows.append(row)
+    columns = ["ratio", *(["paper's ratio"] if in_paper else [])]
+    head = ["batch size", "norm", "s per epoch", *columns, "minutes", *columns]
+    note = (
+        "Median over epochs and runs of the training's seconds per epoch, and median over runs of "
+        "its whole time, test passes left out; ratios to BatchNorm. The runs may have shared their "
+        "machine with others: then neither times nor ratios are those of an idle one."
+    )
+    if in_paper:
+        note += " The paper's Table 2 is for batch size 32, on an RTX A6000."
+    if len(section.environments) > 1:
+        note += " These runs were not all made on the same device with the same versions."
+    return Table("Table 2. Training time", head, rows, note)
+
+
+def _lr(section: Section) -> Table:
+    note = "The rate with the best final accuracy of seed 0."
+    if section.config.case in paper():
+        note += " Below, the paper's."
+    return _grid(section, "Table 4. Best learning rate", note, _lr_entry)
+
+
+def _lr_entry(section: Section, cell: Cell) -> Entry:
+    theirs = paper_lr(section.config.case, cell.norm, cell.batch_size)
+    printed = f"paper {theirs:g}" if theirs else ""
+    if cell.lr is None:
+        return Entry(cell.absence, None, printed)
+    alone = " (the only one tried)" if len(cell.rates) == 1 else ""
+    return Entry(f"{cell.lr:g}{alone}", cell.lr, printed)
+
+
+def _rates(section: Section) -> Table:
+    head = ["batch size", "norm", "learning rate", "tuning, %", "all seeds, %", "runs", "chosen"]
+    rows = [
+        [
+            number_entry(cell.batch_size),
+            Entry(LABELS[cell.norm]),
+            Entry(f"{rate.lr:g}", rate.lr),
+            Entry("-") if rate.tuning is None else Entry(f"{rate.tuning:.2f}", rate.tuning),
+            estimate_entry(rate.accuracy),
+            Entry(states_text(rate.states)),
+            Entry("best" if rate.lr == cell.lr else ""),
+        ]
+        for cell in section.cells.values()
+        for rate in cell.rates
+    ]
+    if all(len(cell.rates) < 2 for cell in section.cells.values()):
+        rows = []  # nothing was tuned
+    note = (
+        "Tuning: the final accuracy of seed 0, by which the best rate is chosen (the mean, where "
+        "no run of seed 0 is done). All seeds: mean ± sample deviation, the tuning's among them."
+    )
+    return Table("Every learning rate that was tried", head, rows, note, folded=True)
+
+
+def _variants(section: Section) -> Table:
+    head = ["batch size", "learning rate", "rules", "accuracy, %", "runs"]
+    head += ["to the paper's rules", "95 % interval", "pairs"]
+    rows = []
+    for variant in section.variants:
+        found = variant.to_paper
+        rows.append(
+            [
+                number_entry(variant.batch_size),
+                Entry(f"{variant.lr:g}", variant.lr),
+                Entry(variant.label),
+                estimate_entry(variant.accuracy),
+                Entry(states_text(variant.states)),
+                Entry(signed(found.mean), found.mean) if found else Entry("-"),
+                interval_entry(found) if found else Entry("-"),
+                number_entry(found.pairs) if found else Entry("-"),
+            ]
+        )
+    note = (
+        "Kernel networks with changed rules: mean ± sample deviation over all seeds, and the "
+        "difference to the paper's rules in percentage points, paired by seed, at the same "
+        "learning rate, with Student's interval."
+    )
+    return Table("Ablations", head, rows, note)
+
+
+def _incomplete(section: Section) -> Table:
+    head = ["norm", "batch size", "learning rate", "seed", "state", "what it said"]
+    rows = []
+    for record in section.records:
+        config, epochs = record.config, len(record.history)
+        if record.state == "done":
+            continue
+        said = record.message or f"{epochs} of at most {config.epochs} epochs"
+        rows.append(
+            [
+                Entry(LABELS[config.norm], None, config.variant),
+                number_entry(config.batch_size),
+                Entry(f"{config.lr:g}", config.lr),
+                number_entry(config.seed),
+                Entry(record.state),
+                Entry(said, None, record.folder),
+            ]
+        )
+    note = (
+        "They are in no mean. A diverged run is a result; failed and unfinished ones go on with "
+        "the command that began them. An unfinished one may be in training now."
+    )
+    return Table("Runs that are not done", head, rows, note)
+
+
+def _missing(section: Section) -> Table:
+    rows = [[Entry(LABELS[cell.norm]), number_entry(cell.batch_size)] for cell in section.missing]
+    note = "Of the normalisations and batch sizes that there are, these meet in no run."
+    return Table("Missing", ["norm", "batch size"], rows, note)
+
+
+def _grid(
+    section: Section, title: str, note: str, entry: Callable[[Section, Cell], Entry]
+) -> Table:
+    """Return the table in the paper's form: a row for each batch size, a column for each norm."""
+    rows = [
+        [
+            number_entry(batch_size),
+            *(entry(section, section.cells[norm, batch_size]) for norm in section.norms),
+        ]
+        for batch_size in section.batch_sizes
+    ]
+    return Table(title, ["batch size", *(LABELS[norm] for norm in section.norms)], rows, note)

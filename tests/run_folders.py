@@ -1,0 +1,70 @@
+"""Run folders written by hand, for the tests of what reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
+from kernelnorm.experiments.runs import RunFolder
+
+ENVIRONMENT = {"kernelnorm": "0.1.0", "torch": "2.13.0", "device": "cpu: x86_64", "processes": 1}
+
+
+def write_run(
+    root: Path,
+    accuracies: Sequence[float],
+    *,
+    norm: str = "kernel",
+    batch_size: int = 32,
+    lr: float = 0.01,
+    seed: int = 1,
+    epochs: int = 6,
+    seconds: float = 2.0,
+    failure: tuple[str, str] | None = None,
+    case: str = "cifar10-vgg8",
+    found: dict[str, Any] | None = None,
+    **choices: Any,
+) -> RunConfig:
+    """Write a run with these test accuracies, in percent, one for each epoch."""
+    config = configure(
+        recipe_for(case),
+        norm=norm,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        epochs=epochs,
+        **choices,
+    )
+    folder = RunFolder(root / config.name)
+    folder.write_config({"run": config.record(), "environment": ENVIRONMENT, **(found or {})})
+    folder.write_metrics(
+        [
+            {
+                "epoch": epoch,
+                "train_loss": 2.0 / epoch,
+                "train_accuracy": accuracy / 100,
+                "test_loss": 1.0,
+                "test_accuracy": accuracy / 100,
+                "lr": lr,
+                "seconds": seconds,
+                "images_per_second": 1.0,
+            }
+            for epoch, accuracy in enumerate(accuracies, 1)
+        ]
+    )
+    if failure:
+        record = {"kind": failure[0], "message": failure[1]}
+        (folder.path / "failure.json").write_text(json.dumps(record))
+    return config
+
+
+def write_result(root: Path, accuracy: float, **options: Any) -> RunConfig:
+    """Write a run that is done, and whose final accuracy, in percent, is known.
+
+    Its best epoch is the first, and a better one: whoever took that would show another number.
+    """
+    last_five = [accuracy + change for change in (-2, 2, 0, 1, -1)]
+    return write_run(root, [accuracy + 9, *last_five], **options)
