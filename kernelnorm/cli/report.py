@@ -30,10 +30,6 @@ def run(arguments: Namespace) -> None:
 
 def write_report(runs: Path, out: Path | None = None) -> None:
     """Write the report of a folder of runs, and tell where it is."""
-    try:
-        from kernelnorm.experiments.report import report  # type: ignore[import-not-found]
-    except ModuleNotFoundError:
-        print("This version cannot write reports.")
-        return
+    from kernelnorm.experiments.report import report
 
     print(f"Report: {report(runs, out)}")
