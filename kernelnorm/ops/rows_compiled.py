@@ -180,8 +180,8 @@ def _through_statistics(
     layout: Layout, dtype: torch.dtype, masked: bool, p: float, geometry: Geometry
 ) -> Any:
     x, keys = _input_like(layout, dtype, geometry)
-    _, pair = statistics.window_statistics(rows_torch, x, None, p, geometry, 1.0, dtype)
-    pair = pair.expand(2, *pair.shape).contiguous()
+    positions = [geometry.positions(i, size) for i, size in enumerate(x.shape[2:])]
+    pair = x.new_empty(2, len(x), 1, *positions)
 
     def function(grad: Tensor, x: Tensor, pair: Tensor, *others: Tensor) -> Any:
         pair = box_sum_transpose(pair, geometry, x.shape[2:])
@@ -192,13 +192,20 @@ def _through_statistics(
     return compile_for_all_sizes(function, (x, x, pair, *[keys] * masked))
 
 
-# Sizes of examples, no two alike: in a trace, sizes that are equal are the same size for ever.
+# In a trace, sizes that are equal are the same size for ever: those of examples must differ.
 _SAMPLES, _CHANNELS, _SIZES = 3, 67, (29, 31, 23)
 
 
 def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """An input, and the keys of its mask."""
-    sizes = [size + geometry.reach(i) for i, size in enumerate(_SIZES[: len(geometry.stride)])]
+    taken = {2, _SAMPLES, _CHANNELS}
+    sizes: list[int] = []
+    for i, stride in enumerate(geometry.stride):
+        size = geometry.reach(i) + 10 * stride
+        while {size, geometry.positions(i, size)} & taken:
+            size += 1
+        sizes.append(size)
+        taken |= {size, geometry.positions(i, size)}
     x = _dense((_SAMPLES, _CHANNELS, *sizes), layout, dtype)
     return x, torch.zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
 
@@ -206,15 +213,11 @@ def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple
 def _output_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """An output, a map and a vector."""
     z = _dense((_SAMPLES, _CHANNELS, *_SIZES[:d]), layout, dtype)
-    return (
-        z,
-        torch.empty(_SAMPLES, 1, *_SIZES[:d], dtype=dtype),
-        torch.empty(_CHANNELS, dtype=dtype),
-    )
+    return z, z.new_empty(_SAMPLES, 1, *_SIZES[:d]), z.new_empty(_CHANNELS)
 
 
 def _dense(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
-    return _laid(torch.zeros(shape, dtype=dtype), layout)
+    return _laid(torch.empty(shape, dtype=dtype), layout)
 
 
 def _layout_of(x: Tensor) -> Layout | None:

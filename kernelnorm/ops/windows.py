@@ -29,6 +29,10 @@ class Geometry(NamedTuple):
         """The pixels from a window's first to its last, both counted, along dimension ``i``."""
         return self.dilation[i] * (self.kernel_size[i] - 1) + 1
 
+    def positions(self, i: int, size: int) -> int:
+        """The windows along dimension ``i`` of an input of that size."""
+        return (size + 2 * self.padding[i] - self.reach(i)) // self.stride[i] + 1
+
 
 def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
     """The sum of the maps over each window; padded pixels are zero.
