@@ -271,12 +271,17 @@ def test_sweep_reads_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture
         (["sweep", "mnist"], "unknown case 'mnist'"),
         (["sweep", "--norms=weight"], "unknown norm 'weight'"),
         (["sweep", "--jobs=0"], "--jobs must be positive, got 0"),
+        (["sweep", "--ray=local", "--cpus-per-run=0"], "--cpus-per-run must be positive, got 0"),
+        (["sweep", "--ray=local", "--gpus-per-run=-1"], "--gpus-per-run must not be negative"),
         (["reproduce", "mnist"], "unknown case 'mnist'"),
         (["reproduce", "digits-vgg8", "--scale=paper"], "digits-vgg8 is not in the paper"),
         (["reproduce", "--seeds=0"], "seed 0 is that of the tuning"),
     ],
 )
-def test_problems_exit_with_1_and_one_line(arguments: list[str], message: str) -> None:
+def test_problems_exit_with_1_and_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernelnorm.experiments.sweep.cluster.find_spec", lambda _: True)
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert message in str(error.value.code)

@@ -144,16 +144,12 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
         RunError: runs have failed.
     """
     from kernelnorm.experiments.runs import RunError
-    from kernelnorm.experiments.sweep import default_jobs, dry_run, sweep
+    from kernelnorm.experiments.sweep import dry_run, sweep
 
-    jobs = default_jobs(arguments.accelerator) if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        raise RunError(f"--jobs must be positive, got {jobs}")
     if arguments.dry_run:
-        dry_run(plan, out, jobs)
+        dry_run(plan, out, _jobs(arguments))
         return
-    pool = _make_pool(arguments, out, jobs)
-    statuses = sweep(plan, out, pool, arguments.data_dir)
+    statuses = sweep(plan, out, _make_pool(arguments, out), arguments.data_dir)
     failed = sum(status.result is None for status in statuses)
     if failed:
         which = (
@@ -167,14 +163,24 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
         )
 
 
-def _make_pool(arguments: Namespace, out: Path, jobs: int) -> Pool:
+def _jobs(arguments: Namespace) -> int:
+    from kernelnorm.experiments.runs import RunError
+    from kernelnorm.experiments.sweep import default_jobs
+
+    jobs: int = default_jobs(arguments.accelerator) if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise RunError(f"--jobs must be positive, got {jobs}")
+    return jobs
+
+
+def _make_pool(arguments: Namespace, out: Path) -> Pool:
     from kernelnorm.experiments.launch import Launch
     from kernelnorm.experiments.sweep import LocalPool
     from kernelnorm.experiments.sweep.cluster import RayPool
 
     launch = Launch(**where(arguments))
     if arguments.ray is None:
-        return LocalPool(launch, jobs)
+        return LocalPool(launch, _jobs(arguments))
     gpus, cpus = arguments.gpus_per_run, arguments.cpus_per_run
     return RayPool(launch, out, arguments.ray, gpus=gpus, cpus=cpus)
 

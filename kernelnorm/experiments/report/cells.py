@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kernelnorm.experiments.report.collect import Record
 from kernelnorm.experiments.report.statistics import Estimate, estimate
+from kernelnorm.experiments.sweep.tuning import best_rate
 
 __all__ = ["Cell", "Rate", "make_cell"]
 
@@ -109,9 +110,9 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         )
         for lr, there in by_rate.items()
     ]
-    if not scores:
+    lr = best_rate(scores)
+    if lr is None:
         return Cell(norm, batch_size, rates, None, [], {}, None, None, None)
-    lr = max(scores, key=lambda lr: scores[lr])
     counted = by_rate[lr]
     others = [record for record in counted if record.config.seed != _TUNING_SEED]
     if len(by_rate) > 1 and _accuracies(others):

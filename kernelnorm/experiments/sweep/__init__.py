@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -139,17 +139,18 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
         what has become of the runs.
     """
     survey = _Survey(plan, root)
-    _prepare([status.config for status in survey.statuses() if status.result is None], data_dir)
-    try:
-        _run_all(survey, pool)
-    finally:
-        pool.close()
-        statuses = survey.statuses()
-        print("\n".join(["", *[plan.note] * bool(plan.note), *table(statuses)]))
-        for status in statuses:
-            if status.state == "failed":
-                print(f"{status.config.name}: {status.message}")
-        print(f"\nThe runs are in {root}. Next: kernelnorm report {root}", flush=True)
+    with closing(pool):
+        _prepare([status.config for status in survey.statuses() if status.result is None], data_dir)
+        try:
+            _run_all(survey, pool)
+        finally:
+            pool.close()  # the table shows what is left when nothing runs any more
+            statuses = survey.statuses()
+            print("\n".join(["", *[plan.note] * bool(plan.note), *table(statuses)]))
+            for status in statuses:
+                if status.state == "failed":
+                    print(f"{status.config.name}: {status.message}")
+            print(f"\nThe runs are in {root}. Next: kernelnorm report {root}", flush=True)
     return statuses
 
 
@@ -182,6 +183,7 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
             view.show(statuses, ended)
             if not any(status.state == "running" for status in statuses):
                 return
+            ended = []
             if in_flight:
                 finished, _ = wait(in_flight, timeout=1, return_when=FIRST_COMPLETED)
                 ended = [survey.end(in_flight.pop(future), future) for future in finished]

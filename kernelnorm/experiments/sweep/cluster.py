@@ -41,7 +41,8 @@ class RayPool:
         cpus: cores of a run, each with a thread.
 
     Raises:
-        RunError: Ray is not installed, there is no such cluster, or no machine has a run's share.
+        RunError: Ray is not installed, there is no such cluster, no machine has a run's share, or
+            that is out of its range.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class RayPool:
                 f"--ray {address}: an address is auto, local or HOST:PORT. Write --ray=ADDRESS, "
                 "or put the case before --ray"
             )
+        if cpus < 1:
+            raise RunError(f"--cpus-per-run must be positive, got {cpus}")
+        if gpus is not None and gpus < 0:
+            raise RunError(f"--gpus-per-run must not be negative, got {gpus:g}")
         import ray
 
         self._ray: Any = ray
@@ -99,7 +104,7 @@ class RayPool:
         Returns:
             what :func:`execute` returns.
         """
-        threads = int(self._needs["CPU"]) or 1
+        threads = int(self._needs["CPU"])
         there = _read(out, (*_RECORD, *_CHECKPOINTS))
         task = self._task.remote(config, self._launch, out.resolve(), threads, self._mark, there)
         future: Future[str] = Future()

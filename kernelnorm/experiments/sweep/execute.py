@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from kernelnorm.experiments.data import DataError
 from kernelnorm.experiments.launch import Launch
@@ -32,4 +35,7 @@ def execute(config: RunConfig, launch: Launch, out: Path) -> str:
         if not isinstance(error, (DataError, RunError)):
             traceback.print_exc()
         return error_message(error)
+    finally:  # the process lives on, and others want the GPU's memory
+        gc.collect()
+        torch.cuda.empty_cache()
     return ""

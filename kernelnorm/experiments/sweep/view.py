@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.style import LABELS
 from kernelnorm.experiments.sweep.status import Status, seconds_left, seconds_per_epoch
 
@@ -33,17 +32,11 @@ def _row(status: Status) -> tuple[str, ...]:
         str(config.batch_size),
         f"{config.lr:g}",
         str(config.seed),
-        _variant(config),
+        config.variant,
         status.state,
         f"{status.result:.2%}" if status.state == "done" else "-",
         f"{seconds:.2f}" if history else "-",
     )
-
-
-def _variant(config: RunConfig) -> str:
-    """Return what a run's rules say in place of the paper's."""
-    rules = config.model_options.get("rules", {})
-    return ", ".join(f"{name}={value}" for name, value in rules.items())
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +101,7 @@ class View:
     def _line(self, status: Status, statuses: Sequence[Status]) -> str:
         config = status.config
         over = sum(other.result is not None for other in statuses)
-        rules = f" {_variant(config)}" if _variant(config) else ""
+        rules = f" {config.variant}" if config.variant else ""
         end = f"{status.result:.2%}" if status.state == "done" else status.state
         return (
             f"{over}/{len(statuses)}  {LABELS[config.norm]} b{config.batch_size}{rules} "
