@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from unittest import mock
 
 import pytest
 import torch
@@ -12,12 +13,20 @@ from hypothesis import strategies as st
 
 from kernelnorm import reference
 from kernelnorm.functional import kernel_norm, kn_conv
+from kernelnorm.ops import rows_compiled
 from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
 from tests.strategies import CHANNELS_LAST, Case, cases, mask_of
 
 CPU = torch.device("cpu")
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_compiling():
+    """Each of the random windows would be compiled for seconds; test_rows_compiled.py has some."""
+    with mock.patch.object(rows_compiled, "supports", return_value=False):
+        yield
 
 
 def assert_same(y, expected, inputs, tolerance=1e-9):

@@ -1,8 +1,9 @@
-"""The compiled regions against the operations that they are made of, and the layers on top."""
+"""The compiled loops against the operations that they are made of, and the layers on top."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import sys
 
 import pytest
 import torch
@@ -11,51 +12,55 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernelnorm import reference
 from kernelnorm.functional import kn_conv
-from kernelnorm.ops import rows_compiled, rows_for, rows_torch
-from kernelnorm.ops.mask import Keys, draw_keys, spread_keys
+from kernelnorm.ops import DIFFERENTIABLE, primitives_for, rows_compiled, rows_torch
+from kernelnorm.ops.mask import draw_keys
+from kernelnorm.ops.windows import Geometry
 from tests.strategies import mask_of
 
 CPU = torch.device("cpu")
 
-if not rows_compiled.supports(torch.zeros(1 << 16)):
+if shutil.which("c++") is None and sys.platform == "linux":
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
 
 
 @pytest.fixture(autouse=True)
-def of_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Regions for small tensors too, and more of them than PyTorch compiles of one function."""
-    for name in ("_LEAST", "_LEAST_OF_MOMENTS", "_LEAST_OF_EPILOGUE"):
-        monkeypatch.setattr(rows_compiled, name, 0)
-    yield
-    torch.compiler.reset()
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_compiled, "_LEAST", 0)
 
 
-SHAPES = {
-    "rows": (3, 20, 5, 7),
-    "planes": (3, 20, 5, 7),
-    "prefix": (3, 20, 5, 7),
-    "one channel": (2, 1, 8, 9),
-    "one pixel": (1, 40, 1, 1),
-    "1-d": (4, 17, 30),
-    "3-d": (2, 6, 3, 4, 5),
-    "square": (1, 16, 4, 4),  # as many pixels as channels
+GEOMETRIES = {
+    "same size": Geometry((3, 3), (1, 1), (1, 1), (1, 1)),
+    "valid, stride 2": Geometry((3, 3), (2, 2), (0, 0), (1, 1)),
+    "a pixel": Geometry((1, 1), (1, 1), (0, 0), (1, 1)),
+    "every other pixel": Geometry((1, 1), (2, 2), (0, 0), (1, 1)),
+    "two sides": Geometry((2, 3), (1, 3), (0, 2), (2, 1)),
+    "a line": Geometry((4,), (3,), (2,), (1,)),
+    "a volume": Geometry((2, 1, 2), (1, 1, 2), (1, 0, 0), (1, 1, 1)),
+}
+SIZES = {  # of samples, channels, and of each dimension beyond the window's reach
+    "some": (3, 20, 4),
+    "one of each": (1, 1, 0),
+    "one channel": (2, 1, 5),
+    "one sample": (1, 40, 1),
+    "as many pixels as channels": (2, 9, 0),
+    "many": (2, 130, 9),
 }
 
 
-def tensor(name: str, dtype: torch.dtype) -> Tensor:
-    shape = SHAPES[name]
-    if name == "rows":
-        return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    if name == "prefix":
-        n, c, h, w = shape
-        return torch.randn(n, h, w, 2 * c, dtype=dtype)[..., :c].movedim(-1, 1)
-    return torch.randn(shape, dtype=dtype)
+def laid(x: Tensor, layout: str) -> Tensor:
+    if layout == "rows":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "neither":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    return x.contiguous()
 
 
-def keys_of(x: Tensor, drop: bool) -> Keys | None:
-    return spread_keys(draw_keys(x.shape, CPU), x.shape, 0.3) if drop else None
+def input_of(geometry: Geometry, sizes: str, layout: str) -> Tensor:
+    n, c, more = SIZES[sizes]
+    reaches = [geometry.reach(i) for i in range(len(geometry.stride))]
+    return laid(torch.randn(n, c, *(reach + more + i for i, reach in enumerate(reaches))), layout)
 
 
 def assert_same(result: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
@@ -63,45 +68,54 @@ def assert_same(result: tuple[Tensor | None, ...], expected: tuple[Tensor | None
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("drop", [True, False])
-def test_statistics_moments_and_input_gradient(name: str, drop: bool):
-    x = tensor(name, torch.float32)
-    keys = keys_of(x, drop)
-    pair = rows_compiled.statistics(x, keys)
-    torch.testing.assert_close(pair, rows_torch.statistics(x, keys), rtol=1e-4, atol=1e-5)
-    arguments = (0.9, 1.1), 0.2, 1e-5, torch.float32
-    assert_same(rows_compiled.moments(pair, *arguments), rows_torch.moments(pair, *arguments))
+def check_statistics(geometry: Geometry, layout: str, drop: bool) -> None:
+    """Of all sizes: they share the loops."""
+    for sizes in SIZES:
+        x = input_of(geometry, sizes, layout)
+        keys = draw_keys(x.shape, CPU) if drop else None
+        arguments = x, keys, 0.3, geometry, 1e-5, x.dtype
+        mu, r = rows_compiled.window_statistics(*arguments)
+        assert_same((mu, r), DIFFERENTIABLE.window_statistics(*arguments))
 
-    pair, grad = torch.randn(2, len(x), 1, *x.shape[2:]), tensor(name, torch.float32)
-    expected = rows_torch.input_gradient(grad, x, pair, keys)
-    result = rows_compiled.input_gradient(grad, x, pair, keys)
-    assert_same((result, grad), (expected, expected))
+        grad, pair = laid(torch.randn(x.shape), layout), torch.randn(2, *mu.shape)
+        expected = DIFFERENTIABLE.through_statistics(grad, x, pair, keys, 0.3, geometry)
+        result = rows_compiled.through_statistics(grad, x, pair, keys, 0.3, geometry)
+        assert_same((result,), (expected,))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_statistics_and_the_gradient_through_them(name: str):
+    check_statistics(GEOMETRIES[name], "rows", drop=True)
+
+
+@pytest.mark.parametrize("layout", ["planes", "neither"])
+def test_statistics_in_other_layouts(layout: str):
+    check_statistics(GEOMETRIES["valid, stride 2"], layout, drop=True)
+
+
+def test_expected_statistics():
+    check_statistics(GEOMETRIES["valid, stride 2"], "rows", drop=False)
+
+
+@pytest.mark.parametrize("layout", ["rows", "planes"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_epilogue_and_output_gradient(name: str, relu: bool, with_bias: bool):
-    z, grad = tensor(name, torch.float32), tensor(name, torch.float32)
-    mu, r = torch.randn(2, len(z), 1, *z.shape[2:]).unbind()
-    r = r.abs() + 0.5
-    sums, bias = torch.randn(z.shape[1]), torch.randn(z.shape[1]) if with_bias else None
-    expected = rows_torch.epilogue(z.clone(), [mu], [-sums], r, bias, relu)
-    y, numerator = rows_compiled.epilogue(z, [mu], [-sums], r, bias, relu)
-    assert_same((y, numerator), expected)
+def test_epilogue_and_output_gradient(layout: str, relu: bool, with_bias: bool):
+    for sizes in SIZES:
+        z = input_of(GEOMETRIES["a pixel"], sizes, layout)
+        mu, r = torch.randn(2, len(z), 1, *z.shape[2:]).unbind()
+        r = r.abs() + 0.5
+        sums, bias = torch.randn(z.shape[1]), torch.randn(z.shape[1]) if with_bias else None
+        expected = rows_torch.epilogue(z.clone(), [mu], [-sums], r, bias, relu)
+        y, numerator = rows_compiled.epilogue(z, [mu], [-sums], r, bias, relu)
+        assert_same((y, numerator), expected)
 
-    kept = y if numerator is None else numerator
-    arguments = grad, kept, r, mu, sums, bias, relu, (0.7, 1.3)
-    assert_same(rows_compiled.output_gradient(*arguments), rows_torch.output_gradient(*arguments))
-
-
-def test_a_gradient_in_the_other_memory_format():
-    kept = tensor("rows", torch.float32)
-    grad = torch.randn(kept.shape)
-    mu, r = torch.rand(2, 3, 1, 5, 7).unbind()
-    arguments = grad, kept, r, mu, torch.randn(20), None, True, (0.7, 1.3)
-    assert_same(rows_compiled.output_gradient(*arguments), rows_torch.output_gradient(*arguments))
+        kept = y if numerator is None else numerator
+        for of_grad in ("rows", "planes", "neither"):
+            grad = laid(torch.randn(z.shape), of_grad)
+            arguments = grad, kept, r, mu, sums, bias, relu, (0.7, 1.3)
+            expected = rows_torch.output_gradient(*arguments)
+            assert_same(rows_compiled.output_gradient(*arguments), expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -111,7 +125,7 @@ def test_layer_agrees_with_equation_4(memory_format, kernel_size, activation):
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
     weight = torch.randn(5, 6, kernel_size, kernel_size, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, weight, torch.randn(5, dtype=torch.float64))]
-    assert rows_for(x) is rows_compiled
+    assert primitives_for(x).epilogue is rows_compiled.epilogue
     mask = mask_of(3, x.shape, 0.1)
     padding = (kernel_size // 2,) * 2
     y = kn_conv(*inputs, 1, padding, dropout_p=0.1, activation=activation)
@@ -119,7 +133,12 @@ def test_layer_agrees_with_equation_4(memory_format, kernel_size, activation):
     expected = expected.relu() if activation else expected
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     grad = torch.randn_like(y)
-    assert_same(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_gradcheck():
@@ -133,41 +152,57 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(layer, inputs)
 
 
-@pytest.mark.parametrize("mean", [1000.0])
-def test_precision_where_the_mean_is_large(mean: float):
-    x = torch.randn(2, 16, 12, 12) + mean
+def test_precision_where_the_mean_is_large():
+    x = torch.randn(2, 16, 12, 12) + 1000
     weight = torch.randn(8, 16, 3, 3)
-    y = kn_conv(x, weight, dropout_p=0.0)
-    exact = kn_conv(x.double(), weight.double(), dropout_p=0.0)
+    y = kn_conv(x, weight, padding=1, dropout_p=0.0)
+    exact = kn_conv(x.double(), weight.double(), padding=1, dropout_p=0.0)
     assert (y - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
-def test_all_sizes_share_a_region():
-    compiled = []
-    for shape in ((3, 5, 7, 9), (4, 6, 8, 10), (2, 30, 3, 3)):
-        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        rows_compiled.statistics(x, keys_of(x, drop=True))
-        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert len({*compiled}) == 1
+def test_inputs_of_all_sizes_share_the_loops(monkeypatch: pytest.MonkeyPatch):
+    geometry = GEOMETRIES["same size"]
+    check_statistics(geometry, "rows", drop=True)
+    monkeypatch.setattr(rows_compiled, "compile_for_all_sizes", None)
+    check_statistics(geometry, "rows", drop=True)
+
+
+def test_compiling_leaves_the_random_numbers_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    rows_compiled._window_statistics.__wrapped__(
+        "rows", torch.float32, True, 0.3, GEOMETRIES["a pixel"], 1e-5, torch.float32
+    )
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_who_uses_it():
     x = torch.randn(2, 4, 8, 8)
-    assert rows_for(x) is rows_compiled
-    assert rows_for(x.bfloat16()) is rows_torch
-    assert rows_for(x.to("meta")) is rows_torch
-    assert torch.func.vmap(lambda t: t * (rows_for(t) is rows_torch))(x).any()
+    assert primitives_for(x).epilogue is rows_compiled.epilogue
+    assert primitives_for(x.bfloat16()) is DIFFERENTIABLE
+    assert primitives_for(x.to("meta")) is DIFFERENTIABLE
+    seen = []
+    torch.func.vmap(lambda t: seen.append(primitives_for(t)) or t)(x)
+    assert seen == [DIFFERENTIABLE]
 
 
 def test_without_a_compiler_there_is_another_way(monkeypatch: pytest.MonkeyPatch, caplog):
-    def broken(*_: object, **__: object) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(rows_compiled, "_region", lambda _: broken)
-    rows_compiled._works.cache_clear()
-    assert rows_for(torch.randn(2, 4, 8, 8)) is rows_torch
+    monkeypatch.setattr(rows_compiled, "compile_for_all_sizes", broken)
+    for primitive in ("_window_statistics", "_epilogue", "_output_gradient", "_through_statistics"):
+        uncached = getattr(rows_compiled, primitive).__wrapped__
+        monkeypatch.setattr(rows_compiled, primitive, uncached)
+    check_statistics(GEOMETRIES["same size"], "rows", drop=True)
+    test_epilogue_and_output_gradient("rows", relu=True, with_bias=True)
     assert "no compiler" in caplog.text
-    rows_compiled._works.cache_clear()
+
+
+def test_the_largest_windows_are_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rows_compiled, "compile_for_all_sizes", None)
+    check_statistics(Geometry((9, 8), (1, 1), (0, 0), (1, 1)), "rows", drop=True)
 
 
 def test_flops_are_counted():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernelnorm import KNConv2d, reference
 from kernelnorm.functional import kn_conv
-from kernelnorm.ops import knconv, rows_torch
+from kernelnorm.ops import knconv, primitives_of, rows_torch
 from kernelnorm.ops.mask import Keys, draw_keys, keep, spread_keys
 from tests.strategies import Case, cases, mask_of
 
@@ -46,7 +46,9 @@ UNITS = {
 def seam(monkeypatch):
     """Layers run on Triton where it supports their inputs."""
     monkeypatch.setattr(
-        knconv, "rows_for", lambda x: rows_triton if rows_triton.supports(x) else rows_torch
+        knconv,
+        "primitives_for",
+        lambda x: primitives_of(rows_triton if rows_triton.supports(x) else rows_torch),
     )
     with blocks(PROGRAMS=1):
         yield
@@ -321,7 +323,8 @@ def test_layer_agrees_with_equation_4(device, case: Case, p, with_bias, activati
     _, stride, padding, dilation = case.geometry
     geometry = stride, padding, dilation, case.groups
     arguments = inputs if with_bias else [*inputs, None]
-    with mock.patch.object(knconv, "rows_for", return_value=rows_triton), blocks(PROGRAMS=1):
+    triton = primitives_of(rows_triton)
+    with mock.patch.object(knconv, "primitives_for", return_value=triton), blocks(PROGRAMS=1):
         y = kn_conv(*arguments, *geometry, dropout_p=p, activation=activation)
         expected = reference.kn_conv(*arguments, *geometry, mask)
         expected = expected.relu() if activation else expected

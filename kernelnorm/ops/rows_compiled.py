@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,9 @@ Layout = Literal["rows", "planes"]
 # The elements below which compiling is not worth its seconds.
 _LEAST = 1 << 13
 
+# The window's sides, added up, above which compiling its sums would take minutes.
+_MOST_TAPS = 16
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +44,6 @@ def supports(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and x.numel() >= _LEAST
-        and _works()
     )
 
 
@@ -48,6 +51,8 @@ def window_statistics(
     x: Tensor, keys: Tensor | None, p: float, geometry: Geometry, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kernelnorm.ops.statistics.window_statistics`."""
+    if sum(geometry.kernel_size) > _MOST_TAPS:
+        return statistics.window_statistics(rows_torch, x, keys, p, geometry, eps, dtype)
     layout = _layout_of(x) or "planes"
     compiled = _window_statistics(
         layout, x.dtype, keys is not None, rounded_p(p), geometry, eps, dtype
@@ -99,23 +104,13 @@ def through_statistics(
     grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, p: float, geometry: Geometry
 ) -> Tensor:
     """See :func:`kernelnorm.ops.statistics.through_statistics`."""
+    if sum(geometry.kernel_size) > _MOST_TAPS:
+        return statistics.through_statistics(rows_torch, grad, x, pair, keys, p, geometry)
     layout = _layout_of(x) or "planes"
     compiled = _through_statistics(layout, x.dtype, keys is not None, rounded_p(p), geometry)
     grad = _laid(grad, layout)
     compiled([grad, _laid(x, layout), pair, *_given(keys)])
     return grad
-
-
-@functools.cache
-def _works() -> bool:
-    """Tries it once."""
-    try:
-        x = torch.ones(2, 3, 4, 5)
-        window_statistics(x, None, 0.0, Geometry((1, 1), (1, 1), (0, 0), (1, 1)), 1.0, x.dtype)
-    except Exception as error:  # whatever is wrong with the compiler, there is another way
-        _log.warning("compiling failed, so kernel normalisation is slower: %s", error)
-        return False
-    return True
 
 
 @functools.cache
@@ -134,7 +129,7 @@ def _window_statistics(
         of_mask = others[0] if masked else None
         return statistics.window_statistics(rows_torch, x, of_mask, p, geometry, eps, of_maps)
 
-    return compile_for_all_sizes(function, (x, keys) if masked else (x,))
+    return _compiled(function, (x, keys) if masked else (x,))
 
 
 @functools.cache
@@ -148,7 +143,7 @@ def _epilogue(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bo
         z.copy_(y if numerator is None else numerator)
         return () if relu else (y,)
 
-    return compile_for_all_sizes(function, (z, one, vector, one, *[vector] * biased))
+    return _compiled(function, (z, one, vector, one, *[vector] * biased))
 
 
 @functools.cache
@@ -172,7 +167,7 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
 
     factors = torch.empty(2, dtype=dtype)
     arguments = z, z, one, one, vector, factors, *[vector] * biased
-    return compile_for_all_sizes(function, arguments)
+    return _compiled(function, arguments)
 
 
 @functools.cache
@@ -189,7 +184,16 @@ def _through_statistics(
         grad.copy_(rows_torch.input_gradient(grad, x, pair, mask))
         return (pair,)  # a result is kept in memory, and not computed anew for each channel
 
-    return compile_for_all_sizes(function, (x, x, pair, *[keys] * masked))
+    return _compiled(function, (x, x, pair, *[keys] * masked))
+
+
+def _compiled(function: Callable[..., Any], examples: Sequence[Tensor]) -> Any:
+    """The function as loops, or as it is where they cannot be compiled."""
+    try:
+        return compile_for_all_sizes(function, examples)
+    except Exception as error:  # whatever is wrong with the compiler, there is another way
+        _log.warning("compiling failed, so kernel normalisation is slower: %s", error)
+        return lambda tensors: function(*tensors)
 
 
 # In a trace, sizes that are equal are the same size for ever: those of examples must differ.
