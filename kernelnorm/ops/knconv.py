@@ -136,19 +136,19 @@ def forward(
     if x.dtype == dtype and (keys is not None or p >= _LEAST_P):
         # mu differs from the mean of the window by far more than rounding does.
         mu, r = primitives.window_statistics(x, keys, p, geometry, eps, dtype)
-        filters, maps, vectors = weight, [mu], [-sums]
+        filters, maps, vectors = weight, [mu], [sums]
     else:
         # <u, W> - mu S subtracts two numbers that can be large beside their difference. Centred
         # filters have next to no sum, and what rounding leaves of it is taken away again.
         mu, r = primitives.window_statistics(x, keys, p, geometry, eps, wide(x))
         filters = (weight - _as_filters(sums / weight[0].numel(), weight)).to(x.dtype)
         rest = _sums(filters, dtype)
-        maps, vectors = [mu.to(dtype)], [-rest]
+        maps, vectors = [mu.to(dtype)], [rest]
         if keys is not None or groups > 1:
             means = x.unflatten(1, (groups, -1)).mean(2, dtype=dtype).to(mu.dtype)
             means = box_sum(means, geometry) / prod(geometry.kernel_size)
-            maps = [(means - mu).to(dtype), means.to(dtype)]
-            vectors = [sums, -rest]
+            maps = [(mu - means).to(dtype), means.to(dtype)]
+            vectors = [sums, rest]
         mu, r = mu.to(dtype), r.to(dtype)
     z = torch.convolution(x, filters, None, *_arguments(geometry, groups))
     return *primitives.epilogue(z, maps, vectors, r, bias, relu), mu, r, sums
@@ -177,7 +177,7 @@ def backward(
         grad_x = primitives.through_statistics(grad_x, x, pair, keys, p, geometry)
     if grad_weight is not None:
         grad_sums = _as_filters(grad_sums, weight)
-        grad_weight = grad_weight.to(grad_sums.dtype).add_(grad_sums).to(weight.dtype)
+        grad_weight = grad_weight.to(grad_sums.dtype).sub_(grad_sums).to(weight.dtype)
     return grad_x, grad_weight, grad_bias.to(bias.dtype) if needs_bias else None
 
 

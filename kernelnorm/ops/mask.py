@@ -49,14 +49,13 @@ def kappa(p: float, n: int) -> float:
 
 
 def draw_keys(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Fresh keys for a tensor of shape :math:`(N, C, L_1, L_2, ...)`: odd, int32.
+    """Fresh keys for a tensor of shape :math:`(N, C, L_1, L_2, ...)`: int32.
 
     Shape:
         - Output: :math:`(C + N L_1 + L_2 + ...,)`
     """
     size = (count_keys(shape),)
-    keys = torch.randint(-(1 << 31), 1 << 31, size, dtype=torch.int32, device=device)
-    return keys.bitwise_or_(1)
+    return torch.randint(-(1 << 31), 1 << 31, size, dtype=torch.int32, device=device)
 
 
 def count_keys(shape: Sequence[int]) -> int:
@@ -73,7 +72,7 @@ def spread_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
     """
     n, channels, *spatial = shape
     first, *others = spatial or [1]
-    of_channels, pixels, *more = keys.split([channels, n * first, *others])
+    of_channels, pixels, *more = keys.bitwise_or(1).split([channels, n * first, *others])
     ones = [1] * len(spatial)
     pixels = pixels.view(n, 1, *spatial[:1], *ones[1:])
     for i, (size, factor) in enumerate(zip(others, more, strict=True)):

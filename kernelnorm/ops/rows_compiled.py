@@ -97,7 +97,7 @@ def output_gradient(
         planes = grad_z.flatten(2)
         grad_bias = (planes @ inverse.flatten(2).movedim(1, 2)).sum((0, 2))
         grad_sums = (planes @ mu.flatten(2).movedim(1, 2)).sum((0, 2))
-    return grad_z, pair, grad_bias, grad_sums.neg_()
+    return grad_z, pair, grad_bias, grad_sums
 
 
 def through_statistics(

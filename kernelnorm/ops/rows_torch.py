@@ -81,7 +81,7 @@ def epilogue(
     r"""The output from the convolution's result, and the numerator if there is no ReLU.
 
     .. math::
-        \text{numerator}_k = z_k + \sum_i \text{maps}_i \text{vectors}_{i,k} \qquad
+        \text{numerator}_k = z_k - \sum_i \text{maps}_i \text{vectors}_{i,k} \qquad
         y_k = \text{act}(\text{numerator}_k r + b_k)
 
     A map may have one channel for each group instead of one for all. Other backends overwrite
@@ -94,7 +94,7 @@ def epilogue(
     for m, v in zip(maps, vectors, strict=True):
         if m.shape[1] > 1:
             m = m.repeat_interleave(z.shape[1] // m.shape[1], 1)
-        numerator = torch.addcmul(numerator, m, _as_channels(v, z))
+        numerator = torch.addcmul(numerator, m, _as_channels(v, z), value=-1)
     if bias is None:
         y = numerator * r
     else:
@@ -122,7 +122,7 @@ def output_gradient(
         \text{grad\_z} = g r \quad
         \text{grad\_r} = \sum_k g_k \, \text{numerator}_k \quad
         \text{grad\_bias}_k = \sum g_k \quad
-        \text{grad\_sums}_k = - \sum g_k r \mu
+        \text{grad\_sums}_k = \sum g_k r \mu
 
     Args:
         kept: the numerator; with a ReLU the output :math:`y` instead, as where :math:`g` is not
@@ -130,7 +130,8 @@ def output_gradient(
         factors: :math:`f_1` and :math:`f_2`, of the pair
 
     Returns:
-        ``grad_z``, a pair, ``grad_bias`` and ``grad_sums``. The pair has the gradient of the
+        ``grad_z``, a pair, ``grad_bias``, and what is to be subtracted from the gradient of each
+        weight. The pair has the gradient of the
         windows' mean times :math:`f_1`, and that of their variance times :math:`f_2`.
 
     Shape:
@@ -149,7 +150,7 @@ def output_gradient(
     pair = torch.stack([grad_mean * factors[0], grad_var * factors[1]])
     others = [0, *range(2, grad.dim())]
     grad_z = (g * r).to(kept.dtype)  # rounded once, for the convolution and for the sum below
-    return grad_z, pair, g.sum(others), -(grad_z * mu).sum(others)
+    return grad_z, pair, g.sum(others), (grad_z * mu).sum(others)
 
 
 def input_gradient(grad: Tensor, x: Tensor, pair: Tensor, keys: Keys | None) -> Tensor:

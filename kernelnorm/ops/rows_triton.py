@@ -408,9 +408,9 @@ def _epilogue_kernel(
         inside = exists[:, None] & valid[None, :]
         at = z[:, None] + channel[None, :] * z_c
         numerator = tl.load(at, inside, 0).to(scale.dtype)
-        numerator += first[:, None] * tl.load(vector_1 + channel, valid, 0)[None, :]
+        numerator -= first[:, None] * tl.load(vector_1 + channel, valid, 0)[None, :]
         if map_2 is not None:
-            numerator += second[:, None] * tl.load(vector_2 + channel, valid, 0)[None, :]
+            numerator -= second[:, None] * tl.load(vector_2 + channel, valid, 0)[None, :]
         output = numerator * scale[:, None]
         if bias is not None:
             output += tl.load(bias + channel, valid, 0).to(scale.dtype)[None, :]
@@ -458,7 +458,7 @@ def _output_gradient_kernel(
         of_z = (g * scale[:, None]).to(grad_z.dtype.element_ty)
         tl.store(grad_z[:, None] + channel[None, :] * grad_z_c, of_z, inside)
         tl.store(part + channel, tl.sum(g, 0), valid)
-        tl.store(other_part + channel, -tl.sum(of_z.to(scale.dtype) * mean[:, None], 0), valid)
+        tl.store(other_part + channel, tl.sum(of_z.to(scale.dtype) * mean[:, None], 0), valid)
     grad_r = with_kept
     if RELU:
         grad_r = (with_kept - with_bias) / scale
