@@ -145,6 +145,7 @@ def test_unknown_recipes_are_errors(arguments: dict[str, str], message: str) -> 
         ({"epochs": -1}, "epochs must be positive, got -1"),
         ({"image_size": 0}, "image_size must be positive, got 0"),
         ({"subset": -5}, "subset must be positive, got -5"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"lr": 0.0}, "learning rate must be positive, got 0.0"),
         ({"lr": float("nan")}, "learning rate must be positive, got nan"),
     ],

@@ -48,6 +48,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     size_help = "resize images to it; without it the case's"
     add("--image-size", type=int | None, metavar="PIXELS", help=size_help)
     add("--epochs", type=int | None, help="the most epochs; without it the case's")
+    augment_help = "true or false: crop and flip at random; without it as the case does"
+    add("--augment", type=bool | None, help=augment_help)
+    add("--weight-decay", type=float | None, help="of SGD; without it the case's")
+    milestones_help = "epochs after which the rate is divided by 10, such as [60]; the case's"
+    add("--lr-milestones", type=tuple[int, ...] | None, metavar="EPOCHS", help=milestones_help)
     add("--subset", type=int | None, help="train and test on that many images: a trial")
     precisions = Literal["32-true", "bf16-mixed", "16-mixed"]
     add("--precision", type=precisions, default="32-true", help="of the arithmetic")
@@ -125,6 +130,9 @@ def choices(arguments: Namespace) -> dict[str, Any]:
     given = {
         "image_size": arguments.image_size,
         "epochs": arguments.epochs,
+        "augment": arguments.augment,
+        "weight_decay": arguments.weight_decay,
+        "lr_milestones": arguments.lr_milestones,
         "model_options": arguments.model_options or None,
         "subset": arguments.subset,
         "precision": arguments.precision,

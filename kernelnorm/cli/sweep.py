@@ -21,6 +21,8 @@ from kernelnorm.cli.options import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from kernelnorm.experiments.recipes import RunConfig
+
 
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
@@ -47,11 +49,18 @@ def make_parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> None:
     """Run the command."""
-    from kernelnorm.experiments.sweep import Grid, make_grid
+    from kernelnorm.experiments.sweep import Grid
 
-    recipe = recipe_of(arguments)
-    grid = make_grid(
-        recipe,
+    runs = runs_of(arguments)
+    execute_plan(Grid(runs), arguments.out or Path("runs") / runs[0].case, arguments)
+
+
+def runs_of(arguments: Namespace) -> list[RunConfig]:
+    """Return the runs of the grid that the arguments tell."""
+    from kernelnorm.experiments.sweep import make_grid
+
+    return make_grid(
+        recipe_of(arguments),
         norms=arguments.norms,
         batch_sizes=arguments.batch_sizes,
         lrs=arguments.lrs,
@@ -59,4 +68,3 @@ def run(arguments: Namespace) -> None:
         rules=arguments.rules,
         **choices(arguments),
     )
-    execute_plan(Grid(grid), arguments.out or Path("runs") / recipe.case, arguments)

@@ -255,6 +255,8 @@ def configure(
         value = values.get(name)
         if value is not None and value < 1:
             raise RunError(f"{name} must be positive, got {value}")
+    if values["weight_decay"] < 0:
+        raise RunError(f"weight_decay must not be negative, got {values['weight_decay']}")
     if lr is None:
         lr = paper_lr(recipe, norm, batch_size).lr
     if not (lr > 0 and math.isfinite(lr)):
