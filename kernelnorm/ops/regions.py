@@ -8,11 +8,15 @@ traced for is the number, the dtypes and the strides of its arguments.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_one_at_a_time = threading.Lock()
+"""Tracing changes PyTorch itself while it runs, for all threads."""
 
 
 def compile_for_all_sizes(
@@ -33,7 +37,7 @@ def compile_for_all_sizes(
 
     functional = torch.func.functionalize(function, remove="mutations")
     separate = [_empty_like(example) for example in examples]
-    with torch.no_grad():
+    with _one_at_a_time, torch.no_grad():
         trace = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*separate)
         inputs = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]
         with (

@@ -165,7 +165,7 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
         )
         return grad_z, pair * factors.view(2, *[1] * r.dim()), r.reciprocal()
 
-    factors = torch.empty(2, dtype=dtype)
+    factors = vector.new_empty(2)
     arguments = z, z, one, one, vector, factors, *[vector] * biased
     return _compiled(function, arguments)
 
@@ -211,7 +211,7 @@ def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple
         sizes.append(size)
         taken |= {size, geometry.positions(i, size)}
     x = _dense((_SAMPLES, _CHANNELS, *sizes), layout, dtype)
-    return x, torch.zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
+    return x, x.new_zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
 
 
 def _output_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +221,7 @@ def _output_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Te
 
 
 def _dense(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
-    return _laid(torch.empty(shape, dtype=dtype), layout)
+    return _laid(torch.empty(shape, dtype=dtype, device="cpu"), layout)
 
 
 def _layout_of(x: Tensor) -> Layout | None:
@@ -241,7 +241,7 @@ def _laid(x: Tensor, layout: Layout) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _vector(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype)
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
