@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from kernelnorm.cli.sweep import make_parser, make_runs
 from kernelnorm.experiments.evaluation import build_network
-from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
+from kernelnorm.experiments.recipes import RunConfig
 
 SWEEPS = sorted((Path(__file__).parent.parent / "examples" / "sweeps").glob("*.yaml"))
 
 
 def runs_of(sweep: Path) -> list[RunConfig]:
-    options = yaml.safe_load(sweep.read_text())
-    recipe = recipe_for(options.pop("case"))
-    axes = [options.pop(name) for name in ("norms", "batch_sizes", "lrs", "seeds", "rules")]
-    axes[2] = [None] if axes[2] == "auto" else axes[2]
-    return [
-        configure(
-            recipe,
-            norm=norm,
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-            model_options={"rules": rules} if rules else {},
-            **options,
-        )
-        for norm, batch_size, lr, seed, rules in product(*axes)
-    ]
+    return make_runs(make_parser().parse_args(["--config", str(sweep)]))
 
 
 def test_there_are_sweeps():

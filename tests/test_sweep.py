@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from kernelnorm.cli import main
+from kernelnorm.cli.sweep import make_parser, make_runs
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig, recipe_for
 from kernelnorm.experiments.runs import Metrics, RunFolder
@@ -262,7 +263,18 @@ def test_sweep_reads_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture
     main(["sweep", f"--config={tmp_path / 'sweep.yaml'}", "--dry-run", "--seeds=2"])
     output = capsys.readouterr().out
     assert "runs/imagewoof-resnet18: 2 of 2 runs" in output
-    assert output.count("dropout_p=0.0") == 1
+    assert output.count("dropout_p=0 ") == 1
+
+
+def test_the_recipe_of_a_case_can_be_changed() -> None:
+    changes = ["--augment=false", "--weight-decay=0", "--lr-milestones="]
+    for options, expected in (
+        ([], (True, 1e-4, (60,))),
+        (changes, (False, 0.0, ())),
+        (["--lr-milestones=5,8"], (True, 1e-4, (5, 8))),
+    ):
+        run, *_ = make_runs(make_parser().parse_args(["imagewoof-resnet18", *options]))
+        assert (run.augment, run.weight_decay, run.lr_milestones) == expected
 
 
 @pytest.mark.parametrize(

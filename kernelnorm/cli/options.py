@@ -48,6 +48,10 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     size_help = "resize images to it; without it the case's"
     add("--image-size", type=int | None, metavar="PIXELS", help=size_help)
     add("--epochs", type=int | None, help="the most epochs; without it the case's")
+    add("--augment", type=bool | None, help="crop and flip at random; without it the case's")
+    add("--weight-decay", type=float | None, help="of SGD; without it the case's")
+    milestones_help = "epochs, with commas, after each a tenth of the rate; without it the case's"
+    add("--lr-milestones", type=numbers, metavar="EPOCHS", help=milestones_help)
     add("--subset", type=int | None, help="train and test on that many images: a trial")
     precisions = Literal["32-true", "bf16-mixed", "16-mixed"]
     add("--precision", type=precisions, default="32-true", help="of the arithmetic")
@@ -125,6 +129,9 @@ def choices(arguments: Namespace) -> dict[str, Any]:
     given = {
         "image_size": arguments.image_size,
         "epochs": arguments.epochs,
+        "augment": arguments.augment,
+        "weight_decay": arguments.weight_decay,
+        "lr_milestones": arguments.lr_milestones,
         "model_options": arguments.model_options or None,
         "subset": arguments.subset,
         "precision": arguments.precision,
@@ -198,8 +205,8 @@ def names(value: str | list[str]) -> list[str]:
 
 
 def numbers(value: str | list[int]) -> list[int]:
-    """Return the numbers between commas."""
-    return [int(part) for part in value.split(",")] if isinstance(value, str) else value
+    """Return the numbers between commas; none of an empty text."""
+    return [int(part) for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 def rates(value: str | float | list[float]) -> list[float] | str:

@@ -21,6 +21,8 @@ from kernelnorm.cli.options import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from kernelnorm.experiments.recipes import RunConfig
+
 
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
@@ -45,13 +47,12 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Namespace) -> None:
-    """Run the command."""
-    from kernelnorm.experiments.sweep import Grid, make_grid
+def make_runs(arguments: Namespace) -> list[RunConfig]:
+    """Return the configurations of the grid."""
+    from kernelnorm.experiments.sweep import make_grid
 
-    recipe = recipe_of(arguments)
-    grid = make_grid(
-        recipe,
+    return make_grid(
+        recipe_of(arguments),
         norms=arguments.norms,
         batch_sizes=arguments.batch_sizes,
         lrs=arguments.lrs,
@@ -59,4 +60,11 @@ def run(arguments: Namespace) -> None:
         rules=arguments.rules,
         **choices(arguments),
     )
-    execute_plan(Grid(grid), arguments.out or Path("runs") / recipe.case, arguments)
+
+
+def run(arguments: Namespace) -> None:
+    """Run the command."""
+    from kernelnorm.experiments.sweep import Grid
+
+    grid = make_runs(arguments)
+    execute_plan(Grid(grid), arguments.out or Path("runs") / grid[0].case, arguments)
