@@ -115,6 +115,11 @@ def test_where_all_rates_diverge_it_goes_down_to_the_last() -> None:
     assert best_rate(nothing) is None
 
 
+def test_a_difference_of_rounding_is_none() -> None:
+    assert 0.1 + 0.2 > 0.3
+    assert best_rate({0.05: 0.1 + 0.2, 0.01: 0.3}) == 0.01
+
+
 def test_all_rates_are_all_rates() -> None:
     assert search(peak_at(2), 0.025, every=True) == [RATES]
 
