@@ -123,6 +123,20 @@ def test_a_run_that_failed_before_it_had_data_is_whole_when_it_is_done(
     assert RunFolder(tmp_path / config.name).read_failure() is None
 
 
+def test_a_damaged_folder_holds_up_its_own_run_alone(tmp_path: Path) -> None:
+    configs = small()
+    run(configs[:1], tmp_path, Here())
+    metrics = tmp_path / configs[0].name / "metrics.jsonl"
+    for damage in ('{"epoch": 1, "train_lo', '{"epoch": 1}\n', "[]\n"):
+        metrics.write_text(damage)
+        damaged, whole = run(configs, tmp_path, Here())
+        assert (damaged.state, whole.state) == ("failed", "done")
+        assert "metrics.jsonl, line 1," in damaged.message
+    metrics.unlink()
+    (metrics.parent / "failure.json").write_text("[]")
+    assert [status.state for status in run(configs, tmp_path, Here())] == ["done", "done"]
+
+
 def test_a_run_whose_process_dies_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
     configs = small()
     states = [status.state for status in run(configs, tmp_path, Here(lost=configs[:1]))]

@@ -73,7 +73,10 @@ class _Survey:
         name = config.name
         if name in self._ended:
             return self._ended[name]
-        status = look(RunFolder(self.root / name), config)
+        try:
+            status = look(RunFolder(self.root / name), config)
+        except RunError as error:  # damaged: that is for the run itself to stumble over
+            status = Status(config, "failed", message=str(error))
         if status.result is not None:
             self._ended[name] = status
         elif name in self._failed and status.state != "running":
