@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def test_runs_that_are_not_done_are_listed_and_in_no_mean(tmp_path: Path) -> Non
         "done": 1,
         "diverged": 1,
         "failed": 1,
+        "running": 0,
         "unfinished": 1,
         "missing": 0,
     }
@@ -125,6 +127,45 @@ def test_runs_that_are_not_done_are_listed_and_in_no_mean(tmp_path: Path) -> Non
         3: ("failed", None),
         4: ("unfinished", None),
     }
+
+
+def test_a_run_that_is_being_trained_is_running(tmp_path: Path) -> None:
+    config = write_run(tmp_path, [10.0], lr=0.1)
+    write_run(tmp_path, [], lr=0.2, failure=("failed", "no space"))
+    with RunFolder(tmp_path / config.name).lock():
+        (section,) = numbers_of(tmp_path)["sections"]
+    assert section["counts"]["running"] == 1
+    assert section["cells"][0]["absence"] == "running"
+
+
+def test_a_failure_names_no_path_of_the_machine_above_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, [], failure=("failed", f"cannot write {tmp_path}/run/last.ckpt"))
+    monkeypatch.chdir(tmp_path.parent)
+    numbers = numbers_of(Path(tmp_path.name))
+    assert numbers["sections"][0]["runs"][0]["message"] == "cannot write run/last.ckpt"
+
+
+def test_a_strange_file_beside_the_runs_hides_none(tmp_path: Path) -> None:
+    write_result(tmp_path / "sweep", 80.0)
+    (tmp_path / "config.yaml").write_text("case: cifar10-vgg8\n")
+    numbers = numbers_of(tmp_path)
+    assert numbers["sections"][0]["counts"]["done"] == 1
+    assert [item["folder"] for item in numbers["unreadable"]] == ["."]
+
+
+def test_sections_have_names_and_pictures_of_their_own(tmp_path: Path) -> None:
+    for case in ("photos (old)", "photos _old_"):
+        for subset in (500, 600):
+            folder = tmp_path / f"{case}-{subset}"
+            config = write_result(folder, 80.0, subset=subset)
+            file = folder / config.name / "config.yaml"
+            file.write_text(file.read_text().replace("case: cifar10-vgg8", f"case: {case}"))
+    page = report(tmp_path)
+    titles = re.findall(r"^## (.*)", page.with_suffix(".md").read_text(), re.MULTILINE)
+    assert len({*titles}) == 4
+    assert len([*page.parent.glob("*-figure-4.png")]) == 4
 
 
 def test_cells_say_why_they_are_empty(tmp_path: Path) -> None:
