@@ -20,12 +20,11 @@ from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.local import LocalPool, default_jobs
 from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
-from kernelnorm.experiments.sweep.reproduction import PAPER_NORMS, reproduction
+from kernelnorm.experiments.sweep.reproduction import reproduction
 from kernelnorm.experiments.sweep.status import Status, look
 from kernelnorm.experiments.sweep.view import View, forecast, table
 
 __all__ = [
-    "PAPER_NORMS",
     "Grid",
     "LocalPool",
     "Plan",
