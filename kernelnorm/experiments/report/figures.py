@@ -16,13 +16,12 @@ from kernelnorm.experiments.report.plotting import (
     epoch_axes,
     legend,
     nearest,
-    png,
     tidy,
 )
 from kernelnorm.experiments.report.reference import paper_accuracy
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.report.variant_figures import draw_ablations, draw_dropout
-from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.style import LABELS, line_style, png
 
 __all__ = ["section_pictures"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ __all__ = [
     "epoch_axes",
     "legend",
     "nearest",
-    "png",
     "tidy",
 ]
 
@@ -103,10 +101,3 @@ def legend(figure: Figure, panels: Iterable[Axes], columns: int = 4) -> None:
     labels = sorted(entries, key=lambda label: order.index(label) if label in order else 0)
     handles = [entries[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    return picture.getvalue()

@@ -13,12 +13,11 @@ from kernelnorm.experiments.report.plotting import (
     epoch_axes,
     legend,
     nearest,
-    png,
     tidy,
 )
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.report.variants import Variant
-from kernelnorm.experiments.style import line_style
+from kernelnorm.experiments.style import line_style, png
 
 __all__ = ["draw_ablations", "draw_dropout"]
 
