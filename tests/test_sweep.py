@@ -292,6 +292,23 @@ def test_the_recipe_of_a_case_can_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("batch_sizes: 8\nseeds: 1\nlrs: 1\n", [(8, 1, 1.0)]),
+        ("batch_sizes: [4]\nseeds: [1, 2]\nlrs: [1e-3]\n", [(4, 1, 1e-3), (4, 2, 1e-3)]),
+        ("batch_sizes: 4,2\nseeds: 0\nlrs: 0.1,\n", [(4, 0, 0.1), (2, 0, 0.1)]),
+    ],
+)
+def test_numbers_of_a_config_file(
+    given: str, expected: list[tuple[int, int, float]], tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"norms: batch\n{given}")
+    runs = make_runs(make_parser().parse_args([f"--config={tmp_path / 'sweep.yaml'}"]))
+    assert [(run.batch_size, run.seed, run.lr) for run in runs] == expected
+    assert all(isinstance(run.lr, float) for run in runs)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["sweep", "mnist"], "unknown case 'mnist'"),
@@ -314,7 +331,9 @@ def test_problems_exit_with_1_and_one_line(
     assert "\n" not in str(error.value.code)
 
 
-@pytest.mark.parametrize("option", ["--lrs=high", "--batch-sizes=two", "--scale=huge"])
+@pytest.mark.parametrize(
+    "option", ["--lrs=high", "--batch-sizes=two", "--seeds=[one]", "--scale=huge"]
+)
 def test_wrong_arguments_exit_with_2(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["reproduce" if "scale" in option else "sweep", option])

@@ -148,13 +148,17 @@ def names(value: str | list[str]) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-def numbers(value: str | list[int]) -> list[int]:
-    """Return the numbers between commas; none of an empty text."""
-    return [int(part) for part in value.split(",") if part] if isinstance(value, str) else value
+def numbers(value: str | int | list[int]) -> list[int]:
+    """Return the numbers of a list, or between commas."""
+    return [int(part) for part in _parts(value)]
 
 
 def rates(value: str | float | list[float]) -> list[float] | str:
-    """Return the learning rates between commas, or ``"auto"``."""
-    if isinstance(value, str):
-        return value if value == "auto" else [float(part) for part in value.split(",")]
-    return value if isinstance(value, list) else [value]
+    """Return the learning rates of a list, or between commas, or ``"auto"``."""
+    return "auto" if value == "auto" else [float(part) for part in _parts(value)]
+
+
+def _parts(value: str | float | list[int] | list[float]) -> list[str]:
+    """Return what a list has, or a text between its commas, as YAML or a command line gives it."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part) for part in parts if part != ""]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 from kernelnorm.experiments.recipes import Recipe, RunConfig, configure
@@ -45,7 +44,7 @@ def make_grid(
         >>> [(run.batch_size, run.norm, run.lr) for run in grid]
         [(32, 'batch', 0.01), (32, 'kernel', 0.025), (2, 'batch', 0.0025), (2, 'kernel', 0.001)]
     """
-    options = choices.pop("model_options", asdict(recipe)["model_options"])
+    options = choices.pop("model_options", recipe.model_options)
     runs = [
         configure(
             recipe,
