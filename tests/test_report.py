@@ -247,7 +247,8 @@ def test_what_is_not_as_in_the_paper_is_said_first(tmp_path: Path) -> None:
     write_result(tmp_path, 50.0, subset=2500, model_options={"width": 0.5}, found=images)
     text = report(tmp_path).with_suffix(".md").read_text()
     differs = (
-        "2,500 of 50,000 training images, 2,500 of 10,000 test images, 6 epochs in place of 80, "
+        "Not trained as for the paper's tables: 2,500 of 50,000 training images, "
+        "2,500 of 10,000 test images, 6 epochs in place of 80, "
         "width 0.5"
     )
     assert differs in text
@@ -258,7 +259,7 @@ def test_at_the_papers_scale_nothing_warns(tmp_path: Path) -> None:
     images = {"train_images": 50_000, "test_images": 10_000}
     write_run(tmp_path, [80.0] * 80, epochs=80, found=images)
     assert numbers_of(tmp_path)["sections"][0]["deviations"] == []
-    assert "Not as in the paper" not in (tmp_path / "report" / "report.md").read_text()
+    assert "Not trained as for" not in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_every_case_and_every_way_of_training_has_its_section(tmp_path: Path) -> None:

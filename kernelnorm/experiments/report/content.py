@@ -78,8 +78,9 @@ def _warning(section: Section) -> str:
     if not section.deviations:
         return ""
     return (
-        f"Not as in the paper: {', '.join(section.deviations)}. The paper's values beside ours are "
-        "those of its full training: the differences to them do not test the paper."
+        f"Not trained as for the paper's tables: {', '.join(section.deviations)}. The paper's "
+        "values beside ours are those of its full training: the differences to them do not test "
+        "the paper."
     )
 
 
