@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from kernelnorm.experiments.recipes import RECIPES, configure
 from kernelnorm.experiments.report import report
+from kernelnorm.experiments.report.plotting import legend
 from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.experiments.style import line_style, png
+from kernelnorm.norms import NORMS
 from tests.run_folders import write_result, write_run
 
 
@@ -395,6 +399,20 @@ def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> Non
             colors = picture.convert("RGB").getcolors(2**24)
             assert colors is not None
             assert len(colors) > 50  # lines are drawn
+
+
+@pytest.mark.parametrize("norms", [("batch", "group", "layer", "kernel"), NORMS])
+def test_legends_are_within_their_figures(norms: tuple[str, ...]) -> None:
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for norm in norms:
+        axes.plot([0, 1], [0, 1], **line_style(norm))
+    legend(figure, [axes])
+    png(figure)
+    (drawn,) = figure.legends
+    box = drawn.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_what_a_failure_says_is_shown_and_not_run(tmp_path: Path) -> None:
