@@ -345,7 +345,7 @@ def test_failed_runs_exit_with_1_and_say_where_to_look(
 ) -> None:
     monkeypatch.setattr("kernelnorm.experiments.sweep.LocalPool", lambda *_: Here())
     options = ["--norms=instance,batch", "--batch-sizes=8", "--epochs=1", f"--out={tmp_path}"]
-    with pytest.raises(SystemExit, match=r"1 run has failed\. In its folder, failure\.json"):
+    with pytest.raises(SystemExit, match=r"runs that have failed: 1\. In the folder of each, "):
         main(["sweep", *SMALL, *options])
 
 

@@ -41,14 +41,9 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     statuses = sweep(plan, out, _make_pool(arguments, out), arguments.data_dir)
     failed = sum(status.result is None for status in statuses)
     if failed:
-        which = (
-            "1 run has failed. In its folder"
-            if failed == 1
-            else f"{failed} runs have failed. In their folders"
-        )
         raise RunError(
-            f"{which}, failure.json says why, and output.txt, if it is there, has what was "
-            "printed; the same command tries again"
+            f"runs that have failed: {failed}. In the folder of each, failure.json says why, and "
+            "output.txt, if it is there, has what was printed; the same command tries again"
         )
 
 

@@ -115,7 +115,7 @@ def dry_run(plan: Plan, root: Path, jobs: int) -> None:
     survey = _Survey(plan, root)
     statuses = survey.statuses()
     missing = [status for status in statuses if status.result is None]
-    print("\n".join([plan.note] * bool(plan.note) + table(statuses)))
+    print("\n".join(table(statuses, plan.note)))
     time_needed = forecast(statuses, missing, jobs)
     print(f"\nTo be trained in {root}: {len(missing)} of {len(statuses)} runs, {jobs} at a time.")
     print(f"Time for them: {time_needed}, estimated from the runs that are there.")
@@ -148,7 +148,7 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
         finally:
             pool.close()  # the table shows what is left when nothing runs any more
             statuses = survey.statuses()
-            print("\n".join(["", *[plan.note] * bool(plan.note), *table(statuses)]))
+            print("\n".join(["", *table(statuses, plan.note)]))
             for status in statuses:
                 if status.state == "failed":
                     print(f"{status.config.name}: {status.message}")
