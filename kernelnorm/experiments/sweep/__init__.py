@@ -170,11 +170,11 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
     view = View(survey.plan.note, pool.places)
     try:
         while True:
-            statuses = survey.statuses()
+            statuses, places = survey.statuses(), pool.places  # a cluster is asked for them
             for status in statuses:
                 name = status.config.name
                 wanted = status.state in ("missing", "unfinished", "failed") and name not in tried
-                if wanted and len(in_flight) < pool.places:
+                if wanted and len(in_flight) < places:
                     in_flight[pool.submit(status.config, survey.root / name)] = status.config
                     tried.add(name)
             running = {config.name for config in in_flight.values()}
