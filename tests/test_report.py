@@ -379,6 +379,14 @@ def test_its_own_folder_is_not_read(tmp_path: Path) -> None:
         assert [run["seed"] for run in numbers["sections"][0]["runs"]] == [1]
 
 
+def test_a_figure_says_which_norms_it_shows(tmp_path: Path) -> None:
+    write_result(tmp_path, 80.0, norm="batch", batch_size=2)
+    write_result(tmp_path, 80.0, norm="kernel")
+    text = report(tmp_path).with_suffix(".md").read_text()
+    assert "per epoch at batch size 32, KernelNorm." in text
+    assert "![Test accuracy against batch size, BatchNorm, KernelNorm;" in text
+
+
 def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> None:
     for norm in ("batch", "kernel"):
         for batch_size in (2, 32):
