@@ -140,8 +140,7 @@ def test_ctrl_c_exits_with_130(
     def stop(_: object) -> None:
         raise KeyboardInterrupt
 
-    command = cli.COMMANDS[arguments[0]]
-    monkeypatch.setitem(cli.COMMANDS, arguments[0], command._replace(run=stop))
+    monkeypatch.setattr(cli.COMMANDS[arguments[0]].file, "run", stop)
     with pytest.raises(SystemExit, match="130"):
         main(arguments)
     assert capsys.readouterr().err == message

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernelnorm.cli import sweep as sweep_command
+from kernelnorm.cli.sweep import make_parser, make_runs
 from kernelnorm.experiments.evaluation import build_network
 from kernelnorm.experiments.recipes import RunConfig
 
@@ -15,7 +15,7 @@ SWEEPS = sorted((Path(__file__).parent.parent / "examples" / "sweeps").glob("*.y
 
 
 def runs_of(sweep: Path) -> list[RunConfig]:
-    return sweep_command.runs_of(sweep_command.make_parser().parse_args([f"--config={sweep}"]))
+    return make_runs(make_parser().parse_args(["--config", str(sweep)]))
 
 
 def test_there_are_sweeps():

@@ -76,6 +76,7 @@ ORDER = [
     "kernelnorm.experiments.report.page",
     "kernelnorm.experiments.report",
     "kernelnorm.cli.options",
+    "kernelnorm.cli.execution",
     "kernelnorm.cli.train",
     "kernelnorm.cli.compare",
     "kernelnorm.cli.sweep",

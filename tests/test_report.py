@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from kernelnorm.experiments.recipes import RECIPES, configure
 from kernelnorm.experiments.report import report
+from kernelnorm.experiments.report.plotting import legend
 from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.experiments.style import line_style, png
+from kernelnorm.norms import NORMS
 from tests.run_folders import write_result, write_run
 
 
@@ -109,6 +114,7 @@ def test_runs_that_are_not_done_are_listed_and_in_no_mean(tmp_path: Path) -> Non
         "done": 1,
         "diverged": 1,
         "failed": 1,
+        "running": 0,
         "unfinished": 1,
         "missing": 0,
     }
@@ -125,6 +131,45 @@ def test_runs_that_are_not_done_are_listed_and_in_no_mean(tmp_path: Path) -> Non
         3: ("failed", None),
         4: ("unfinished", None),
     }
+
+
+def test_a_run_that_is_being_trained_is_running(tmp_path: Path) -> None:
+    config = write_run(tmp_path, [10.0], lr=0.1)
+    write_run(tmp_path, [], lr=0.2, failure=("failed", "no space"))
+    with RunFolder(tmp_path / config.name).lock():
+        (section,) = numbers_of(tmp_path)["sections"]
+    assert section["counts"]["running"] == 1
+    assert section["cells"][0]["absence"] == "running"
+
+
+def test_a_failure_names_no_path_of_the_machine_above_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, [], failure=("failed", f"cannot write {tmp_path}/run/last.ckpt"))
+    monkeypatch.chdir(tmp_path.parent)
+    numbers = numbers_of(Path(tmp_path.name))
+    assert numbers["sections"][0]["runs"][0]["message"] == "cannot write run/last.ckpt"
+
+
+def test_a_strange_file_beside_the_runs_hides_none(tmp_path: Path) -> None:
+    write_result(tmp_path / "sweep", 80.0)
+    (tmp_path / "config.yaml").write_text("case: cifar10-vgg8\n")
+    numbers = numbers_of(tmp_path)
+    assert numbers["sections"][0]["counts"]["done"] == 1
+    assert [item["folder"] for item in numbers["unreadable"]] == ["."]
+
+
+def test_sections_have_names_and_pictures_of_their_own(tmp_path: Path) -> None:
+    for case in ("photos (old)", "photos _old_"):
+        for subset in (500, 600):
+            folder = tmp_path / f"{case}-{subset}"
+            config = write_result(folder, 80.0, subset=subset)
+            file = folder / config.name / "config.yaml"
+            file.write_text(file.read_text().replace("case: cifar10-vgg8", f"case: {case}"))
+    page = report(tmp_path)
+    titles = re.findall(r"^## (.*)", page.with_suffix(".md").read_text(), re.MULTILINE)
+    assert len({*titles}) == 4
+    assert len([*page.parent.glob("*-figure-4.png")]) == 4
 
 
 def test_cells_say_why_they_are_empty(tmp_path: Path) -> None:
@@ -206,7 +251,8 @@ def test_what_is_not_as_in_the_paper_is_said_first(tmp_path: Path) -> None:
     write_result(tmp_path, 50.0, subset=2500, model_options={"width": 0.5}, found=images)
     text = report(tmp_path).with_suffix(".md").read_text()
     differs = (
-        "2,500 of 50,000 training images, 2,500 of 10,000 test images, 6 epochs in place of 80, "
+        "Not trained as for the paper's tables: 2,500 of 50,000 training images, "
+        "2,500 of 10,000 test images, 6 epochs in place of 80, "
         "width 0.5"
     )
     assert differs in text
@@ -217,7 +263,7 @@ def test_at_the_papers_scale_nothing_warns(tmp_path: Path) -> None:
     images = {"train_images": 50_000, "test_images": 10_000}
     write_run(tmp_path, [80.0] * 80, epochs=80, found=images)
     assert numbers_of(tmp_path)["sections"][0]["deviations"] == []
-    assert "Not as in the paper" not in (tmp_path / "report" / "report.md").read_text()
+    assert "Not trained as for" not in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_every_case_and_every_way_of_training_has_its_section(tmp_path: Path) -> None:
@@ -333,6 +379,14 @@ def test_its_own_folder_is_not_read(tmp_path: Path) -> None:
         assert [run["seed"] for run in numbers["sections"][0]["runs"]] == [1]
 
 
+def test_a_figure_says_which_norms_it_shows(tmp_path: Path) -> None:
+    write_result(tmp_path, 80.0, norm="batch", batch_size=2)
+    write_result(tmp_path, 80.0, norm="kernel")
+    text = report(tmp_path).with_suffix(".md").read_text()
+    assert "per epoch at batch size 32, KernelNorm." in text
+    assert "![Test accuracy against batch size, BatchNorm, KernelNorm;" in text
+
+
 def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> None:
     for norm in ("batch", "kernel"):
         for batch_size in (2, 32):
@@ -353,6 +407,20 @@ def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> Non
             colors = picture.convert("RGB").getcolors(2**24)
             assert colors is not None
             assert len(colors) > 50  # lines are drawn
+
+
+@pytest.mark.parametrize("norms", [("batch", "group", "layer", "kernel"), NORMS])
+def test_legends_are_within_their_figures(norms: tuple[str, ...]) -> None:
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for norm in norms:
+        axes.plot([0, 1], [0, 1], **line_style(norm))
+    legend(figure, [axes])
+    png(figure)
+    (drawn,) = figure.legends
+    box = drawn.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_what_a_failure_says_is_shown_and_not_run(tmp_path: Path) -> None:

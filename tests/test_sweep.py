@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from kernelnorm.cli import main
+from kernelnorm.cli.sweep import make_parser, make_runs
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig, recipe_for
 from kernelnorm.experiments.runs import Metrics, RunFolder
@@ -120,6 +121,20 @@ def test_a_run_that_failed_before_it_had_data_is_whole_when_it_is_done(
     assert status.state == "done"
     assert RunFolder(tmp_path / config.name).read_config()["train_images"] == 60
     assert RunFolder(tmp_path / config.name).read_failure() is None
+
+
+def test_a_damaged_folder_holds_up_its_own_run_alone(tmp_path: Path) -> None:
+    configs = small()
+    run(configs[:1], tmp_path, Here())
+    metrics = tmp_path / configs[0].name / "metrics.jsonl"
+    for damage in ('{"epoch": 1, "train_lo', '{"epoch": 1}\n', "[]\n"):
+        metrics.write_text(damage)
+        damaged, whole = run(configs, tmp_path, Here())
+        assert (damaged.state, whole.state) == ("failed", "done")
+        assert "metrics.jsonl, line 1," in damaged.message
+    metrics.unlink()
+    (metrics.parent / "failure.json").write_text("[]")
+    assert [status.state for status in run(configs, tmp_path, Here())] == ["done", "done"]
 
 
 def test_a_run_whose_process_dies_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
@@ -265,6 +280,34 @@ def test_sweep_reads_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert output.count("dropout_p=0 ") == 1
 
 
+def test_the_recipe_of_a_case_can_be_changed() -> None:
+    changes = ["--augment=false", "--weight-decay=0", "--lr-milestones="]
+    for options, expected in (
+        ([], (True, 1e-4, (60,))),
+        (changes, (False, 0.0, ())),
+        (["--lr-milestones=5,8"], (True, 1e-4, (5, 8))),
+    ):
+        run, *_ = make_runs(make_parser().parse_args(["imagewoof-resnet18", *options]))
+        assert (run.augment, run.weight_decay, run.lr_milestones) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("batch_sizes: 8\nseeds: 1\nlrs: 1\n", [(8, 1, 1.0)]),
+        ("batch_sizes: [4]\nseeds: [1, 2]\nlrs: [1e-3]\n", [(4, 1, 1e-3), (4, 2, 1e-3)]),
+        ("batch_sizes: 4,2\nseeds: 0\nlrs: 0.1,\n", [(4, 0, 0.1), (2, 0, 0.1)]),
+    ],
+)
+def test_numbers_of_a_config_file(
+    given: str, expected: list[tuple[int, int, float]], tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"norms: batch\n{given}")
+    runs = make_runs(make_parser().parse_args([f"--config={tmp_path / 'sweep.yaml'}"]))
+    assert [(run.batch_size, run.seed, run.lr) for run in runs] == expected
+    assert all(isinstance(run.lr, float) for run in runs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -288,7 +331,9 @@ def test_problems_exit_with_1_and_one_line(
     assert "\n" not in str(error.value.code)
 
 
-@pytest.mark.parametrize("option", ["--lrs=high", "--batch-sizes=two", "--scale=huge"])
+@pytest.mark.parametrize(
+    "option", ["--lrs=high", "--batch-sizes=two", "--seeds=[one]", "--scale=huge"]
+)
 def test_wrong_arguments_exit_with_2(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["reproduce" if "scale" in option else "sweep", option])
@@ -300,7 +345,7 @@ def test_failed_runs_exit_with_1_and_say_where_to_look(
 ) -> None:
     monkeypatch.setattr("kernelnorm.experiments.sweep.LocalPool", lambda *_: Here())
     options = ["--norms=instance,batch", "--batch-sizes=8", "--epochs=1", f"--out={tmp_path}"]
-    with pytest.raises(SystemExit, match=r"1 run has failed\. In its folder, failure\.json"):
+    with pytest.raises(SystemExit, match=r"runs that have failed: 1\. In the folder of each, "):
         main(["sweep", *SMALL, *options])
 
 

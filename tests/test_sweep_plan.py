@@ -61,6 +61,10 @@ def test_rules_are_variants_of_the_kernel_networks_alone() -> None:
         ({"batch_sizes": [0]}, "batch_size must be positive, got 0"),
         ({"lrs": [0.0]}, "learning rate must be positive"),
         ({"norms": ["weight"]}, "unknown norm 'weight'"),
+        ({"norms": ["kernel"], "rules": [{}, {"dropout": 0.1}]}, "unknown rule 'dropout'"),
+        ({"norms": ["kernel"], "rules": [{"head": False}]}, "rule head=False does nothing"),
+        ({"model_options": {"rules": 3}, "norms": ["kernel"]}, "rules must be a mapping"),
+        ({"model_options": {"small_images": True}}, "vgg8 cannot be made: .*small_images"),
     ],
 )
 def test_impossible_grids_are_errors(options: dict[str, Any], message: str) -> None:
@@ -113,6 +117,11 @@ def test_where_all_rates_diverge_it_goes_down_to_the_last() -> None:
     nothing = dict.fromkeys(RATES, -math.inf)
     assert search(nothing, 0.05) == [[0.1, 0.05, 0.025], [0.01], [0.005], [0.0025], [0.001]]
     assert best_rate(nothing) is None
+
+
+def test_a_difference_of_rounding_is_none() -> None:
+    assert 0.1 + 0.2 > 0.3
+    assert best_rate({0.05: 0.1 + 0.2, 0.01: 0.3}) == 0.01
 
 
 def test_all_rates_are_all_rates() -> None:
@@ -290,5 +299,5 @@ def test_the_table_has_a_row_for_each_run_and_no_empty_columns() -> None:
         ["BatchNorm", "8", "0.005", "0", "done", "50.00%", "2.00"],
         ["KernelNorm", "2", "0.001", "0", "missing", "-", "-"],
     ]
-    (variant,) = grid(norms=["kernel"], rules=[{"dropout_p": 0, "head": False}])
-    assert "dropout_p=0, head=False" in table([Status(variant, "missing")])[1]
+    (variant,) = grid(norms=["kernel"], rules=[{"dropout_p": 0, "evaluation": "plain"}])
+    assert "dropout_p=0, evaluation=plain" in table([Status(variant, "missing")])[1]

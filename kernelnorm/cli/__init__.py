@@ -6,8 +6,8 @@ The experiments are imported where they are used, so that help and mistakes are 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kernelnorm import __version__
 from kernelnorm.cli import bench, compare, evaluate, predict, report, reproduce, sweep, train
@@ -17,42 +17,35 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 
+class _File(Protocol):
+    """What the file of a command has."""
+
+    def make_parser(self) -> ArgumentParser: ...
+
+    def run(self, arguments: Namespace) -> None: ...
+
+
 class Command(NamedTuple):
     """One of ``kernelnorm``'s commands; ``goes_on``: it can be stopped and given again."""
 
-    make_parser: Callable[[], ArgumentParser]
-    run: Callable[[Namespace], None]
+    file: _File
     summary: str
     goes_on: bool = False
 
 
 COMMANDS = {
-    "train": Command(
-        train.make_parser, train.run, "train a network, or go on with its training", goes_on=True
-    ),
+    "train": Command(train, "train a network, or go on with its training", goes_on=True),
     "compare": Command(
-        compare.make_parser,
-        compare.run,
-        "train several normalisations: a table and a picture",
-        goes_on=True,
+        compare, "train several normalisations: a table and a picture", goes_on=True
     ),
-    "sweep": Command(
-        sweep.make_parser, sweep.run, "train a grid of runs, some at a time", goes_on=True
-    ),
+    "sweep": Command(sweep, "train a grid of runs, some at a time", goes_on=True),
     "reproduce": Command(
-        reproduce.make_parser,
-        reproduce.run,
-        "the paper's experiments: tuning, repetitions, report",
-        goes_on=True,
+        reproduce, "the paper's experiments: tuning, repetitions, report", goes_on=True
     ),
-    "report": Command(report.make_parser, report.run, "tables and figures from folders of runs"),
-    "evaluate": Command(
-        evaluate.make_parser, evaluate.run, "accuracy of a trained network on its test images"
-    ),
-    "predict": Command(predict.make_parser, predict.run, "classes of image files"),
-    "bench": Command(
-        bench.make_parser, bench.run, "time and memory of normalisations, side by side"
-    ),
+    "report": Command(report, "tables and figures from folders of runs"),
+    "evaluate": Command(evaluate, "accuracy of a trained network on its test images"),
+    "predict": Command(predict, "classes of image files"),
+    "bench": Command(bench, "time and memory of normalisations, side by side"),
 }
 
 
@@ -78,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> None:
     )
     commands = parser.add_subcommands(required=False, dest="command")
     for name, command in COMMANDS.items():
-        commands.add_subcommand(name, command.make_parser(), help=command.summary)
+        commands.add_subcommand(name, command.file.make_parser(), help=command.summary)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -89,7 +82,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
     command = COMMANDS[arguments.command]
     try:
-        command.run(arguments[arguments.command])
+        command.file.run(arguments[arguments.command])
     except (DataError, RunError) as error:
         sys.exit(f"kernelnorm: {error}")
     except KeyboardInterrupt:

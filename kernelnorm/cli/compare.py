@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernelnorm.cli.options import (
+    add_norms_argument,
     add_run_arguments,
     command_parser,
     configure_run,
-    names,
     numbers,
     where,
 )
@@ -25,9 +25,7 @@ def make_parser() -> ArgumentParser:
         "kernelnorm compare digits-vgg8",
         "kernelnorm compare cifar10-vgg8 --norms batch,kernel --batch-sizes 2,32,256 --epochs 5",
     )
-    parser.add_argument(
-        "--norms", type=names, default=["batch", "group", "layer", "kernel"], help="with commas"
-    )
+    add_norms_argument(parser)
     parser.add_argument("--batch-sizes", type=numbers, default=[2, 32], help="with commas")
     add_run_arguments(parser)
     parser.add_argument("--out", type=Path | None, help="the folder; without it runs/CASE")

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from kernelnorm.experiments.recipes import Recipe, RunConfig
-    from kernelnorm.experiments.sweep import Plan, Pool
 
 
 class Help(RawDescriptionHelpFormatter):
@@ -48,11 +47,10 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     size_help = "resize images to it; without it the case's"
     add("--image-size", type=int | None, metavar="PIXELS", help=size_help)
     add("--epochs", type=int | None, help="the most epochs; without it the case's")
-    augment_help = "true or false: crop and flip at random; without it as the case does"
-    add("--augment", type=bool | None, help=augment_help)
+    add("--augment", type=bool | None, help="crop and flip at random; without it the case's")
     add("--weight-decay", type=float | None, help="of SGD; without it the case's")
-    milestones_help = "epochs after which the rate is divided by 10, such as [60]; the case's"
-    add("--lr-milestones", type=tuple[int, ...] | None, metavar="EPOCHS", help=milestones_help)
+    milestones_help = "epochs, with commas, after each a tenth of the rate; without it the case's"
+    add("--lr-milestones", type=numbers, metavar="EPOCHS", help=milestones_help)
     add("--subset", type=int | None, help="train and test on that many images: a trial")
     precisions = Literal["32-true", "bf16-mixed", "16-mixed"]
     add("--precision", type=precisions, default="32-true", help="of the arithmetic")
@@ -64,6 +62,12 @@ def add_case_argument(parser: ArgumentParser, otherwise: str) -> None:
     parser.add_argument("case", nargs="?", default=SUPPRESS, help=f"{cases}; {otherwise}")
 
 
+def add_norms_argument(parser: ArgumentParser) -> None:
+    """Add the normalisations that are set side by side; without it those of the paper."""
+    norms = ["batch", "group", "layer", "kernel"]
+    parser.add_argument("--norms", type=names, default=norms, help="with commas")
+
+
 def add_place_arguments(parser: ArgumentParser) -> None:
     """Add where the data is and what computes."""
     add = parser.add_argument
@@ -71,19 +75,6 @@ def add_place_arguments(parser: ArgumentParser) -> None:
     add("--accelerator", default="auto", help="cpu, cuda, mps or auto")
     add("--compile", action="store_true", help="run the network through torch.compile")
     add("--config", action="config", help="a YAML file with these options")
-
-
-def add_sweep_arguments(parser: ArgumentParser) -> None:
-    """Add where runs are executed, and how many at a time."""
-    jobs_help = "runs at a time; without it one for each core, or for each 8 GiB of a GPU's memory"
-    add = parser.add_argument
-    add("--jobs", type=int | None, help=jobs_help)
-    ray_help = "on a Ray cluster: auto (that of this machine), local (begin one) or HOST:PORT"
-    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray_help)
-    gpus_help = "of a run, with --ray; without it a quarter where there are GPUs"
-    add("--gpus-per-run", type=float | None, help=gpus_help)
-    add("--cpus-per-run", type=int, default=1, help="with --ray")
-    add("--dry-run", action="store_true", help="list the runs and their time, only")
 
 
 def add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
@@ -145,54 +136,6 @@ def where(arguments: Namespace) -> dict[str, Any]:
     return {name: arguments[name] for name in ("data_dir", "accelerator", "compile")}
 
 
-def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
-    """Do what :func:`add_sweep_arguments` says with a plan.
-
-    Raises:
-        RunError: runs have failed.
-    """
-    from kernelnorm.experiments.runs import RunError
-    from kernelnorm.experiments.sweep import dry_run, sweep
-
-    if arguments.dry_run:
-        dry_run(plan, out, _jobs(arguments))
-        return
-    statuses = sweep(plan, out, _make_pool(arguments, out), arguments.data_dir)
-    failed = sum(status.result is None for status in statuses)
-    if failed:
-        which = (
-            "1 run has failed. In its folder"
-            if failed == 1
-            else f"{failed} runs have failed. In their folders"
-        )
-        raise RunError(
-            f"{which}, failure.json says why, and output.txt, if it is there, has what was "
-            "printed; the same command tries again"
-        )
-
-
-def _jobs(arguments: Namespace) -> int:
-    from kernelnorm.experiments.runs import RunError
-    from kernelnorm.experiments.sweep import default_jobs
-
-    jobs: int = default_jobs(arguments.accelerator) if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        raise RunError(f"--jobs must be positive, got {jobs}")
-    return jobs
-
-
-def _make_pool(arguments: Namespace, out: Path) -> Pool:
-    from kernelnorm.experiments.launch import Launch
-    from kernelnorm.experiments.sweep import LocalPool
-    from kernelnorm.experiments.sweep.cluster import RayPool
-
-    launch = Launch(**where(arguments))
-    if arguments.ray is None:
-        return LocalPool(launch, _jobs(arguments))
-    gpus, cpus = arguments.gpus_per_run, arguments.cpus_per_run
-    return RayPool(launch, out, arguments.ray, gpus=gpus, cpus=cpus)
-
-
 def echo(text: str) -> None:
     """Print, in one of the processes only."""
     from lightning_fabric.utilities.rank_zero import rank_zero_only
@@ -205,13 +148,17 @@ def names(value: str | list[str]) -> list[str]:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-def numbers(value: str | list[int]) -> list[int]:
-    """Return the numbers between commas."""
-    return [int(part) for part in value.split(",")] if isinstance(value, str) else value
+def numbers(value: str | int | list[int]) -> list[int]:
+    """Return the numbers of a list, or between commas."""
+    return [int(part) for part in _parts(value)]
 
 
 def rates(value: str | float | list[float]) -> list[float] | str:
-    """Return the learning rates between commas, or ``"auto"``."""
-    if isinstance(value, str):
-        return value if value == "auto" else [float(part) for part in value.split(",")]
-    return value if isinstance(value, list) else [value]
+    """Return the learning rates of a list, or between commas, or ``"auto"``."""
+    return "auto" if value == "auto" else [float(part) for part in _parts(value)]
+
+
+def _parts(value: str | float | list[int] | list[float]) -> list[str]:
+    """Return what a list has, or a text between its commas, as YAML or a command line gives it."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part) for part in parts if part != ""]

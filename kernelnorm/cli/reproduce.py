@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kernelnorm.cli.execution import add_sweep_arguments, execute_plan
 from kernelnorm.cli.options import (
     add_case_argument,
+    add_norms_argument,
     add_place_arguments,
-    add_sweep_arguments,
     command_parser,
-    execute_plan,
-    names,
     numbers,
 )
 from kernelnorm.cli.report import write_report
@@ -33,8 +32,7 @@ def make_parser() -> ArgumentParser:
     add_case_argument(parser, "without it cifar10-vgg8")
     scale_help = "paper: its epochs, images and batch sizes; small: less of each, for a CPU"
     add("--scale", type=Literal["small", "paper"], default="small", help=scale_help)
-    norms = ["batch", "group", "layer", "kernel"]
-    add("--norms", type=names, default=norms, help="with commas")
+    add_norms_argument(parser)
     add("--batch-sizes", type=numbers, help="with commas; without it the scale's")
     add("--seeds", type=numbers, default=[1, 2, 3], help="of the repetitions; tuning has seed 0")
     rates_help = "try all of the paper's learning rates, also those that worse neighbours rule out"

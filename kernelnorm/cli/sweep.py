@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernelnorm.cli.execution import add_sweep_arguments, execute_plan
 from kernelnorm.cli.options import (
+    add_norms_argument,
     add_place_arguments,
     add_recipe_arguments,
-    add_sweep_arguments,
     choices,
     command_parser,
-    execute_plan,
-    names,
     numbers,
     rates,
     recipe_of,
@@ -33,8 +32,7 @@ def make_parser() -> ArgumentParser:
         "kernelnorm sweep --config examples/sweeps/dropout.yaml --dry-run",
     )
     add = parser.add_argument
-    norms = ["batch", "group", "layer", "kernel"]
-    add("--norms", type=names, default=norms, help="with commas")
+    add_norms_argument(parser)
     add("--batch-sizes", type=numbers, default=[8, 32], help="with commas")
     add("--lrs", type=rates, default="auto", help="with commas; auto: the paper's Table 4")
     add("--seeds", type=numbers, default=[0], help="with commas")
@@ -47,16 +45,8 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Namespace) -> None:
-    """Run the command."""
-    from kernelnorm.experiments.sweep import Grid
-
-    runs = runs_of(arguments)
-    execute_plan(Grid(runs), arguments.out or Path("runs") / runs[0].case, arguments)
-
-
-def runs_of(arguments: Namespace) -> list[RunConfig]:
-    """Return the runs of the grid that the arguments tell."""
+def make_runs(arguments: Namespace) -> list[RunConfig]:
+    """Return the configurations of the grid."""
     from kernelnorm.experiments.sweep import make_grid
 
     return make_grid(
@@ -68,3 +58,11 @@ def runs_of(arguments: Namespace) -> list[RunConfig]:
         rules=arguments.rules,
         **choices(arguments),
     )
+
+
+def run(arguments: Namespace) -> None:
+    """Run the command."""
+    from kernelnorm.experiments.sweep import Grid
+
+    grid = make_runs(arguments)
+    execute_plan(Grid(grid), arguments.out or Path("runs") / grid[0].case, arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from kernelnorm.experiments.runs import (
     final_accuracy,
     write_whole,
 )
-from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.style import LABELS, line_style, png
 from kernelnorm.experiments.trainer import train
 
 __all__ = ["Row", "compare"]
@@ -125,9 +124,7 @@ def _write(rows: Sequence[Row], out: Path) -> None:
 
 
 def _write_picture(rows: Sequence[Row], out: Path) -> None:
-    picture = io.BytesIO()
-    _draw(rows).savefig(picture, dpi=150)
-    write_whole(out / "comparison.png", picture.getbuffer())
+    write_whole(out / "comparison.png", png(_draw(rows)))
 
 
 def _draw(rows: Sequence[Row]) -> Figure:

@@ -251,6 +251,7 @@ def configure(
         raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
     values["dataset"] = _plain(values["dataset"])
+    values["lr_milestones"] = tuple(values["lr_milestones"])
     for name in ("batch_size", "epochs", "image_size", "subset"):
         value = values.get(name)
         if value is not None and value < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import secrets
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import torch
 import yaml
@@ -34,6 +35,8 @@ __all__ = [
 
 Metrics = dict[str, float]
 """One line of ``metrics.jsonl``; accuracies are fractions."""
+
+_NEEDED = ("train_loss", "test_accuracy", "seconds")  # of every line, by what reads them
 
 
 def final_accuracy(history: Sequence[Metrics]) -> float:
@@ -201,13 +204,22 @@ class RunFolder:
                 raise
 
     def read_failure(self) -> dict[str, str] | None:
-        """Return what ``failure.json`` holds; ``None`` where there is no such file."""
-        try:
-            text = (self.path / "failure.json").read_text(encoding="utf-8")
-        except OSError:
+        """Return what ``failure.json`` holds; ``None`` where there is no such file.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        file = self.path / "failure.json"
+        if not file.exists():
             return None
-        failure: dict[str, str] = json.loads(text)
-        return failure
+        try:
+            failure = json.loads(file.read_bytes())
+            found = {name: str(failure[name]) for name in ("kind", "message")}
+        except (LookupError, TypeError, ValueError):
+            found = {"kind": "none"}
+        if found["kind"] not in get_args(FailureKind):
+            raise RunError(f"{file} must have a kind, 'diverged' or 'failed', and a message")
+        return found
 
     def write_failure(self, kind: FailureKind, message: str, record: Mapping[str, Any]) -> None:
         """Write ``failure.json``, and ``config.yaml`` if the run did not come to that.
@@ -269,11 +281,28 @@ class RunFolder:
             )
 
     def read_metrics(self) -> list[Metrics]:
-        """Return the lines of ``metrics.jsonl``; none where there is no such file."""
+        """Return the lines of ``metrics.jsonl``; none where there is no such file.
+
+        Raises:
+            RunError: a line is damaged.
+        """
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        history: list[Metrics] = []
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            try:
+                metrics = json.loads(line)
+                whole = all(math.isfinite(metrics[name]) for name in _NEEDED)
+            except (LookupError, TypeError, ValueError):
+                whole = False
+            if not whole:
+                raise RunError(
+                    f"{file}, line {number}, must have numbers for {', '.join(_NEEDED)}. "
+                    "Delete the file: training goes on from last.ckpt, and writes it anew"
+                )
+            history.append(metrics)
+        return history
 
     def write_metrics(self, history: Sequence[Metrics]) -> None:
         """Write ``metrics.jsonl``."""

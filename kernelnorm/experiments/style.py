@@ -1,10 +1,14 @@
-"""How each normalisation is drawn: the same colour and marker in every figure."""
+"""How figures are drawn: each normalisation has the same colour and marker in all of them."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LABELS", "line_style"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["LABELS", "line_style", "png"]
 
 LABELS = {
     "batch": "BatchNorm",
@@ -35,3 +39,10 @@ def line_style(norm: str) -> dict[str, Any]:
     """Return the keyword arguments of :meth:`matplotlib.axes.Axes.plot` for a normalisation."""
     color, marker = _STYLES[norm]
     return {"label": LABELS[norm], "color": color, "marker": marker, "markersize": 5}
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    return picture.getvalue()

@@ -23,7 +23,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -41,6 +40,7 @@ from kernelnorm.experiments.bench.plan import CASE_STUDIES, Plan, make_plan
 from kernelnorm.experiments.bench.report import TimeTable, draw, floor_lines, memory_lines
 from kernelnorm.experiments.bench.results import Result
 from kernelnorm.experiments.runs import RunError, write_whole
+from kernelnorm.experiments.style import png
 
 __all__ = ["CASE_STUDIES", "Plan", "bench", "make_plan", "saved_bytes"]
 
@@ -153,6 +153,4 @@ def _write(results: Sequence[Result], plan: Plan, machine: dict[str, Any], out: 
         "results": [result.record() for result in results],
     }
     write_whole(out / "bench.json", f"{json.dumps(record, indent=1)}\n".encode())
-    picture = io.BytesIO()
-    draw(results, plan.norms).savefig(picture, dpi=150)
-    write_whole(out / "bench.png", picture.getbuffer())
+    write_whole(out / "bench.png", png(draw(results, plan.norms)))

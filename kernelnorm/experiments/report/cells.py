@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from kernelnorm.experiments.report.collect import Record
 from kernelnorm.experiments.report.statistics import Estimate, estimate
-from kernelnorm.experiments.sweep.tuning import best_rate
+from kernelnorm.experiments.sweep.tuning import TUNING_SEED, best_rate
 
 __all__ = ["Cell", "Rate", "make_cell"]
-
-_TUNING_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Cell:
         if set(states) == {"diverged"}:
             rates = len(self.rates)
             return f"diverged at all {rates} learning rates" if rates > 1 else "diverged"
-        return "unfinished" if states["unfinished"] else "failed"
+        return next(state for state in ("running", "unfinished", "failed") if states[state])
 
 
 def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
@@ -95,7 +93,7 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         for lr in sorted({record.config.lr for record in records})
     }
     done = [record for record in records if record.state == "done"]
-    tuning = [record for record in done if record.config.seed == _TUNING_SEED] or done
+    tuning = [record for record in done if record.config.seed == TUNING_SEED] or done
     scores = {
         lr: statistics.fmean(scored)
         for lr in by_rate
@@ -114,7 +112,7 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
     if lr is None:
         return Cell(norm, batch_size, rates, None, [], {}, None, None, None)
     counted = by_rate[lr]
-    others = [record for record in counted if record.config.seed != _TUNING_SEED]
+    others = [record for record in counted if record.config.seed != TUNING_SEED]
     if len(by_rate) > 1 and _accuracies(others):
         counted = others
     ended = [record for record in counted if record.state == "done"]

@@ -12,14 +12,19 @@ from typing import Any
 from tqdm import tqdm
 
 from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import Metrics, RunError, RunFolder, final_accuracy
+from kernelnorm.experiments.runs import (
+    Metrics,
+    RunError,
+    RunFolder,
+    error_message,
+    final_accuracy,
+)
+from kernelnorm.experiments.sweep.status import State, look
 from kernelnorm.norms import NORMS
 
 __all__ = ["Collection", "Record", "Unreadable", "collect"]
 
 _FILES = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
-_METRICS = ("train_loss", "test_accuracy", "seconds")
-_KINDS = ("diverged", "failed")
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,7 @@ class Record:
     Args:
         folder: its folder, seen from the root.
         config: its configuration.
-        state: ``"done"``, ``"diverged"``, ``"failed"``, or ``"unfinished"``, which it is as well
-            while it is being trained.
+        state: what has become of it, see :data:`State`.
         message: why it diverged or failed.
         history: its finished epochs.
         found: the rest of ``config.yaml``: the images, and the ``environment``.
@@ -38,7 +42,7 @@ class Record:
 
     folder: str
     config: RunConfig
-    state: str
+    state: State
     message: str
     history: Sequence[Metrics]
     found: dict[str, Any]
@@ -110,24 +114,23 @@ def collect(root: Path, out: Path) -> Collection:
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: give the folder of runs, such as runs/")
-    folders = sorted(_run_folders(root, out))
+    root = root.absolute()
+    folders = sorted(_run_folders(root, out.absolute()))
     records: dict[str, Record] = {}
     unreadable = []
     for folder in tqdm(folders, unit=" runs", leave=False, disable=None, dynamic_ncols=True):
         place = folder.relative_to(root).as_posix()
         try:
-            record = _read(RunFolder(folder), place)
+            record = _read(folder, root)
         except Exception as error:  # a damaged file can fail in every layer of its reader
-            reason = (
-                f"{error}" if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-            )
+            reason = error_message(error)
             unreadable.append(Unreadable(place, reason.replace(f"{root}{os.sep}", "")))
             continue
-        other = records.setdefault(f"{record.config.case}/{record.config.name}", record)
+        other = records.setdefault(record.config.name, record)
         if other is not record:
             # The one that counts is the one that came further.
             kept, left = sorted((other, record), key=_progress, reverse=True)
-            records[f"{record.config.case}/{record.config.name}"] = kept
+            records[record.config.name] = kept
             unreadable.append(Unreadable(left.folder, f"the same run as {kept.folder}"))
     if not records:
         problems = "".join(f"; {item.folder}: {item.reason}" for item in unreadable[:3])
@@ -143,7 +146,6 @@ def _run_folders(root: Path, out: Path) -> Iterator[Path]:
         here = Path(path)
         if not _FILES.isdisjoint(files):
             yield here
-            folders.clear()
         folders[:] = [name for name in folders if here / name not in (out, root / "report")]
 
 
@@ -151,26 +153,17 @@ def _progress(record: Record) -> tuple[bool, int]:
     return record.state == "done", len(record.history)
 
 
-def _read(folder: RunFolder, place: str) -> Record:
-    if not (folder.path / "config.yaml").exists():
-        raise RunError("it has no config.yaml: the run was stopped before it had begun, or copied")
+def _read(path: Path, root: Path) -> Record:
+    if not (path / "config.yaml").exists():
+        raise RunError("it has no config.yaml: its training has not come to that, or it was lost")
+    folder = RunFolder(path)
     found = folder.read_config()
     config = RunConfig.from_record(found.pop("run"))
     _check_config(config)
-    history = folder.read_metrics()
-    for number, metrics in enumerate(history, 1):
-        if any(not _is_number(metrics.get(name)) for name in _METRICS):
-            raise RunError(f"metrics.jsonl, line {number}, must have numbers for {_METRICS}")
-    failure = folder.read_failure()
-    if failure is not None and failure.get("kind") not in _KINDS:
-        raise RunError(f"failure.json must have a kind, 'diverged' or 'failed', got {failure!r}")
-    if config.finished(history):
-        state, message = "done", ""
-    elif failure is not None:
-        state, message = failure["kind"], failure.get("message", "")
-    else:
-        state, message = "unfinished", ""
-    return Record(place, config, state, message, history, found)
+    status = look(folder, config)
+    message = status.message.replace(f"{root}{os.sep}", "")
+    place = path.relative_to(root).as_posix()
+    return Record(place, config, status.state, message, status.history, found)
 
 
 def _check_config(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,13 +57,14 @@ class Chapter:
 def make_chapters(collection: Collection, sections: Sequence[Section]) -> list[Chapter]:
     """Return a chapter for each section, and one for the folders that do not count."""
     chapters: list[Chapter] = []
+    slugs = Counter[str]()
     for section in sections:
         case = section.config.case
         slug = re.sub(r"[^\w.-]", "_", case, flags=re.ASCII)
-        same = sum(chapter.title.split(" (")[0] == case for chapter in chapters)
-        if same:
-            slug = f"{slug}-{same + 1}"
-        title = f"{case} ({same + 1})" if same else case
+        slugs[slug] += 1
+        title = case
+        if slugs[slug] > 1:
+            title, slug = f"{case} ({slugs[slug]})", f"{slug}-{slugs[slug]}"
         found: dict[str, Table | Picture] = {**section_tables(section), **section_pictures(section)}
         blocks = {name: found[name] for name in _ORDER if name in found}
         chapters.append(Chapter(title, slug, _warning(section), _facts(section), blocks))
@@ -76,8 +78,9 @@ def _warning(section: Section) -> str:
     if not section.deviations:
         return ""
     return (
-        f"Not as in the paper: {', '.join(section.deviations)}. The paper's values beside ours are "
-        "those of its full training: the differences to them do not test the paper."
+        f"Not trained as for the paper's tables: {', '.join(section.deviations)}. The paper's "
+        "values beside ours are those of its full training: the differences to them do not test "
+        "the paper."
     )
 
 

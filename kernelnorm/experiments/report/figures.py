@@ -16,13 +16,12 @@ from kernelnorm.experiments.report.plotting import (
     epoch_axes,
     legend,
     nearest,
-    png,
     tidy,
 )
 from kernelnorm.experiments.report.reference import paper_accuracy
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.report.variant_figures import draw_ablations, draw_dropout
-from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.style import LABELS, line_style, png
 
 __all__ = ["section_pictures"]
 
@@ -93,11 +92,12 @@ def _against_epoch(section: Section) -> Picture | None:
     size = nearest(sizes)
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    finals = []
+    finals, drawn = [], []
     for norm in section.norms:
         cell, style = section.cells[norm, size], line_style(norm)
         if cell.accuracy is None:
             continue
+        drawn.append(norm)
         done = [record for record in cell.records if record.state == "done"]
         curves(left, [record.train_losses for record in done], style)
         curves(right, [record.test_accuracies for record in done], style)
@@ -114,7 +114,7 @@ def _against_epoch(section: Section) -> Picture | None:
         note += f" The paper's final accuracies, in %: {', '.join(finals)}."
     return Picture(
         f"Figure 4. Training loss and accuracy per epoch, batch size {size}",
-        f"Training loss and test accuracy per epoch at batch size {size}, {_names(section.norms)}.",
+        f"Training loss and test accuracy per epoch at batch size {size}, {_names(drawn)}.",
         note,
         png(figure),
     )

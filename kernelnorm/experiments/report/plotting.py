@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ __all__ = [
     "epoch_axes",
     "legend",
     "nearest",
-    "png",
     "tidy",
 ]
 
@@ -93,8 +91,8 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend(figure: Figure, panels: Iterable[Axes], columns: int = 4) -> None:
-    """Put one legend below all panels, with each name once."""
+def legend(figure: Figure, panels: Iterable[Axes], width: float = 2.0) -> None:
+    """Put one legend below all panels, with each name once, in columns of a width in inches."""
     entries: dict[str, Any] = {}
     order = [*LABELS.values()]
     for panel in panels:
@@ -102,11 +100,5 @@ def legend(figure: Figure, panels: Iterable[Axes], columns: int = 4) -> None:
             entries.setdefault(label, handle)
     labels = sorted(entries, key=lambda label: order.index(label) if label in order else 0)
     handles = [entries[label] for label in labels]
+    columns = int(figure.get_figwidth() // width)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    return picture.getvalue()

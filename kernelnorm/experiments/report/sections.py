@@ -20,10 +20,11 @@ from kernelnorm.experiments.report.reference import (
 from kernelnorm.experiments.report.statistics import Difference, difference
 from kernelnorm.experiments.report.variants import Variant, make_variants
 from kernelnorm.experiments.style import LABELS
+from kernelnorm.experiments.sweep.status import State
 
-__all__ = ["Comparison", "Section", "make_sections"]
+__all__ = ["STATES", "Comparison", "Section", "make_sections"]
 
-STATES = ("done", "diverged", "failed", "unfinished")
+STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinished")
 
 
 @dataclass(frozen=True)

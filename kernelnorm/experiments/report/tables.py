@@ -220,7 +220,7 @@ def _incomplete(section: Section) -> Table:
         )
     note = (
         "They are in no mean. A diverged run is a result; failed and unfinished ones go on with "
-        "the command that began them. An unfinished one may be in training now."
+        "the command that began them."
     )
     return Table("Runs that are not done", head, rows, note)
 

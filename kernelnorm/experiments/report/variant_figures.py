@@ -13,12 +13,11 @@ from kernelnorm.experiments.report.plotting import (
     epoch_axes,
     legend,
     nearest,
-    png,
     tidy,
 )
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.report.variants import Variant
-from kernelnorm.experiments.style import line_style
+from kernelnorm.experiments.style import line_style, png
 
 __all__ = ["draw_ablations", "draw_dropout"]
 
@@ -45,7 +44,7 @@ def draw_dropout(section: Section) -> Picture | None:
         curves(axes, [record.test_accuracies for record in variant.records], style)
     axes.set_ylabel("test accuracy, %")
     epoch_axes((axes,))
-    legend(figure, (axes,), columns=2)
+    legend(figure, (axes,), width=3.5)
     return Picture(
         "Figure 5. The regularising effect of dropout on the statistics",
         "Test accuracy per epoch of kernel networks with and without dropout on the statistics.",

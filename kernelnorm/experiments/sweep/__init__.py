@@ -20,12 +20,11 @@ from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.local import LocalPool, default_jobs
 from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
-from kernelnorm.experiments.sweep.reproduction import PAPER_NORMS, reproduction
+from kernelnorm.experiments.sweep.reproduction import reproduction
 from kernelnorm.experiments.sweep.status import Status, look
 from kernelnorm.experiments.sweep.view import View, forecast, table
 
 __all__ = [
-    "PAPER_NORMS",
     "Grid",
     "LocalPool",
     "Plan",
@@ -73,7 +72,10 @@ class _Survey:
         name = config.name
         if name in self._ended:
             return self._ended[name]
-        status = look(RunFolder(self.root / name), config)
+        try:
+            status = look(RunFolder(self.root / name), config)
+        except RunError as error:  # damaged: that is for the run itself to stumble over
+            status = Status(config, "failed", message=str(error))
         if status.result is not None:
             self._ended[name] = status
         elif name in self._failed and status.state != "running":
@@ -113,7 +115,7 @@ def dry_run(plan: Plan, root: Path, jobs: int) -> None:
     survey = _Survey(plan, root)
     statuses = survey.statuses()
     missing = [status for status in statuses if status.result is None]
-    print("\n".join([plan.note] * bool(plan.note) + table(statuses)))
+    print("\n".join(table(statuses, plan.note)))
     time_needed = forecast(statuses, missing, jobs)
     print(f"\nTo be trained in {root}: {len(missing)} of {len(statuses)} runs, {jobs} at a time.")
     print(f"Time for them: {time_needed}, estimated from the runs that are there.")
@@ -146,7 +148,7 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
         finally:
             pool.close()  # the table shows what is left when nothing runs any more
             statuses = survey.statuses()
-            print("\n".join(["", *[plan.note] * bool(plan.note), *table(statuses)]))
+            print("\n".join(["", *table(statuses, plan.note)]))
             for status in statuses:
                 if status.state == "failed":
                     print(f"{status.config.name}: {status.message}")
@@ -168,11 +170,11 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
     view = View(survey.plan.note, pool.places)
     try:
         while True:
-            statuses = survey.statuses()
+            statuses, places = survey.statuses(), pool.places  # a cluster is asked for them
             for status in statuses:
                 name = status.config.name
                 wanted = status.state in ("missing", "unfinished", "failed") and name not in tried
-                if wanted and len(in_flight) < pool.places:
+                if wanted and len(in_flight) < places:
                     in_flight[pool.submit(status.config, survey.root / name)] = status.config
                     tried.add(name)
             running = {config.name for config in in_flight.values()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,14 +61,13 @@ class RayPool:
             raise RunError(f"--cpus-per-run must be positive, got {cpus}")
         if gpus is not None and gpus < 0:
             raise RunError(f"--gpus-per-run must not be negative, got {gpus:g}")
-        import ray
-
-        self._ray: Any = ray
+        ray: Any = import_module("ray")  # an extra, whose types are not always there
+        self._ray = ray
         try:
             if ":" in address:  # Ray itself would try for minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address, log_to_driver=False, logging_level="error")
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise RunError(f"--ray {address}: {error}") from error
         if gpus is None:

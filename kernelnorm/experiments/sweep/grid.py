@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
+
+from kernelnorm.experiments.evaluation import build_network
 from kernelnorm.experiments.recipes import Recipe, RunConfig, configure
 from kernelnorm.experiments.runs import RunError
 
@@ -35,7 +37,7 @@ def make_grid(
         choices: what all runs have in place of the recipe's, as :func:`configure` takes them.
 
     Raises:
-        RunError: a value is out of its range, or there are no runs.
+        RunError: a value is out of its range, a network cannot be made, or there are no runs.
 
     Example::
 
@@ -45,7 +47,7 @@ def make_grid(
         >>> [(run.batch_size, run.norm, run.lr) for run in grid]
         [(32, 'batch', 0.01), (32, 'kernel', 0.025), (2, 'batch', 0.0025), (2, 'kernel', 0.001)]
     """
-    options = choices.pop("model_options", asdict(recipe)["model_options"])
+    options = choices.pop("model_options", recipe.model_options)
     runs = [
         configure(
             recipe,
@@ -64,4 +66,7 @@ def make_grid(
     ]
     if not runs:
         raise RunError("the sweep has no runs: give each of its lists a value")
+    for run in {(run.norm, str(run.model_options)): run for run in runs}.values():
+        with torch.device("meta"):  # no run should have to fail to tell that
+            build_network(run, num_classes=10, in_channels=3)
     return list({run.name: run for run in runs}.values())

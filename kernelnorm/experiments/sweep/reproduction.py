@@ -10,6 +10,7 @@ from kernelnorm.experiments.recipes import RECIPES, paper
 from kernelnorm.experiments.runs import RunError
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.plan import Tuned
+from kernelnorm.experiments.sweep.tuning import TUNING_SEED
 
 __all__ = ["PAPER_NORMS", "Scale", "reproduction", "scale_of"]
 
@@ -82,10 +83,14 @@ def reproduction(
     """
     size = scale_of(case, scale)
     recipe = RECIPES[case]
-    if 0 in seeds:
-        raise RunError("seed 0 is that of the tuning: give others to the repetitions")
+    if TUNING_SEED in seeds:
+        raise RunError(f"seed {TUNING_SEED} is that of the tuning: give others to the repetitions")
     cells = make_grid(
-        recipe, norms=norms, batch_sizes=batch_sizes or size.batch_sizes, **size.choices
+        recipe,
+        norms=norms,
+        batch_sizes=batch_sizes or size.batch_sizes,
+        seeds=[TUNING_SEED],
+        **size.choices,
     )
     note = ""
     if scale == "small":

@@ -51,6 +51,9 @@ def look(folder: RunFolder, config: RunConfig) -> Status:
     Args:
         folder: where it is, or would be.
         config: the run.
+
+    Raises:
+        RunError: a file is damaged.
     """
     history = folder.read_metrics()
     if config.finished(history):

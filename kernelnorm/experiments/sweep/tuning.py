@@ -8,19 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-__all__ = ["best_rate", "rates_to_try"]
+__all__ = ["TUNING_SEED", "best_rate", "rates_to_try"]
+
+TUNING_SEED = 0
+"""The seed of the runs that find the best learning rate; those that repeat it have others."""
 
 
 def best_rate(results: Mapping[float, float]) -> float | None:
-    """Return the learning rate with the best result, the lowest of several; ``None`` if all runs
-    have diverged.
+    """Return the learning rate with the best result, the lowest of several that differ by rounding
+    alone; ``None`` if all runs have diverged.
 
     Example::
 
         >>> best_rate({0.1: -math.inf, 0.05: 0.82, 0.025: 0.84, 0.01: 0.84})
         0.01
     """
-    best = max(results, key=lambda lr: (results[lr], -lr), default=None)
+    best = max(results, key=lambda lr: (round(results[lr], 9), -lr), default=None)
     return None if best is None or results[best] == -math.inf else best
 
 

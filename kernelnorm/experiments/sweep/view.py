@@ -15,13 +15,14 @@ from kernelnorm.experiments.sweep.status import Status, seconds_left, seconds_pe
 __all__ = ["View", "duration", "forecast", "table"]
 
 
-def table(statuses: Sequence[Status]) -> list[str]:
-    """Return the lines of a table with a row for each run."""
+def table(statuses: Sequence[Status], note: str = "") -> list[str]:
+    """Return the lines of a table with a row for each run, below a note if there is one."""
     headings = ("norm", "batch size", "lr", "seed", "rules", "status", "accuracy", "s/epoch")
     rows = [headings, *(_row(status) for status in statuses)]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    return ["  ".join(map(str.rjust, row, widths)) for row in zip(*columns, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in zip(*columns, strict=True)]
+    return [note, *lines] if note else lines
 
 
 def _row(status: Status) -> tuple[str, ...]:
