@@ -80,6 +80,18 @@ def test_float32_with_a_mean_of_1000_and_dropout(kernel_size):
     assert relative_error(y, exact) < 1e-2
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
+@pytest.mark.parametrize("p", [0.001, 0.1])
+def test_float32_in_evaluation_is_as_exact_as_its_filters_are_large(mean, p):
+    """The expected variance bounds the mean in units of the deviation, by about 1 / sqrt(p)."""
+    x = torch.randn(4, 64, 12, 12) + mean
+    weight = torch.randn(32, 64, 3, 3) / 24 + 0.1
+    y = kn_conv(x, weight, dropout_p=p, training=False)
+    exact = kn_conv(x.double(), weight.double(), dropout_p=p, training=False)
+    unit = torch.finfo(torch.float32).eps * weight.abs().sum((1, 2, 3)).max() / p**0.5
+    assert (y - exact).abs().max() < 4 * unit
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 255.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])

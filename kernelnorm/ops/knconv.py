@@ -134,7 +134,8 @@ def forward(
     dtype = narrow(x)
     sums = _sums(weight, dtype)
     if x.dtype == dtype and (keys is not None or p >= _LEAST_P):
-        # mu differs from the mean of the window by far more than rounding does.
+        # A mask moves mu by far more than rounding does, and what stands for it in evaluation
+        # keeps |mu| r small: see _LEAST_P.
         mu, r = primitives.window_statistics(x, keys, p, geometry, eps, dtype)
         filters, maps, vectors = weight, [mu], [sums]
     else:
