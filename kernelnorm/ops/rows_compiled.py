@@ -192,8 +192,14 @@ def _compiled(function: Callable[..., Any], examples: Sequence[Tensor]) -> Any:
     try:
         return compile_for_all_sizes(function, examples)
     except Exception as error:  # whatever is wrong with the compiler, there is another way
-        _log.warning("compiling failed, so kernel normalisation is slower: %s", error)
+        _tell(str(error))
         return lambda tensors: function(*tensors)
+
+
+@functools.cache
+def _tell(problem: str) -> None:
+    """Once, as the same is likely to be wrong for all."""
+    _log.warning("compiling failed, so kernel normalisation is slower: %s", problem)
 
 
 # In a trace, sizes that are equal are the same size for ever: those of examples must differ.
