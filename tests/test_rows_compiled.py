@@ -143,6 +143,26 @@ def test_layer_agrees_with_equation_4(memory_format, kernel_size, activation):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kernel_size", [3, 9])
+def test_tensors_that_are_parts_of_others(kernel_size: int):
+    """Windows of 9 have sums that are not compiled, and an epilogue that is."""
+    x = torch.randn(2 * 6 * 12 * 11 + 1)[1:].view(2, 12, 11, 6).movedim(-1, 1)
+    weight = torch.randn(5, 12, kernel_size, kernel_size)[:, ::2]
+    inputs = [t.detach().requires_grad_() for t in (x, weight, torch.randn(10)[::2])]
+    mask = mask_of(3, x.shape, 0.1)
+    y = kn_conv(*inputs, padding=1, activation="relu")
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = reference.kn_conv(*wide, (1, 1), (1, 1), (1, 1), 1, mask).relu()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(y.shape)
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, grad),
+        torch.autograd.grad(expected, wide, grad.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+
+
 def test_gradcheck():
     inputs = [torch.randn(1, 2, 3, 4), torch.randn(2, 2, 2, 2), torch.randn(2)]
     inputs = [t.double().requires_grad_() for t in inputs]

@@ -251,4 +251,4 @@ def _vector(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
-    return () if tensor is None else (tensor,)
+    return () if tensor is None else (tensor.contiguous(),)
