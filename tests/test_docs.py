@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_commands_exist(
     document: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for block in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL):
         (tmp_path / "sweep.yaml").write_text(block)
     line = line[line.index("kernelnorm ") :].replace(" NORM ", " kernel ")
