@@ -27,7 +27,7 @@ from kernelnorm.ops.windows import Geometry, box_sum_transpose
 Layout = Literal["rows", "planes"]
 
 # The elements below which compiling is not worth its seconds.
-_LEAST = 1 << 13
+_LEAST = 1 << 12
 
 # The window's sides, added up, above which compiling its sums would take minutes.
 _MOST_TAPS = 16
