@@ -9,11 +9,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "kernelnorm"
 ORDER = [
     "kernelnorm.reference",
+    "kernelnorm.ops.regions",
     "kernelnorm.ops.windows",
     "kernelnorm.ops.mask",
-    "kernelnorm.ops.statistics",
     "kernelnorm.ops.rows_torch",
-    "kernelnorm.ops.regions",
+    "kernelnorm.ops.statistics",
     "kernelnorm.ops.rows_compiled",
     "kernelnorm.ops.rows_triton",
     "kernelnorm.ops",

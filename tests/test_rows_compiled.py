@@ -44,6 +44,7 @@ SIZES = {  # of samples, channels, and of each dimension beyond the window's rea
     "some": (3, 20, 4),
     "one of each": (1, 1, 0),
     "one channel": (2, 1, 5),
+    "three channels": (2, 3, 20),
     "one sample": (1, 40, 1),
     "as many pixels as channels": (2, 9, 0),
     "many": (2, 130, 9),
@@ -53,6 +54,9 @@ SIZES = {  # of samples, channels, and of each dimension beyond the window's rea
 def laid(x: Tensor, layout: str) -> Tensor:
     if layout == "rows":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "slices":
+        longer = torch.cat([x, torch.full_like(x, torch.nan)], 1)
+        return laid(longer, "rows")[:, : x.shape[1]]
     if layout == "neither":
         return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
     return x.contiguous()
@@ -79,14 +83,24 @@ def check_statistics(geometry: Geometry, layout: str, drop: bool) -> None:
     for sizes in SIZES:
         x = input_of(geometry, sizes, layout)
         keys = draw_keys(x.shape, CPU) if drop else None
-        arguments = x, keys, 0.3, geometry, 1e-5, x.dtype
-        mu, r = rows_compiled.window_statistics(*arguments)
-        assert_same((mu, r), DIFFERENTIABLE.window_statistics(*arguments))
+        weight = laid(randn(5, x.shape[1], *geometry.kernel_size), layout)
+        arguments = x, weight, keys, 0.3, geometry, 1e-5, x.dtype
+        results = rows_compiled.window_statistics(*arguments)
+        assert_same(results, DIFFERENTIABLE.window_statistics(*arguments))
 
-        grad, pair = laid(randn(*x.shape), layout), randn(2, *mu.shape)
-        expected = DIFFERENTIABLE.through_statistics(grad, x, pair, keys, 0.3, geometry)
-        result = rows_compiled.through_statistics(grad, x, pair, keys, 0.3, geometry)
-        assert_same((result,), (expected,))
+        grad, pair = laid(randn(*x.shape), layout), randn(2, *results[0].shape)
+        others = x, pair, randn(5), keys, 0.3, geometry
+        for total in None, randn(*x.shape):
+            results, expected = (
+                primitives.through_statistics(
+                    grad.clone(),
+                    weight.clone(),
+                    *others,
+                    None if total is None else laid(total, "slices"),
+                )
+                for primitives in (rows_compiled, DIFFERENTIABLE)
+            )
+            assert_same(results, expected)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -94,7 +108,7 @@ def test_statistics_and_the_gradient_through_them(name: str):
     check_statistics(GEOMETRIES[name], "rows", drop=True)
 
 
-@pytest.mark.parametrize("layout", ["planes", "neither"])
+@pytest.mark.parametrize("layout", ["planes", "slices", "neither"])
 def test_statistics_in_other_layouts(layout: str):
     check_statistics(GEOMETRIES["valid, stride 2"], layout, drop=True)
 
@@ -117,8 +131,10 @@ def test_epilogue_and_output_gradient(layout: str, relu: bool, with_bias: bool):
         assert_same((y, numerator), expected)
 
         kept = y if numerator is None else numerator
-        for of_grad in ("rows", "planes", "neither"):
+        for of_grad in ("rows", "planes", "slices", "neither"):
             grad = laid(randn(*z.shape), of_grad)
+            if of_grad == "slices":
+                kept = laid(kept, of_grad)
             arguments = grad, kept, r, mu, sums, bias, relu, (0.7, 1.3)
             expected = rows_torch.output_gradient(*arguments)
             assert_same(rows_compiled.output_gradient(*arguments), expected)
@@ -199,7 +215,7 @@ def test_compiling_leaves_the_random_numbers_alone():
     expected = torch.rand(1)
     torch.manual_seed(1)
     rows_compiled._window_statistics.__wrapped__(
-        "rows", torch.float32, True, 0.3, GEOMETRIES["a pixel"], 1e-5, torch.float32
+        "rows", 0, torch.float32, True, 0.3, GEOMETRIES["a pixel"], 1e-5, torch.float32
     )
     assert torch.equal(torch.rand(1), expected)
 
@@ -208,8 +224,9 @@ def test_threads_that_compile_at_once(caplog):
     geometry, results = Geometry((1, 2), (1, 1), (0, 0), (1, 1)), []
 
     def compile_and_run() -> None:
-        x = torch.ones(2, 3, 4, 5)
-        results.append(rows_compiled.window_statistics(x, None, 0.0, geometry, 1e-5, x.dtype)[0])
+        x, weight = torch.ones(2, 3, 4, 5), torch.ones(1, 3, 1, 2)
+        arguments = x, weight, None, 0.0, geometry, 1e-5, x.dtype
+        results.append(rows_compiled.window_statistics(*arguments)[0])
 
     threads = [threading.Thread(target=compile_and_run) for _ in range(3)]
     for thread in threads:

@@ -18,10 +18,10 @@ class Primitives(NamedTuple):
     Each is a function of :mod:`kernelnorm.ops.statistics` or of :mod:`kernelnorm.ops.rows_torch`.
     """
 
-    window_statistics: Callable[..., tuple[Tensor, Tensor]]
+    window_statistics: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     epilogue: Callable[..., tuple[Tensor, Tensor | None]]
     output_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    through_statistics: Callable[..., Tensor]
+    through_statistics: Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
 def primitives_of(rows: ModuleType) -> Primitives:

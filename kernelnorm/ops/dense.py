@@ -58,7 +58,7 @@ class _DenseBlock(torch.autograd.Function):
         end = x.shape[1]
         kept: list[Tensor | None] = []
         for step in steps:
-            y = _rows(buffer[:, :end])
+            y = buffer[:, :end]
             for layer in step:
                 y, numerator, *maps = knconv.forward(primitives_for(y), y, *layer)
                 within = layer is not step[-1]
@@ -106,10 +106,10 @@ def _backward(
             index -= 3
             saved = x, *step[i][:3], *state
             wanted = True, *needs[index : index + 2]
-            of_x, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings)
+            into = None if i > 0 else total[:, :start]
+            of_x, *of_parameters = knconv.backward(g, saved, wanted, step[i].settings, into)
             assert of_x is not None  # it was wanted
             g, gradients[index : index + 2] = of_x, of_parameters
-        total[:, :start].add_(g)
         end = start
     gradients[0] = total[:, :channels] if needs[0] else None
     return gradients

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernelnorm.ops import DIFFERENTIABLE, Primitives, primitives_for
 from kernelnorm.ops.rows_torch import narrow, wide
-from kernelnorm.ops.statistics import gradient_factors
+from kernelnorm.ops.statistics import as_filters, filter_sums, gradient_factors
 from kernelnorm.ops.windows import Geometry, box_sum
 
 _LEAST_P = 1e-3
@@ -132,18 +132,18 @@ def forward(
     """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
     geometry, groups, p, eps, relu = settings
     dtype = narrow(x)
-    sums = _sums(weight, dtype)
-    if x.dtype == dtype and (keys is not None or p >= _LEAST_P):
-        # A mask moves mu by far more than rounding does, and what stands for it in evaluation
-        # keeps |mu| r small: see _LEAST_P.
-        mu, r = primitives.window_statistics(x, keys, p, geometry, eps, dtype)
+    # A mask moves mu by far more than rounding does, and what stands for it in evaluation keeps
+    # |mu| r small: see _LEAST_P.
+    uncentred = x.dtype == dtype and (keys is not None or p >= _LEAST_P)
+    of_maps = dtype if uncentred else wide(x)
+    mu, r, sums, x = primitives.window_statistics(x, weight, keys, p, geometry, eps, of_maps)
+    if uncentred:
         filters, maps, vectors = weight, [mu], [sums]
     else:
         # <u, W> - mu S subtracts two numbers that can be large beside their difference. Centred
         # filters have next to no sum, and what rounding leaves of it is taken away again.
-        mu, r = primitives.window_statistics(x, keys, p, geometry, eps, wide(x))
-        filters = (weight - _as_filters(sums / weight[0].numel(), weight)).to(x.dtype)
-        rest = _sums(filters, dtype)
+        filters = (weight - as_filters(sums / weight[0].numel(), weight)).to(x.dtype)
+        rest = filter_sums(filters, dtype)
         maps, vectors = [mu.to(dtype)], [rest]
         if keys is not None or groups > 1:
             means = x.unflatten(1, (groups, -1)).mean(2, dtype=dtype).to(mu.dtype)
@@ -160,8 +160,13 @@ def backward(
     saved: tuple[Any, ...],
     needs: tuple[bool, ...],
     settings: Settings,
+    total: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the input, the weight and the bias."""
+    """The gradients of the input, the weight and the bias.
+
+    Args:
+        total: what the input's gradient is added to, in place
+    """
     x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
     geometry, groups, p, _, relu = settings
@@ -174,11 +179,11 @@ def backward(
         grad_z, x, weight.to(x.dtype), None, *_arguments(geometry, groups),
         (needs_x, needs_weight, False),
     )  # fmt: skip
-    if grad_x is not None:
-        grad_x = primitives.through_statistics(grad_x, x, pair, keys, p, geometry)
+    grad_x, grad_weight = primitives.through_statistics(
+        grad_x, grad_weight, x, pair, grad_sums, keys, p, geometry, total
+    )
     if grad_weight is not None:
-        grad_sums = _as_filters(grad_sums, weight)
-        grad_weight = grad_weight.to(grad_sums.dtype).sub_(grad_sums).to(weight.dtype)
+        grad_weight = grad_weight.to(weight.dtype)
     return grad_x, grad_weight, grad_bias.to(bias.dtype) if needs_bias else None
 
 
@@ -200,14 +205,6 @@ def _arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:
     """Those of a convolution."""
     _, stride, padding, dilation = geometry
     return stride, padding, dilation, False, (0,) * len(stride), groups
-
-
-def _sums(filters: Tensor, dtype: torch.dtype) -> Tensor:
-    return filters.sum(tuple(range(1, filters.dim())), dtype=dtype)
-
-
-def _as_filters(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (like.dim() - 1))
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:

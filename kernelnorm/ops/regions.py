@@ -8,6 +8,7 @@ traced for is the number, the dtypes and the strides of its arguments.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,29 @@ from torch import Tensor
 
 _one_at_a_time = threading.Lock()
 """Tracing changes PyTorch itself while it runs, for all threads."""
+
+_OPTIONS = {
+    "size_asserts": False,
+    "cpp.dynamic_threads": True,
+    # Inductor would keep an intermediate result in memory where it takes many operations or reads,
+    # and read it once more. Here loops are bound by memory, and `once` says what is kept.
+    "realize_opcount_threshold": sys.maxsize,
+    "realize_reads_threshold": sys.maxsize,
+}
+
+_tracing = threading.local()
+""":func:`once` has its results in ``kept``, where this thread is tracing."""
+
+
+def once(x: Tensor) -> Tensor:
+    """Marks an intermediate result that is to be computed once, and kept for its uses.
+
+    Whatever is not marked becomes a part of each loop that uses it.
+    """
+    kept: list[Tensor] | None = getattr(_tracing, "kept", None)
+    if kept is not None:
+        kept.append(x)
+    return x
 
 
 def compile_for_all_sizes(
@@ -35,14 +59,22 @@ def compile_for_all_sizes(
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    functional = torch.func.functionalize(function, remove="mutations")
+    def with_kept(*tensors: Tensor) -> tuple[Tensor, ...]:
+        kept: list[Tensor] = []
+        _tracing.kept = kept
+        try:
+            return *function(*tensors), *kept
+        finally:
+            del _tracing.kept
+
+    functional = torch.func.functionalize(with_kept, remove="mutations")
     separate = [_empty_like(example) for example in examples]
     with _one_at_a_time, torch.no_grad():
         trace = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*separate)
         inputs = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]
         with (
             tracing(TracingContext(inputs[0].fake_mode)),
-            config.patch({"size_asserts": False, "cpp.dynamic_threads": True}),
+            config.patch(_OPTIONS),
         ):
             compiled: Any = compile_fx_inner(trace, inputs)
     call: Callable[[list[Tensor]], tuple[Tensor, ...]] = compiled

@@ -5,8 +5,9 @@ calling them takes longer than the small ones take themselves; compiled, they ar
 That is done when a primitive is first used, in a few seconds each, for all sizes; PyTorch keeps it
 on disk. It takes a C++ compiler.
 
-The loops are for tensors in one of two layouts: *rows*, in which the channels of a pixel lie side
-by side, as in ``channels_last``, and *planes*, in which the pixels of a channel do.
+The loops are for tensors in one of three layouts: *rows*, in which the channels of a pixel lie side
+by side, as in ``channels_last``; *slices*, which are rows, too, but parts of longer ones; and
+*planes*, in which the pixels of a channel lie side by side.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from kernelnorm.ops import rows_torch, statistics
 from kernelnorm.ops.mask import count_keys, rounded_p
-from kernelnorm.ops.regions import compile_for_all_sizes
-from kernelnorm.ops.windows import Geometry, box_sum_transpose
+from kernelnorm.ops.regions import compile_for_all_sizes, once
+from kernelnorm.ops.windows import Geometry
 
-Layout = Literal["rows", "planes"]
+Layout = Literal["rows", "slices", "planes"]
 
 # The elements below which compiling is not worth its seconds.
 _LEAST = 1 << 12
+
+# The channels below which a loop is over the pixels of a line, with no inner one.
+_FEW = 8
 
 # The window's sides, added up, above which compiling its sums would take minutes.
 _MOST_TAPS = 16
@@ -48,17 +52,24 @@ def supports(x: Tensor) -> bool:
 
 
 def window_statistics(
-    x: Tensor, keys: Tensor | None, p: float, geometry: Geometry, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    keys: Tensor | None,
+    p: float,
+    geometry: Geometry,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.statistics.window_statistics`."""
     if sum(geometry.kernel_size) > _MOST_TAPS:
-        return statistics.window_statistics(rows_torch, x, keys, p, geometry, eps, dtype)
+        return statistics.window_statistics(rows_torch, x, weight, keys, p, geometry, eps, dtype)
     layout = _layout_of(x) or "planes"
     compiled = _window_statistics(
-        layout, x.dtype, keys is not None, rounded_p(p), geometry, eps, dtype
+        layout, _few(x), x.dtype, keys is not None, rounded_p(p), geometry, eps, dtype
     )
-    mu, r = compiled([_laid(x, layout), *_given(keys)])
-    return mu, r
+    x = _laid(x, layout)
+    mu, r, sums, *others = compiled([x, _by_filter(weight)[1], *_given(keys)])
+    return mu, r, sums, others[0] if layout == "slices" else x
 
 
 def epilogue(
@@ -85,37 +96,53 @@ def output_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.rows_torch.output_gradient`."""
     layout = _layout_of(kept) or "planes"
+    if layout == "slices" and grad.stride() != kept.stride():
+        layout = "rows"
     compiled = _output_gradient(layout, kept.dim() - 2, kept.dtype, bias is not None, relu)
     large = _laid(grad, layout), _laid(kept, layout)
     small = r, mu, sums, _vector(factors, r.dtype), *_given(bias)
-    grad_z, pair, inverse = compiled([*large, *small])
-    # Sums over the pixels are products of a matrix and a vector: BLAS reads at full speed.
-    if layout == "rows":
-        transposed = grad_z.movedim(1, -1).flatten(0, -2).T
-        grad_bias, grad_sums = transposed.mv(inverse.view(-1)), transposed.mv(mu.view(-1))
-    else:
-        planes = grad_z.flatten(2)
-        grad_bias = (planes @ inverse.flatten(2).movedim(1, 2)).sum((0, 2))
-        grad_sums = (planes @ mu.flatten(2).movedim(1, 2)).sum((0, 2))
+    grad_z, pair, grad_bias, grad_sums, *_ = compiled([*large, *small])
     return grad_z, pair, grad_bias, grad_sums
 
 
 def through_statistics(
-    grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, p: float, geometry: Geometry
-) -> Tensor:
+    grad: Tensor | None,
+    grad_weight: Tensor | None,
+    x: Tensor,
+    pair: Tensor,
+    grad_sums: Tensor,
+    keys: Tensor | None,
+    p: float,
+    geometry: Geometry,
+    total: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`kernelnorm.ops.statistics.through_statistics`."""
-    if sum(geometry.kernel_size) > _MOST_TAPS:
-        return statistics.through_statistics(rows_torch, grad, x, pair, keys, p, geometry)
-    layout = _layout_of(x) or "planes"
-    compiled = _through_statistics(layout, x.dtype, keys is not None, rounded_p(p), geometry)
+    of_total = None if total is None else _layout_of(total)
+    if (
+        grad is None
+        or grad_weight is None
+        or sum(geometry.kernel_size) > _MOST_TAPS
+        or of_total == "planes"
+        or (total is not None and of_total is None)
+    ):
+        return statistics.through_statistics(
+            rows_torch, grad, grad_weight, x, pair, grad_sums, keys, p, geometry, total
+        )
+    layout: Layout = "planes" if _layout_of(x) in ("planes", None) else "rows"
+    compiled = _through_statistics(
+        layout, of_total, _few(x), x.dtype, keys is not None, rounded_p(p), geometry
+    )
     grad = _laid(grad, layout)
-    compiled([grad, _laid(x, layout), pair, *_given(keys)])
-    return grad
+    grad_weight, filters = _by_filter(grad_weight)
+    others = *_given(keys), *(() if total is None else (total,))
+    compiled([grad, _laid(x, layout), pair, filters, grad_sums, *others])
+    return (grad if total is None else total), grad_weight
 
 
 @functools.cache
 def _window_statistics(
     layout: Layout,
+    few: int,
     dtype: torch.dtype,
     masked: bool,
     p: float,
@@ -123,18 +150,25 @@ def _window_statistics(
     eps: float,
     of_maps: torch.dtype,
 ) -> Any:
-    x, keys = _input_like(layout, dtype, geometry)
+    x, keys, filters, _ = _inputs_like(layout, dtype, geometry, few)
 
-    def function(x: Tensor, *others: Tensor) -> Any:
+    def function(x: Tensor, filters: Tensor, *others: Tensor) -> Any:
+        if few:
+            torch._check(x.shape[1] == few)
+        if layout == "slices":
+            x = once(x.movedim(1, -1).clone(memory_format=torch.contiguous_format)).movedim(-1, 1)
         of_mask = others[0] if masked else None
-        return statistics.window_statistics(rows_torch, x, of_mask, p, geometry, eps, of_maps)
+        mu, r, sums, x = statistics.window_statistics(
+            rows_torch, x, filters, of_mask, p, geometry, eps, of_maps
+        )
+        return mu, r, sums, *([x] if layout == "slices" else [])
 
-    return _compiled(function, (x, keys) if masked else (x,))
+    return _compiled(function, (x, filters, *[keys] * masked))
 
 
 @functools.cache
 def _epilogue(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bool) -> Any:
-    z, one, vector = _output_like(layout, dtype, d)
+    z, one, vector = _outputs_like(layout, dtype, d)
 
     def function(z: Tensor, mu: Tensor, sums: Tensor, r: Tensor, *others: Tensor) -> Any:
         """Leaves in ``z`` what is to be kept."""
@@ -148,7 +182,7 @@ def _epilogue(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bo
 
 @functools.cache
 def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bool) -> Any:
-    z, one, vector = _output_like(layout, dtype, d)
+    z, one, vector = _outputs_like(layout, dtype, d)
 
     def function(
         grad: Tensor,
@@ -161,30 +195,58 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
     ) -> Any:
         bias = others[0] if biased else None
         grad_z, pair, *_ = rows_torch.output_gradient(
-            grad, kept, r, mu, sums, bias, relu, (1.0, 1.0)
+            grad, kept, r, mu, sums, bias, relu, (factors[0], factors[1])
         )
-        return grad_z, pair * factors.view(2, *[1] * r.dim()), r.reciprocal()
+        if layout == "slices":
+            grad_z = (
+                grad_z.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+            )
+        once(grad_z)
+        return grad_z, pair, *(_over_pixels(grad_z, m, layout) for m in (r.reciprocal(), mu))
 
     factors = vector.new_empty(2)
     arguments = z, z, one, one, vector, factors, *[vector] * biased
     return _compiled(function, arguments)
 
 
+def _over_pixels(z: Tensor, one: Tensor, layout: Layout) -> Tensor:
+    """The sum of ``z`` times a map: a vector."""
+    if layout == "planes":
+        return (z * one).sum([0, *range(2, z.dim())])
+    # Over a line at a time: it is in the cache, and its channels' sums are all that is kept of it.
+    lines = once((z * one).movedim(1, -1).sum(-2))
+    return lines.flatten(0, -2).sum(0)
+
+
 @functools.cache
 def _through_statistics(
-    layout: Layout, dtype: torch.dtype, masked: bool, p: float, geometry: Geometry
+    layout: Layout,
+    of_total: Layout | None,
+    few: int,
+    dtype: torch.dtype,
+    masked: bool,
+    p: float,
+    geometry: Geometry,
 ) -> Any:
-    x, keys = _input_like(layout, dtype, geometry)
-    positions = [geometry.positions(i, size) for i, size in enumerate(x.shape[2:])]
-    pair = x.new_empty(2, len(x), 1, *positions)
+    x, keys, filters, pair = _inputs_like(layout, dtype, geometry, few)
+    grad_sums = filters.new_empty(len(filters))
 
-    def function(grad: Tensor, x: Tensor, pair: Tensor, *others: Tensor) -> Any:
-        pair = box_sum_transpose(pair, geometry, x.shape[2:])
-        mask = statistics.mask_of(x, others[0] if masked else None, p)
-        grad.copy_(rows_torch.input_gradient(grad, x, pair, mask))
-        return (pair,)  # a result is kept in memory, and not computed anew for each channel
+    def function(
+        grad: Tensor, x: Tensor, pair: Tensor, filters: Tensor, grad_sums: Tensor, *others: Tensor
+    ) -> Any:
+        if few:
+            torch._check(x.shape[1] == few)
+        of_mask = others[0] if masked else None
+        total = others[-1] if of_total else None
+        result, _ = statistics.through_statistics(
+            rows_torch, grad, filters, x, pair, grad_sums, of_mask, p, geometry, total
+        )
+        if total is None and result is not None:
+            grad.copy_(result)
+        return ()
 
-    return _compiled(function, (x, x, pair, *[keys] * masked))
+    totals = [] if of_total is None else [_dense(tuple(x.shape), of_total, dtype)]
+    return _compiled(function, (x, x, pair, filters, grad_sums, *[keys] * masked, *totals))
 
 
 def _compiled(function: Callable[..., Any], examples: Sequence[Tensor]) -> Any:
@@ -203,46 +265,77 @@ def _tell(problem: str) -> None:
 
 
 # In a trace, sizes that are equal are the same size for ever: those of examples must differ.
-_SAMPLES, _CHANNELS, _SIZES = 3, 67, (29, 31, 23)
+_SAMPLES, _CHANNELS, _SIZES, _FILTERS, _LONGER = 13, 67, (29, 31, 23), (71, 103), 89
 
 
-def _input_like(layout: Layout, dtype: torch.dtype, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """An input, and the keys of its mask."""
-    taken = {2, _SAMPLES, _CHANNELS}
+def _inputs_like(
+    layout: Layout, dtype: torch.dtype, geometry: Geometry, few: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An input, the keys of its mask, filters, and a pair of maps."""
+    channels = few or _CHANNELS
+    taken = {2, _SAMPLES, channels, *_FILTERS, _LONGER}
     sizes: list[int] = []
+    positions: list[int] = []
     for i, stride in enumerate(geometry.stride):
         size = geometry.reach(i) + 10 * stride
         while {size, geometry.positions(i, size)} & taken:
             size += 1
         sizes.append(size)
-        taken |= {size, geometry.positions(i, size)}
-    x = _dense((_SAMPLES, _CHANNELS, *sizes), layout, dtype)
-    return x, x.new_zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
+        positions.append(geometry.positions(i, size))
+        taken |= {sizes[i], positions[i]}
+    x = _dense((_SAMPLES, channels, *sizes), layout, dtype)
+    keys = x.new_zeros(count_keys(x.shape), dtype=torch.int32)  # leaves the generator alone
+    return x, keys, x.new_empty(_FILTERS), x.new_empty(2, _SAMPLES, 1, *positions)
 
 
-def _output_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs_like(layout: Layout, dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """An output, a map and a vector."""
     z = _dense((_SAMPLES, _CHANNELS, *_SIZES[:d]), layout, dtype)
     return z, z.new_empty(_SAMPLES, 1, *_SIZES[:d]), z.new_empty(_CHANNELS)
 
 
 def _dense(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
+    if layout == "slices":
+        longer = _dense((shape[0], _LONGER, *shape[2:]), "rows", dtype)
+        return longer[:, : shape[1]]
     return _laid(torch.empty(shape, dtype=dtype, device="cpu"), layout)
+
+
+def _few(x: Tensor) -> int:
+    """The channels where they are fewer than a vector register's; otherwise 0, for any number."""
+    return x.shape[1] if x.shape[1] < _FEW else 0
 
 
 def _layout_of(x: Tensor) -> Layout | None:
     """That of a tensor of shape :math:`(N, C, *)`; ``None`` for any other."""
-    if x.movedim(1, -1).is_contiguous():
+    rows = x.movedim(1, -1)
+    if rows.is_contiguous():
         return "rows"
-    return "planes" if x.is_contiguous() else None
+    if x.is_contiguous():
+        return "planes"
+    *strides, step, channel = rows.stride()
+    expected: list[int] = []
+    for size in reversed(x.shape[2:]):
+        expected.insert(0, (expected[0] if expected else step) * size)
+    return "slices" if channel == 1 and step > x.shape[1] and strides == expected else None
 
 
 def _laid(x: Tensor, layout: Layout) -> Tensor:
-    """The tensor in that layout, a copy if need be."""
+    """The tensor in that layout, a copy if need be; those of slices are."""
+    if layout == "slices":
+        return x
     if layout == "planes":
         return x.contiguous()
     rows = x.movedim(1, -1)
     return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
+
+
+def _by_filter(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight, a copy if need be, and a view of it in which each filter is a line."""
+    if not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):
+        weight = weight.contiguous()
+    n = weight.numel() // len(weight)
+    return weight, weight.as_strided((len(weight), n), (n, 1))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -112,7 +112,7 @@ def output_gradient(
     sums: Tensor,
     bias: Tensor | None,
     relu: bool,
-    factors: tuple[float, float],
+    factors: tuple[float | Tensor, float | Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The gradient of the convolution's result, and what is summed over it.
 
@@ -142,14 +142,17 @@ def output_gradient(
     if relu:
         grad = torch.ops.aten.threshold_backward(grad, kept, 0)
     g = grad.to(r.dtype)
-    grad_r = (g * kept).sum(1, keepdim=True)
-    if relu:
-        grad_r = (grad_r if bias is None else grad_r - _dot(g, bias)) / r
-    grad_var = -0.5 * r**3 * grad_r
-    grad_mean = -r * _dot(g, sums) - 2 * mu * grad_var
+    scaled = g * r
+    if relu and bias is not None:
+        kept = kept - _as_channels(bias, kept).to(r.dtype)
+    # With a ReLU, what is kept is the numerator times r.
+    product = (scaled * kept).sum(1, keepdim=True)
+    grad_var = -0.5 * r * (product if relu else product * r)
+    grad_mean = -_dot(scaled, sums) - 2 * mu * grad_var
     pair = torch.stack([grad_mean * factors[0], grad_var * factors[1]])
+    grad_z = scaled.to(grad.dtype)
     others = [0, *range(2, grad.dim())]
-    grad_z = (g * r).to(kept.dtype)  # rounded once, for the convolution and for the sum below
+    # As the convolution has it, for its gradient of the weights and this one are subtracted.
     return grad_z, pair, g.sum(others), (grad_z * mu).sum(others)
 
 

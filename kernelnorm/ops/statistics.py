@@ -12,33 +12,41 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops.mask import Keys, kappa, rounded_p, spread_keys
+from kernelnorm.ops.rows_torch import narrow
 from kernelnorm.ops.windows import Geometry, box_sum, box_sum_transpose
 
 
 def window_statistics(
     rows: ModuleType,
     x: Tensor,
+    weight: Tensor,
     keys: Tensor | None,
     p: float,
     geometry: Geometry,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    r"""Mean and inverse deviation of the windows, after dropout: two maps.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Mean and inverse deviation of the windows, after dropout, and the sums of the filters.
 
-    .. math:: \mu = \text{mean}(u') \qquad r = (\text{var}(u') + \epsilon)^{-1/2}
+    .. math::
+        \mu = \text{mean}(u') \qquad r = (\text{var}(u') + \epsilon)^{-1/2} \qquad
+        S_k = \sum W_k
 
     Args:
         rows: the backend
         keys: of the dropout mask; ``None`` is for the statistics that masks give on average
         dtype: of the maps
+
+    Returns:
+        :math:`\mu`, :math:`r`, :math:`S`, and the input: itself, or a copy that a convolution reads
+        faster.
     """
     kept, kappa = _dropout(x, keys, p, geometry)
     pixels = prod(geometry.kernel_size)
     factors = 1 / (kept * pixels), 1 / (kept**2 * pixels)
     pair = box_sum(rows.statistics(x, mask_of(x, keys, p)), geometry)
     mu, r = rows.moments(pair, factors, kappa, eps, dtype)
-    return mu, r
+    return mu, r, filter_sums(weight, narrow(x)), x
 
 
 def gradient_factors(
@@ -52,23 +60,44 @@ def gradient_factors(
 
 def through_statistics(
     rows: ModuleType,
-    grad: Tensor,
+    grad: Tensor | None,
+    grad_weight: Tensor | None,
     x: Tensor,
     pair: Tensor,
+    grad_sums: Tensor,
     keys: Tensor | None,
     p: float,
     geometry: Geometry,
-) -> Tensor:
-    """Adds the gradient that comes through the windows' statistics to the convolution's.
+    total: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds what comes through the statistics to the convolution's gradients.
 
     Args:
         rows: the backend
-        grad: the convolution's gradient of the input; may be overwritten
+        grad: the convolution's gradient of the input, if that is wanted; may be overwritten
+        grad_weight: the convolution's gradient of the weight, if that is wanted; may be overwritten
         pair: the gradients of the windows' mean and variance, times :func:`gradient_factors`
+        grad_sums: what is subtracted from the gradient of each weight of a filter
+        total: what the input's gradient is added to, in place
     """
-    pair = box_sum_transpose(pair, geometry, x.shape[2:])
-    total: Tensor = rows.input_gradient(grad, x, pair, mask_of(x, keys, p))
-    return total
+    if grad is not None:
+        pair = box_sum_transpose(pair, geometry, x.shape[2:])
+        grad = rows.input_gradient(grad, x, pair, mask_of(x, keys, p))
+        if total is not None:
+            grad = total.add_(grad)
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(grad_sums.dtype).sub_(as_filters(grad_sums, grad_weight))
+    return grad, grad_weight
+
+
+def filter_sums(filters: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of each filter: a vector."""
+    return filters.sum(tuple(range(1, filters.dim())), dtype=dtype)
+
+
+def as_filters(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector with one entry for each filter, as it is added to filters."""
+    return vector.view(-1, *[1] * (like.dim() - 1))
 
 
 def mask_of(x: Tensor, keys: Tensor | None, p: float) -> Keys | None:

@@ -6,10 +6,14 @@ channel, whatever the number of channels of the input.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernelnorm.ops.regions import once
 
 
 class Geometry(NamedTuple):
@@ -59,12 +63,8 @@ def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) 
     if geometry.pointwise:
         return maps
     d = len(sizes)
-    if {*geometry.stride} != {1}:
-        spread = [1 + (n - 1) * s for n, s in zip(maps.shape[-d:], geometry.stride, strict=True)]
-        between = maps.new_zeros(*maps.shape[:-d], *spread)
-        every: tuple[Any, ...] = tuple(slice(None, None, step) for step in geometry.stride)
-        between[(..., *every)] = maps
-        maps = between
+    for i, step in enumerate(geometry.stride):
+        maps = _spread(maps, i - d, step)
     pads = []
     for i, size in enumerate(sizes):
         before = geometry.reach(i) - 1 - geometry.padding[i]
@@ -72,8 +72,19 @@ def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) 
     return _sum_taps(_pad(maps, pads), geometry._replace(stride=(1,) * d))
 
 
+def _spread(maps: Tensor, axis: int, step: int) -> Tensor:
+    """Zeros between the entries along an axis, counted from the last, and after them."""
+    if step == 1:
+        return maps
+    zeros = maps.new_zeros(()).expand_as(maps).unsqueeze(axis)
+    spread = torch.cat([maps.unsqueeze(axis), *[zeros] * (step - 1)], axis)
+    return once(spread).flatten(axis - 1, axis)
+
+
 def _pad(maps: Tensor, pads: list[tuple[int, int]]) -> Tensor:
-    return F.pad(maps, [size for pair in reversed(pads) for size in pair])
+    if all(pair == (0, 0) for pair in pads):
+        return maps
+    return once(F.pad(maps, [size for pair in reversed(pads) for size in pair]))
 
 
 def _sum_taps(maps: Tensor, geometry: Geometry) -> Tensor:
@@ -82,10 +93,11 @@ def _sum_taps(maps: Tensor, geometry: Geometry) -> Tensor:
     for i, step in enumerate(geometry.stride):
         span = maps.shape[i - d] - geometry.reach(i) + 1
         after: tuple[Any, ...] = (slice(None),) * (d - 1 - i)
-        total: Tensor | None = None
-        for offset in range(0, geometry.reach(i), geometry.dilation[i]):
-            tap = maps[(..., slice(offset, offset + span, step), *after)]
-            total = tap if total is None else total + tap
-        assert total is not None  # a window has a pixel
-        maps = total
+        taps = [
+            maps[(..., slice(offset, offset + span, step), *after)]
+            for offset in range(0, geometry.reach(i), geometry.dilation[i])
+        ]
+        maps = functools.reduce(torch.add, taps)
+        if len(taps) > 1:
+            once(maps)
     return maps
