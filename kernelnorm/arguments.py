@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from kernelnorm.ops.windows import Geometry
@@ -55,10 +56,7 @@ def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int)
     values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * d
     if len(values) == 1:
         values = values * d
-    fits = len(values) == d
-    for v in values:  # all() would take twice as long, at each call of a layer
-        fits = fits and isinstance(v, int) and v >= at_least
-    if not fits:
+    if len(values) != d or not all(isinstance(v, int) and v >= at_least for v in values):
         raise ValueError(
             f"{name} must be an integer of at least {at_least}, or {d} of them, got {value!r}"
         )
@@ -83,14 +81,14 @@ def check_convolution(activation: str | None, padding_mode: str) -> None:
         raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
 
 
-def check_input(input: Tensor, d: int) -> None:
+def check_input(shape: Sequence[int], dtype: torch.dtype, d: int) -> None:
     """A floating-point tensor with ``d`` spatial dimensions, with or without a batch."""
-    if not input.is_floating_point():
-        raise TypeError(f"input must be a real floating-point tensor, got {input.dtype}")
-    if input.dim() not in (d + 1, d + 2):
+    if not dtype.is_floating_point:
+        raise TypeError(f"input must be a real floating-point tensor, got {dtype}")
+    if len(shape) not in (d + 1, d + 2):
         raise ValueError(
             f"input must have {d + 2} dimensions, or {d + 1} without a batch, "
-            f"got shape {tuple(input.shape)}"
+            f"got shape {tuple(shape)}"
         )
 
 
@@ -111,34 +109,41 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
         )
 
 
-def check_filters(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    """A weight and a bias that fit the input and each other."""
-    out_channels, in_channels, d = weight.shape[0], weight.shape[1] * groups, weight.dim() - 2
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be a real floating-point tensor, got {weight.dtype}")
+def check_filters(
+    input: Sequence[int],
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    bias: Sequence[int] | None,
+    groups: int,
+) -> None:
+    """Shapes of a weight and a bias that fit the input's and each other."""
+    out_channels, in_channels, d = weight[0], weight[1] * groups, len(weight) - 2
+    if not weight_dtype.is_floating_point:
+        raise TypeError(f"weight must be a real floating-point tensor, got {weight_dtype}")
     if groups < 1 or out_channels % groups:
         raise ValueError(
             f"groups must be positive and divide the {out_channels} output channels, got {groups}"
         )
-    if input.shape[-d - 1] != in_channels:
+    if input[-d - 1] != in_channels:
         raise ValueError(
-            f"input must have {in_channels} channels for a weight of shape {tuple(weight.shape)} "
-            f"and groups={groups}, got {input.shape[-d - 1]} in shape {tuple(input.shape)}"
+            f"input must have {in_channels} channels for a weight of shape {tuple(weight)} "
+            f"and groups={groups}, got {input[-d - 1]} in shape {tuple(input)}"
         )
-    if bias is not None and tuple(bias.shape) != (out_channels,):
-        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+    if bias is not None and tuple(bias) != (out_channels,):
+        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias)}")
 
 
 def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """One dtype for all."""
-    if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
+    dtype = input.dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         others = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
-        raise TypeError(f"input must have the weight's dtype, got input {input.dtype}, {others}")
+        raise TypeError(f"input must have the weight's dtype, got input {dtype}, {others}")
 
 
-def check_windows_fit(x: Tensor, geometry: Geometry) -> None:
-    """At least one window in the padded input."""
-    for i, size in enumerate(x.shape[2:]):
+def check_windows_fit(sizes: Sequence[int], geometry: Geometry) -> None:
+    """At least one window in the padded input, of which ``sizes`` are the spatial ones."""
+    for i, size in enumerate(sizes):
         padded = size + 2 * geometry.padding[i]
         if geometry.reach(i) > padded:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from kernelnorm import arguments
 from kernelnorm.arguments import Evaluation
 from kernelnorm.ops import knconv
 from kernelnorm.ops.mask import draw_keys, kappa, keep, rounded_p, spread_keys
+from kernelnorm.ops.statistics import gradient_factors
 
 __all__ = ["kernel_norm", "kn_conv"]
 
@@ -54,16 +57,17 @@ def kernel_norm(
     else:
         d = input.dim() - 2
         arguments.check_spatial_dims("input", d, input.shape)
-    arguments.check_input(input, d)
+    arguments.check_input(input.shape, input.dtype, d)
     stride = kernel_size if stride is None else stride
     padding = arguments.integers("padding", padding, d, at_least=0)
     geometry = arguments.geometry(d, kernel_size, stride, padding, 1)
     arguments.check_normalization(dropout_p, eps, evaluation)
     x = input if input.dim() == d + 2 else input.unsqueeze(0)
-    arguments.check_windows_fit(x, geometry)
+    arguments.check_windows_fit(x.shape[2:], geometry)
 
     def normalize(u: Tensor, unit: list[int]) -> Tensor:
-        p, keys = dropout(u.shape, u.device, dropout_p, training, evaluation)
+        p, masked = _dropout(dropout_p, training, evaluation)
+        keys = draw_keys(u.shape, u.device) if masked else None
         return _normalize(u, unit, p, keys, eps)
 
     if geometry.pointwise:
@@ -134,37 +138,103 @@ def kn_conv(
         >>> kn_conv(x, weight, padding=1, activation="relu").shape
         torch.Size([8, 16, 32, 32])
     """
-    d = weight.dim() - 2
-    arguments.check_spatial_dims("weight", d, weight.shape)
-    arguments.check_input(input, d)
-    arguments.check_filters(input, weight, bias, groups)
-    geometry = arguments.geometry(d, tuple(weight.shape[2:]), stride, padding, dilation)
+    plan = plan_for(
+        input.shape, input.dtype, weight, bias, stride, padding, dilation, groups, padding_mode,
+        dropout_p, training, eps, activation, evaluation,
+    )  # fmt: skip
+    x = input if plan.batched else input.unsqueeze(0)
+    if plan.sides:
+        x = F.pad(x, plan.sides, plan.mode)
+    x = autocast(x, weight, bias)  # padding may have left autocast's dtype
+    keys = draw_keys(x.shape, x.device) if plan.masked else None
+    y = knconv.kn_conv(x, weight, bias, keys, plan.settings)
+    return y if plan.batched else y.squeeze(0)
+
+
+class Plan(NamedTuple):
+    """What follows from the arguments of :func:`kn_conv` but for what is in the tensors."""
+
+    batched: bool
+    sides: tuple[int, ...]  # by which the input is padded beforehand, as F.pad takes them
+    mode: str
+    masked: bool
+    settings: knconv.Settings
+
+
+def plan_for(
+    shape: Sequence[int], dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *options: Any
+) -> Plan:
+    """Checks the arguments of :func:`kn_conv`, or remembers that it did.
+
+    Args:
+        shape, dtype: of the input
+        options: the arguments that are not tensors, in their order
+    """
+    shape_of_bias = None if bias is None else bias.shape
+    key = shape, dtype, weight.shape, weight.dtype, shape_of_bias, *options
+    if torch.compiler.is_compiling() or not _hashable(key):
+        return _plan(*key)
+    return _remembered_plan(*key)
+
+
+def _plan(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    bias: Sequence[int] | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    padding_mode: str,
+    dropout_p: float,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    evaluation: Evaluation,
+) -> Plan:
+    d = len(weight) - 2
+    arguments.check_spatial_dims("weight", d, weight)
+    arguments.check_input(shape, dtype, d)
+    arguments.check_filters(shape, weight, weight_dtype, bias, groups)
+    geometry = arguments.geometry(d, tuple(weight[2:]), stride, padding, dilation)
     arguments.check_normalization(dropout_p, eps, evaluation)
     arguments.check_convolution(activation, padding_mode)
-    x = input if input.dim() == d + 2 else input.unsqueeze(0)
 
-    pads = arguments.pads(geometry, padding)
+    pads, sizes = arguments.pads(geometry, padding), list(shape[-d:])
+    sides: tuple[int, ...] = ()
     if padding_mode != "zeros" or any(before != after for before, after in pads):
-        sides = [side for pair in reversed(pads) for side in pair]
-        x = F.pad(x, sides, arguments.PADDING_MODES[padding_mode])
+        sides = tuple(side for pair in reversed(pads) for side in pair)
+        sizes = [size + sum(pair) for size, pair in zip(sizes, pads, strict=True)]
         pads = [(0, 0)] * d
     geometry = geometry._replace(padding=tuple(before for before, _ in pads))
-    arguments.check_windows_fit(x, geometry)
-    x = autocast(x, weight, bias)  # padding may have left autocast's dtype
+    arguments.check_windows_fit(sizes, geometry)
 
-    p, keys = dropout(x.shape, x.device, dropout_p, training, evaluation)
-    settings = knconv.Settings(geometry, groups, p, eps, relu=activation == "relu")
-    y = knconv.kn_conv(x, weight, bias, keys, settings)
-    return y if input.dim() == d + 2 else y.squeeze(0)
+    p, masked = _dropout(dropout_p, training, evaluation)
+    factors = gradient_factors(shape[-d - 1], masked, p, geometry)
+    settings = knconv.Settings(geometry, groups, p, eps, activation == "relu", factors)
+    mode = arguments.PADDING_MODES[padding_mode]
+    return Plan(len(shape) == d + 2, sides, mode, masked, settings)
 
 
-def dropout(
-    shape: Sequence[int], device: torch.device, p: float, training: bool, evaluation: Evaluation
-) -> tuple[float, Tensor | None]:
-    """The probability of dropout on the statistics, and the mask's keys, ``None`` for no mask."""
+_remembered_plan = functools.lru_cache(maxsize=4096)(_plan)
+
+
+def _hashable(key: tuple[Any, ...]) -> bool:
+    """Lists are not, nor sizes that are symbols."""
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
+def _dropout(p: float, training: bool, evaluation: Evaluation) -> tuple[float, bool]:
+    """The probability of dropout on the statistics, and whether a mask is drawn."""
     if training or evaluation == "monte_carlo":
-        return p, draw_keys(shape, device) if rounded_p(p) > 0 else None
-    return (p if evaluation == "expected" else 0.0), None
+        return p, rounded_p(p) > 0
+    return (p if evaluation == "expected" else 0.0), False
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelnorm import arguments, functional
+from kernelnorm import functional
 from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
 from kernelnorm.modules import KNConv2d
 from kernelnorm.ops.dense import Layer, dense_block
-from kernelnorm.ops.knconv import Settings
-from kernelnorm.ops.windows import Geometry
+from kernelnorm.ops.mask import draw_keys
 
 BOTTLENECK = 4
 """The channels between a dense layer's two convolutions, in multiples of the growth rate."""
@@ -68,11 +67,13 @@ def _may_share_a_buffer(modules: list[nn.Module]) -> bool:
 
 def _layer(conv: KNConv2d, x: Tensor) -> Layer:
     shape = len(x), conv.in_channels, *x.shape[2:]
-    p, keys = functional.dropout(shape, x.device, conv.dropout_p, conv.training, conv.evaluation)
-    padding = arguments.integers("padding", conv.padding, 2, at_least=0)
-    geometry = Geometry(conv.kernel_size, conv.stride, padding, conv.dilation)
-    settings = Settings(geometry, conv.groups, p, conv.eps, relu=conv.activation == "relu")
-    return Layer(conv.weight, conv.bias, keys, settings)
+    plan = functional.plan_for(
+        shape, x.dtype, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation,
+        conv.groups, conv.padding_mode, conv.dropout_p, conv.training, conv.eps, conv.activation,
+        conv.evaluation,
+    )  # fmt: skip
+    keys = draw_keys(shape, x.device) if plan.masked else None
+    return Layer(conv.weight, conv.bias, keys, plan.settings)
 
 
 class Transition(nn.Sequential):

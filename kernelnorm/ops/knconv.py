@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernelnorm.ops import DIFFERENTIABLE, Primitives, primitives_for
 from kernelnorm.ops.rows_torch import narrow, wide
-from kernelnorm.ops.statistics import as_filters, filter_sums, gradient_factors
+from kernelnorm.ops.statistics import as_filters, filter_sums
 from kernelnorm.ops.windows import Geometry, box_sum
 
 _LEAST_P = 1e-3
@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     p: float
     eps: float
     relu: bool
+    factors: tuple[float, float]  # from gradient_factors
 
 
 def kn_conv(
@@ -130,7 +131,7 @@ def forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
-    geometry, groups, p, eps, relu = settings
+    geometry, groups, p, eps, relu, _ = settings
     dtype = narrow(x)
     # A mask moves mu by far more than rounding does, and what stands for it in evaluation keeps
     # |mu| r small: see _LEAST_P.
@@ -169,13 +170,12 @@ def backward(
     """
     x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
-    geometry, groups, p, _, relu = settings
+    geometry, groups, p, _, relu, factors = settings
     primitives = primitives_for(x)
-    factors = gradient_factors(x, keys, p, geometry)
     grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
         grad, output, r, mu, sums, bias, relu, factors
     )
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad_z, x, weight.to(x.dtype), None, *_arguments(geometry, groups),
         (needs_x, needs_weight, False),
     )  # fmt: skip

@@ -41,7 +41,7 @@ def window_statistics(
         :math:`\mu`, :math:`r`, :math:`S`, and the input: itself, or a copy that a convolution reads
         faster.
     """
-    kept, kappa = _dropout(x, keys, p, geometry)
+    kept, kappa = _dropout(x.shape[1], keys is not None, p, geometry)
     pixels = prod(geometry.kernel_size)
     factors = 1 / (kept * pixels), 1 / (kept**2 * pixels)
     pair = box_sum(rows.statistics(x, mask_of(x, keys, p)), geometry)
@@ -50,11 +50,11 @@ def window_statistics(
 
 
 def gradient_factors(
-    x: Tensor, keys: Tensor | None, p: float, geometry: Geometry
+    channels: int, masked: bool, p: float, geometry: Geometry
 ) -> tuple[float, float]:
     """What takes the gradients of a window's mean and variance to its elements' share of them."""
-    kept, kappa = _dropout(x, keys, p, geometry)
-    elements = x.shape[1] * prod(geometry.kernel_size)
+    kept, kappa = _dropout(channels, masked, p, geometry)
+    elements = channels * prod(geometry.kernel_size)
     return 1 / (kept * elements), 2 * (1 + kappa) / (kept**2 * elements)
 
 
@@ -105,8 +105,8 @@ def mask_of(x: Tensor, keys: Tensor | None, p: float) -> Keys | None:
     return None if keys is None else spread_keys(keys, x.shape, p)
 
 
-def _dropout(x: Tensor, keys: Tensor | None, p: float, geometry: Geometry) -> tuple[float, float]:
+def _dropout(channels: int, masked: bool, p: float, geometry: Geometry) -> tuple[float, float]:
     """The part of the elements that the mask keeps, and kappa where there is no mask."""
-    if keys is None:
-        return 1.0, kappa(p, x.shape[1] * prod(geometry.kernel_size))
-    return 1 - rounded_p(p), 0.0
+    if masked:
+        return 1 - rounded_p(p), 0.0
+    return 1.0, kappa(p, channels * prod(geometry.kernel_size))
