@@ -45,18 +45,22 @@ def steps(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
     x, y, grad = large(), large(), large()
     primitives, keys = primitives_for(x), draw_keys(shape, device)
     wide = torch.promote_types(dtype, torch.float32)
+    weight = torch.randn(8, shape[1], 3, 3, dtype=wide, device=device)
+    vector = torch.zeros(len(weight), dtype=wide, device=device)
     sums, bias = torch.randn(2, shape[1], dtype=wide, device=device).unbind()
-    mu, r = primitives.window_statistics(x, keys, P, WINDOW, 1e-5, wide)
-    factors = gradient_factors(x, keys, P, WINDOW)
+    mu, r, *_ = primitives.window_statistics(x, weight, keys, P, WINDOW, 1e-5, wide)
+    factors = gradient_factors(shape[1], True, P, WINDOW)
     pair = primitives.output_gradient(grad, y, r, mu, sums, bias, True, factors)[1]
     return {
         "copy": lambda: grad.copy_(x),
-        "statistics": lambda: primitives.window_statistics(x, keys, P, WINDOW, 1e-5, wide),
+        "statistics": lambda: primitives.window_statistics(x, weight, keys, P, WINDOW, 1e-5, wide),
         "epilogue": lambda: primitives.epilogue(y, [mu], [sums], r, bias, True),
         "output gradient": lambda: primitives.output_gradient(
             grad, y, r, mu, sums, bias, True, factors
         ),
-        "input gradient": lambda: primitives.through_statistics(grad, x, pair, keys, P, WINDOW),
+        "input gradient": lambda: primitives.through_statistics(
+            grad, weight, x, pair, vector, keys, P, WINDOW
+        ),
     }
 
 
