@@ -71,6 +71,7 @@ def compile_for_all_sizes(
     separate = [_empty_like(example) for example in examples]
     with _one_at_a_time, torch.no_grad():
         trace = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*separate)
+        trace.shape_env = None  # Inductor looks at the inputs for it, and would not cache with it
         inputs = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]
         with (
             tracing(TracingContext(inputs[0].fake_mode)),
