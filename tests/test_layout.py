@@ -37,6 +37,7 @@ ORDER = [
     "kernelnorm.experiments.data.batches",
     "kernelnorm.experiments.data",
     "kernelnorm.experiments",
+    "kernelnorm.experiments.heap",
     "kernelnorm.experiments.runs",
     "kernelnorm.experiments.recipes",
     "kernelnorm.experiments.launch",

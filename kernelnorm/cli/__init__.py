@@ -78,8 +78,10 @@ def _main(argv: Sequence[str] | None) -> None:
         return
 
     from kernelnorm.experiments.data import DataError
+    from kernelnorm.experiments.heap import keep_freed_memory
     from kernelnorm.experiments.runs import RunError
 
+    keep_freed_memory()
     command = COMMANDS[arguments.command]
     try:
         command.file.run(arguments[arguments.command])

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kernelnorm.experiments.data import DataError
+from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import RunError, error_message
@@ -19,7 +20,7 @@ __all__ = ["execute"]
 
 
 def execute(config: RunConfig, launch: Launch, out: Path) -> str:
-    """Train, or go on with a training.
+    """Train, or go on with a training, in a process that is for runs alone.
 
     Args:
         config: the run.
@@ -29,6 +30,7 @@ def execute(config: RunConfig, launch: Launch, out: Path) -> str:
     Returns:
         why it ended before its time, or an empty string.
     """
+    keep_freed_memory()
     try:
         train(config, replace(launch, out=out, verbose=False))
     except Exception as error:  # the other runs go on, whatever it is
