@@ -19,7 +19,7 @@ demo: $(VENV)/.experiments  ## compare four normalisations on real digits: a tab
 		--out runs/demo
 
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they begin one here
 	$(BIN)/python -m pytest tests/test_cluster.py
