@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernelnorm.models import densenet
 from kernelnorm.models.blocks import layers_for
+from kernelnorm.ops import dense
 
 
 def block_of(
@@ -74,6 +75,17 @@ def test_it_is_the_concatenation_under_other_rules(x: Tensor, rules: dict[str, A
     assert type(results[0].grad_fn).__name__ == "_DenseBlockBackward"
     for a, b in zip(results, run(lambda x: concatenated(block, x), block, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 5])
+@pytest.mark.parametrize("part", [1, 2 * 13 * 30 * 8, 1 << 23])  # bytes: one, two and all samples
+def test_evaluation_in_parts(monkeypatch: pytest.MonkeyPatch, samples: int, part: int):
+    monkeypatch.setattr(dense, "_PART", part)
+    block, x = block_of().eval(), torch.randn(samples, 4, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        y = block(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, concatenated(block, x), rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_tensors_get_no_gradient(x: Tensor):

@@ -126,9 +126,16 @@ def test_epilogue_and_output_gradient(layout: str, relu: bool, with_bias: bool):
         mu, r = randn(2, len(z), 1, *z.shape[2:]).unbind()
         r = r.abs() + 0.5
         sums, bias = randn(z.shape[1]), randn(z.shape[1]) if with_bias else None
-        expected = rows_torch.epilogue(z.clone(), [mu], [-sums], r, bias, relu)
+        original = z.clone()
+        expected = rows_torch.epilogue(original, [mu], [-sums], r, bias, relu)
         y, numerator = rows_compiled.epilogue(z, [mu], [-sums], r, bias, relu)
         assert_same((y, numerator), expected)
+        for of_into in ("slices", "neither") if with_bias else ():
+            into = laid(torch.full_like(y, torch.nan), of_into)
+            z.copy_(original)
+            results = rows_compiled.epilogue(z, [mu], [-sums], r, bias, relu, into)
+            assert results[0] is into
+            assert_same(results, expected)
 
         kept = y if numerator is None else numerator
         for of_grad in ("rows", "planes", "slices", "neither"):

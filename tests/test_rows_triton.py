@@ -66,6 +66,7 @@ class Rows:
     relu: bool
     with_bias: bool
     maps: int
+    into: bool  # whether an output has its own place
     seed: int
 
     def randn(self, *shape: int, dtype: torch.dtype, device) -> Tensor:
@@ -119,6 +120,7 @@ def rows(draw: st.DrawFn) -> Rows:
         relu=draw(st.booleans()),
         with_bias=draw(st.booleans()),
         maps=draw(st.integers(1, 2)),
+        into=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -193,14 +195,19 @@ def test_epilogue(device, case: Rows):
     *maps, r = case.pixel_maps(case.maps + 1, device)
     vectors = case.vectors(case.maps, device)
     y, numerator = rows_torch.epilogue(*double([z, maps, vectors, r, bias]), case.relu)
-    memory = z.data_ptr()
+    memory, into = z.data_ptr(), None
+    if case.into and case.layouts[1] != "transposed":
+        into = laid_out(torch.full_like(z, torch.nan), case.layouts[1])
     with case.small_blocks():
-        actual = rows_triton.epilogue(z, maps, vectors, r, bias, case.relu)
+        actual = rows_triton.epilogue(z, maps, vectors, r, bias, case.relu, into)
     assert_same(actual[0], y, case.dtype)
     assert (actual[1] is None) == case.relu
     if numerator is not None:
         assert_same(actual[1], numerator, case.dtype)
-    if case.layouts[0] != "transposed":
+    if into is not None:
+        assert actual[0] is into
+        assert_neighbours_are_untouched(into)
+    elif case.layouts[0] != "transposed":
         assert actual[0 if case.relu else 1].data_ptr() == memory
         assert_neighbours_are_untouched(z)
 

@@ -8,7 +8,9 @@ prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from kernelnorm.ops import DIFFERENTIABLE, knconv, primitives_for
 from kernelnorm.ops.knconv import Settings
+
+_PART = 1 << 23
+"""The bytes of a buffer that are filled at a time in evaluation: what a large cache holds."""
 
 
 class Layer(NamedTuple):
@@ -37,11 +42,24 @@ def dense_block(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
         - x: :math:`(N, C, *)`
         - Output: :math:`(N, C', *)`, with the strides of ``channels_last``
     """
-    settings = tuple(tuple(layer.settings for layer in step) for step in steps)
-    tensors = [tensor for step in steps for layer in step for tensor in layer[:3]]
     with knconv.without_autocast(x):
+        masked = any(layer.keys is not None for layer in chain(*steps))
+        if not (masked or torch.is_grad_enabled()):
+            return _in_parts(x, steps)
+        settings = tuple(tuple(layer.settings for layer in step) for step in steps)
+        tensors = [tensor for step in steps for layer in step for tensor in layer[:3]]
         y: Tensor = _DenseBlock.apply(settings, x, *tensors)  # type: ignore[no-untyped-call]
-    return y
+        return y
+
+
+def _in_parts(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
+    """The same for evaluation, some samples at a time: a part stays in the cache, step by step."""
+    buffer = _begin(x, steps)
+    parts = max(1, math.ceil(buffer.numel() * buffer.element_size() / _PART))
+    for part in buffer.split(max(1, math.ceil(len(x) / parts))):
+        for _ in _fill(part, x.shape[1], steps):
+            pass
+    return buffer
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -52,20 +70,8 @@ class _DenseBlock(torch.autograd.Function):
         ctx: Any, settings: tuple[tuple[Settings, ...], ...], x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         steps = _steps(settings, tensors)
-        channels = x.shape[1] + sum(len(step[-1].weight) for step in steps)
-        buffer = x.new_empty(len(x), *x.shape[2:], channels).movedim(-1, 1)
-        buffer[:, : x.shape[1]] = x
-        end = x.shape[1]
-        kept: list[Tensor | None] = []
-        for step in steps:
-            y = buffer[:, :end]
-            for layer in step:
-                y, numerator, *maps = knconv.forward(primitives_for(y), y, *layer)
-                within = layer is not step[-1]
-                kept += [numerator if numerator is not None else y if within else None, *maps]
-                kept.append(y if within else None)
-            buffer[:, end : end + y.shape[1]] = y
-            end += y.shape[1]
+        buffer = _begin(x, steps)
+        kept = [tensor for state in _fill(buffer, x.shape[1], steps) for tensor in state]
         ctx.settings, ctx.channels = settings, x.shape[1]
         ctx.save_for_backward(buffer, *tensors, *kept)
         return buffer
@@ -81,6 +87,33 @@ class _DenseBlock(torch.autograd.Function):
                 x = buffer[:, : ctx.channels]
                 return None, *_differentiable_backward(grad, x, ctx.settings, rest[:count], needs)
             return None, *_backward(grad, buffer, ctx.channels, steps, kept, needs)
+
+
+def _begin(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
+    """The buffer with the input in it."""
+    channels = x.shape[1] + sum(len(step[-1].weight) for step in steps)
+    buffer = x.new_empty(len(x), *x.shape[2:], channels).movedim(-1, 1)
+    buffer[:, : x.shape[1]] = x
+    return buffer
+
+
+def _fill(
+    buffer: Tensor, end: int, steps: Sequence[Sequence[Layer]]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Appends the steps' outputs to the channels before ``end``; yields each layer's state.
+
+    That is what is kept in the output's place, its maps and sums, and the next layer's input,
+    where they are not in the buffer.
+    """
+    for step in steps:
+        y = buffer[:, :end]
+        start, end = end, end + len(step[-1].weight)
+        for layer in step:
+            within = layer is not step[-1]
+            into = None if within else buffer[:, start:end]
+            y, numerator, *maps = knconv.forward(primitives_for(y), y, *layer, into)
+            kept = numerator if numerator is not None else y if within else None
+            yield kept, *maps, y if within else None
 
 
 def _backward(

@@ -129,8 +129,13 @@ def forward(
     bias: Tensor | None,
     keys: Tensor | None,
     settings: Settings,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """The output, its numerator, the windows' mean and inverse deviation, the filters' sums."""
+    """The output, its numerator, the windows' mean and inverse deviation, the filters' sums.
+
+    Args:
+        into: where the output is written to, if anywhere
+    """
     geometry, groups, p, eps, relu, _ = settings
     dtype = narrow(x)
     # A mask moves mu by far more than rounding does, and what stands for it in evaluation keeps
@@ -153,7 +158,7 @@ def forward(
             vectors = [sums, rest]
         mu, r = mu.to(dtype), r.to(dtype)
     z = torch.convolution(x, filters, None, *_arguments(geometry, groups))
-    return *primitives.epilogue(z, maps, vectors, r, bias, relu), mu, r, sums
+    return *primitives.epilogue(z, maps, vectors, r, bias, relu, into), mu, r, sums
 
 
 def backward(

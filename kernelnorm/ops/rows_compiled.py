@@ -73,14 +73,24 @@ def window_statistics(
 
 
 def epilogue(
-    z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
+    z: Tensor,
+    maps: list[Tensor],
+    vectors: list[Tensor],
+    r: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
     layout = _layout_of(z)
-    if layout is None or len(maps) > 1:
-        return rows_torch.epilogue(z, maps, vectors, r, bias, relu)
-    compiled = _epilogue(layout, z.dim() - 2, z.dtype, bias is not None, relu)
-    y = compiled([z, *maps, *vectors, r, *_given(bias)])
+    of_into = None if into is None else _layout_of(into)
+    if layout is None or len(maps) > 1 or (into is not None and of_into is None):
+        return rows_torch.epilogue(z, maps, vectors, r, bias, relu, into)
+    compiled = _epilogue(layout, of_into, z.dim() - 2, z.dtype, bias is not None, relu)
+    others = *_given(bias), *(() if into is None else (into,))
+    y = compiled([z, *maps, *vectors, r, *others])
+    if into is not None:
+        return into, None if relu else z
     return (z, None) if relu else (y[0], z)
 
 
@@ -167,17 +177,24 @@ def _window_statistics(
 
 
 @functools.cache
-def _epilogue(layout: Layout, d: int, dtype: torch.dtype, biased: bool, relu: bool) -> Any:
+def _epilogue(
+    layout: Layout, of_into: Layout | None, d: int, dtype: torch.dtype, biased: bool, relu: bool
+) -> Any:
     z, one, vector = _outputs_like(layout, dtype, d)
 
     def function(z: Tensor, mu: Tensor, sums: Tensor, r: Tensor, *others: Tensor) -> Any:
-        """Leaves in ``z`` what is to be kept."""
+        """Leaves in ``z`` what is to be kept, unless that is the output and has its own place."""
         bias = others[0] if biased else None
         y, numerator = rows_torch.epilogue(z, [mu], [sums], r, bias, relu)
-        z.copy_(y if numerator is None else numerator)
-        return () if relu else (y,)
+        if numerator is not None:
+            z.copy_(numerator)
+        if of_into or relu:
+            (others[-1] if of_into else z).copy_(y)
+            return ()
+        return (y,)
 
-    return _compiled(function, (z, one, vector, one, *[vector] * biased))
+    places = [] if of_into is None else [_dense(tuple(z.shape), of_into, dtype)]
+    return _compiled(function, (z, one, vector, one, *[vector] * biased, *places))
 
 
 @functools.cache

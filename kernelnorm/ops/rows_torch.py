@@ -76,7 +76,13 @@ def moments(
 
 
 def epilogue(
-    z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
+    z: Tensor,
+    maps: list[Tensor],
+    vectors: list[Tensor],
+    r: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""The output from the convolution's result, and the numerator if there is no ReLU.
 
@@ -87,8 +93,11 @@ def epilogue(
     A map may have one channel for each group instead of one for all. Other backends overwrite
     ``z``.
 
+    Args:
+        into: where the output is written to, if anywhere
+
     Shape:
-        - z, y, numerator: :math:`(N, K, *)`
+        - z, into, y, numerator: :math:`(N, K, *)`
     """
     numerator = z
     for m, v in zip(maps, vectors, strict=True):
@@ -100,8 +109,9 @@ def epilogue(
     else:
         y = torch.addcmul(_as_channels(bias, z).to(r.dtype), numerator, r)
     if relu:
-        return y.relu_().to(z.dtype), None
-    return y.to(z.dtype), numerator.to(z.dtype)
+        y = y.relu_()
+    y = y.to(z.dtype) if into is None else into.copy_(y)
+    return y, None if relu else numerator.to(z.dtype)
 
 
 def output_gradient(

@@ -78,17 +78,24 @@ def moments(
 
 
 def epilogue(
-    z: Tensor, maps: list[Tensor], vectors: list[Tensor], r: Tensor, bias: Tensor | None, relu: bool
+    z: Tensor,
+    maps: list[Tensor],
+    vectors: list[Tensor],
+    r: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
     if len(maps) > 2 or any(m.shape[1] > 1 for m in maps):
-        return rows_torch.epilogue(z, maps, vectors, r, bias, relu)
+        return rows_torch.epilogue(z, maps, vectors, r, bias, relu, into)
     z = _collapsible(z)
-    y = None if relu else torch.empty_like(z)
+    y = into if into is not None or relu else torch.empty_like(z)
     terms = [t.contiguous() for pair in zip(maps, vectors, strict=True) for t in pair]
     none = [None] * (4 - len(terms))
-    _epilogue(z, *terms, *none, r.contiguous(), None if bias is None else bias.contiguous(), y)
-    return (z, None) if y is None else (y, z)
+    bias = None if bias is None else bias.contiguous()
+    _epilogue(z, *terms, *none, r.contiguous(), bias, relu, y)
+    return z if y is None else y, None if relu else z
 
 
 def output_gradient(
@@ -180,11 +187,12 @@ def _epilogue(
     vector_2: Tensor | None,
     r: Tensor,
     bias: Tensor | None,
+    relu: bool,
     y: Tensor | None,
 ) -> None:
-    """With a ReLU, and the output in place, if there is no tensor for another output."""
+    """With a ReLU, the output is in place if there is no tensor for it."""
     large = [z, z if y is None else y]
-    _launch(_epilogue_kernel, large, map_1, vector_1, map_2, vector_2, r, bias, RELU=y is None)
+    _launch(_epilogue_kernel, large, map_1, vector_1, map_2, vector_2, r, bias, RELU=relu)
 
 
 @_operator("grad_z", "pair", "vectors")
