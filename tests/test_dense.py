@@ -116,6 +116,16 @@ def test_incoming_gradients_are_left_alone(x: Tensor):
     torch.testing.assert_close(one, two)
 
 
+def test_several_gradients_at_once(x: Tensor):
+    block = block_of()
+    y = block(x.requires_grad_())
+    inputs, grads = [x, *block.parameters()], torch.randn(3, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        alone = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+        torch.testing.assert_close([t[i] for t in together], [*alone], rtol=1e-9, atol=1e-9)
+
+
 def test_a_hook_sees_its_layer(x: Tensor):
     block, seen = block_of(), []
     block[1].conv1.register_forward_hook(lambda *_: seen.append(1))

@@ -124,7 +124,7 @@ def _backward(
     kept: list[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    total = torch.empty_like(buffer).copy_(grad)
+    total = grad.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
     gradients: list[Tensor | None] = [None] * len(needs)
     end, index = buffer.shape[1], len(gradients)
     for step in reversed(steps):

@@ -176,7 +176,7 @@ def backward(
     x, weight, bias, keys, output, mu, r, sums = saved
     needs_x, needs_weight, needs_bias = needs
     geometry, groups, p, _, relu, factors = settings
-    primitives = primitives_for(x)
+    primitives = DIFFERENTIABLE if _is_several(grad) else primitives_for(x)
     grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
         grad, output, r, mu, sums, bias, relu, factors
     )
@@ -204,6 +204,17 @@ def _differentiable_backward(
 
     gradients = [*torch.func.vjp(output, *inputs)[1](grad), None]
     return tuple(g if need else None for g, need in zip(gradients[:3], needs, strict=True))
+
+
+def _is_several(grad: Tensor) -> bool:
+    """Whether it stands for a batch of gradients, as ``is_grads_batched`` of autograd has it.
+
+    Such a tensor has no memory of its own to work on.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    several: bool = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return several
 
 
 def _arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from kernelnorm.ops.windows import Geometry
 Layout = Literal["rows", "slices", "planes"]
 
 # The elements below which compiling is not worth its seconds.
-_LEAST = 1 << 12
+_LEAST = 1 << 9
 
 # The channels below which a loop is over the pixels of a line, with no inner one.
 _FEW = 8
