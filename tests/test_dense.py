@@ -78,7 +78,9 @@ def test_it_is_the_concatenation_under_other_rules(x: Tensor, rules: dict[str, A
 
 
 @pytest.mark.parametrize("samples", [0, 1, 2, 5])
-@pytest.mark.parametrize("part", [1, 2 * 13 * 30 * 8, 1 << 23])  # bytes: one, two and all samples
+@pytest.mark.parametrize(
+    "part", [1, 2 * 13 * 30 * 8, 1 << 23]
+)  # bytes: one sample, two or three, all
 def test_evaluation_in_parts(monkeypatch: pytest.MonkeyPatch, samples: int, part: int):
     monkeypatch.setattr(dense, "_PART", part)
     block, x = block_of().eval(), torch.randn(samples, 4, 5, 6, dtype=torch.float64)

@@ -8,7 +8,6 @@ prefix.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -19,8 +18,8 @@ from torch import Tensor
 from kernelnorm.ops import DIFFERENTIABLE, knconv, primitives_for
 from kernelnorm.ops.knconv import Settings
 
-_PART = 1 << 23
-"""The bytes of a buffer that are filled at a time in evaluation: what a large cache holds."""
+_PART = 7 << 20
+"""The fewest bytes of a buffer that are filled at a time in evaluation: what a cache holds."""
 
 
 class Layer(NamedTuple):
@@ -55,8 +54,8 @@ def dense_block(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
 def _in_parts(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
     """The same for evaluation, some samples at a time: a part stays in the cache, step by step."""
     buffer = _begin(x, steps)
-    parts = max(1, math.ceil(buffer.numel() * buffer.element_size() / _PART))
-    for part in buffer.split(max(1, math.ceil(len(x) / parts))):
+    parts = buffer.numel() * buffer.element_size() // _PART
+    for part in buffer.tensor_split(max(1, min(parts, len(x)))):
         for _ in _fill(part, x.shape[1], steps):
             pass
     return buffer

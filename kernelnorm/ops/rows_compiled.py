@@ -166,7 +166,7 @@ def _window_statistics(
         if few:
             torch._check(x.shape[1] == few)
         if layout == "slices":
-            x = once(x.movedim(1, -1).clone(memory_format=torch.contiguous_format)).movedim(-1, 1)
+            x = once(_copy(x))
         of_mask = others[0] if masked else None
         mu, r, sums, x = statistics.window_statistics(
             rows_torch, x, filters, of_mask, p, geometry, eps, of_maps
@@ -214,16 +214,17 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
         grad_z, pair, *_ = rows_torch.output_gradient(
             grad, kept, r, mu, sums, bias, relu, (factors[0], factors[1])
         )
-        if layout == "slices":
-            grad_z = (
-                grad_z.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
-            )
-        once(grad_z)
+        once(_copy(grad_z) if layout == "slices" else grad_z)
         return grad_z, pair, *(_over_pixels(grad_z, m, layout) for m in (r.reciprocal(), mu))
 
     factors = vector.new_empty(2)
     arguments = z, z, one, one, vector, factors, *[vector] * biased
     return _compiled(function, arguments)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """In rows."""
+    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
 def _over_pixels(z: Tensor, one: Tensor, layout: Layout) -> Tensor:
