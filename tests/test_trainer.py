@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,17 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def without_times(out: Path) -> list[dict[str, float]]:
     timed = ("seconds", "images_per_second")
     return [{k: v for k, v in m.items() if k not in timed} for m in RunFolder(out).read_metrics()]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
+def test_a_compiled_network_is_trained_all_the_same(tmp_path: Path) -> None:
+    for compile in (False, True):
+        launch = Launch(out=tmp_path / str(compile), compile=compile, verbose=False)
+        train(small("layer", epochs=1, subset=64), launch)
+    expected = weights(tmp_path / "False")
+    torch.testing.assert_close(weights(tmp_path / "True"), expected, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
 
 
 def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
