@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.ops import primitives_for
 from kernelnorm.ops.mask import draw_keys
 from kernelnorm.ops.statistics import gradient_factors
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
     parser.add_argument("--rounds", type=int, default=50, help="of each (default: 50)")
     options = parser.parse_args()
+    keep_freed_memory()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     print(f"{device.type}, {dtype}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, shape in SHAPES.items():

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernelnorm.ops.regions import once
+
 HASH_MULTIPLIER = 0x7FEB352D
 """Odd, with well-mixed bits."""
 
@@ -78,7 +80,7 @@ def spread_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
     for i, (size, factor) in enumerate(zip(others, more, strict=True)):
         pixels = pixels * factor.view(size, *ones[i + 2 :])
     first_kept = round(rounded_p(p) * _RESOLUTION) * (1 << 16) - (1 << 31)
-    return Keys(pixels, of_channels.view(channels, *ones), first_kept)
+    return Keys(once(pixels), of_channels.view(channels, *ones), first_kept)
 
 
 def keep(keys: Keys, dtype: torch.dtype) -> Tensor:
