@@ -70,7 +70,7 @@ def test_it_is_the_concatenation(x: Tensor, training: bool, create_graph: bool, 
     [{"dropout_p": 0.0}, {"dropout_p": 0.5}, {"head": False}, {"evaluation": "monte_carlo"}],
 )
 def test_it_is_the_concatenation_under_other_rules(x: Tensor, rules: dict[str, Any], training):
-    block = block_of(rules=rules).train(training)
+    block, x = block_of(rules=rules).train(training), x[..., :2]  # too small for compiled loops
     results = run(block, block, x)
     assert type(results[0].grad_fn).__name__ == "_DenseBlockBackward"
     for a, b in zip(results, run(lambda x: concatenated(block, x), block, x), strict=True):

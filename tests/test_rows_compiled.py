@@ -79,8 +79,9 @@ def assert_same(result: tuple[Tensor | None, ...], expected: tuple[Tensor | None
 
 
 def check_statistics(geometry: Geometry, layout: str, drop: bool) -> None:
-    """Of all sizes: they share the loops."""
-    for sizes in SIZES:
+    """Of all sizes, which share the loops; with few channels there are loops for each number."""
+    every = geometry is GEOMETRIES["same size"]
+    for sizes in SIZES if every else [name for name, (_, c, _) in SIZES.items() if c > 1]:
         x = input_of(geometry, sizes, layout)
         keys = draw_keys(x.shape, CPU) if drop else None
         weight = laid(randn(5, x.shape[1], *geometry.kernel_size), layout)
@@ -90,7 +91,7 @@ def check_statistics(geometry: Geometry, layout: str, drop: bool) -> None:
 
         grad, pair = laid(randn(*x.shape), layout), randn(2, *results[0].shape)
         others = x, pair, randn(5), keys, 0.3, geometry
-        for total in None, randn(*x.shape):
+        for total in (None, randn(*x.shape)) if every or x.shape[1] > 8 else (None,):
             results, expected = (
                 primitives.through_statistics(
                     grad.clone(),
