@@ -11,6 +11,7 @@ ORDER = [
     "kernelnorm.reference",
     "kernelnorm.ops.regions",
     "kernelnorm.ops.windows",
+    "kernelnorm.ops.few_windows",
     "kernelnorm.ops.mask",
     "kernelnorm.ops.rows_torch",
     "kernelnorm.ops.statistics",

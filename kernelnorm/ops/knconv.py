@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import DIFFERENTIABLE, Primitives, primitives_for
+from kernelnorm.ops import DIFFERENTIABLE, Primitives, few_windows, primitives_for
 from kernelnorm.ops.rows_torch import narrow, wide
 from kernelnorm.ops.statistics import as_filters, filter_sums
 from kernelnorm.ops.windows import Geometry, box_sum
@@ -180,13 +180,17 @@ def backward(
     grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
         grad, output, r, mu, sums, bias, relu, factors
     )
+    few = needs_weight and primitives is not DIFFERENTIABLE
+    few = few and few_windows.pays(x, weight, mu.numel(), groups)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad_z, x, weight.to(x.dtype), None, *_arguments(geometry, groups),
-        (needs_x, needs_weight, False),
+        (needs_x, needs_weight and not few, False),
     )  # fmt: skip
     grad_x, grad_weight = primitives.through_statistics(
         grad_x, grad_weight, x, pair, grad_sums, keys, p, geometry, total
     )
+    if few:
+        grad_weight = few_windows.weight_gradient(grad_z, x, mu, geometry)
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
     return grad_x, grad_weight, grad_bias.to(bias.dtype) if needs_bias else None

@@ -130,7 +130,6 @@ def through_statistics(
     of_total = None if total is None else _layout_of(total)
     if (
         grad is None
-        or grad_weight is None
         or sum(geometry.kernel_size) > _MOST_TAPS
         or of_total == "planes"
         or (total is not None and of_total is None)
@@ -143,9 +142,11 @@ def through_statistics(
         layout, of_total, _few(x), x.dtype, keys is not None, rounded_p(p), geometry
     )
     grad = _laid(grad, layout)
-    grad_weight, filters = _by_filter(grad_weight)
+    filters = pair.new_empty(0, 0, dtype=grad_sums.dtype)
+    if grad_weight is not None:
+        grad_weight, filters = _by_filter(grad_weight)
     others = *_given(keys), *(() if total is None else (total,))
-    compiled([grad, _laid(x, layout), pair, filters, grad_sums, *others])
+    compiled([grad, _laid(x, layout), pair, filters, grad_sums[: len(filters)], *others])
     return (grad if total is None else total), grad_weight
 
 
