@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from kernelnorm.models import densenet
 from kernelnorm.models.blocks import layers_for
@@ -77,17 +78,32 @@ def test_it_is_the_concatenation_under_other_rules(x: Tensor, rules: dict[str, A
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()))
 
 
-@pytest.mark.parametrize("samples", [0, 1, 2, 5])
-@pytest.mark.parametrize(
-    "part", [1, 2 * 13 * 30 * 8, 1 << 23]
-)  # bytes: one sample, two or three, all
-def test_evaluation_in_parts(monkeypatch: pytest.MonkeyPatch, samples: int, part: int):
+SAMPLE = 13 * 30 * 8
+"""The bytes of a sample in a buffer."""
+
+
+@pytest.mark.parametrize(("samples", "part", "sizes"), [
+    (0, 1, [0]), (1, 1, [1]), (3, 1, [1, 1, 1]), (5, 2 * SAMPLE, [3, 2]), (5, 9 * SAMPLE, [5]),
+])  # fmt: skip
+def test_evaluation_in_parts(
+    monkeypatch: pytest.MonkeyPatch, samples: int, part: int, sizes: list[int]
+):
+    fill, filled = dense._fill, []
     monkeypatch.setattr(dense, "_PART", part)
+    monkeypatch.setattr(dense, "_fill", lambda *a: filled.append(len(a[0])) or fill(*a))
     block, x = block_of().eval(), torch.randn(samples, 4, 5, 6, dtype=torch.float64)
     with torch.no_grad():
         y = block(x)
+    assert filled == sizes
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y, concatenated(block, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, concatenated(block, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own parts
+def test_forward_mode_is_refused_not_forgotten(x: Tensor):
+    block = block_of().eval()
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        block(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_frozen_tensors_get_no_gradient(x: Tensor):

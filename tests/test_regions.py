@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config
 
 from kernelnorm.ops.regions import compile_for_all_sizes, once
 
@@ -19,11 +20,12 @@ if shutil.which("c++") is None and sys.platform == "linux":
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
 
 
-def test_what_was_compiled_is_kept_on_disk() -> None:
-    factor = random.random()  # nobody has compiled it before
+@config.patch(fx_graph_cache=True, force_disable_caches=False)
+def test_what_was_compiled_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = once(x * factor)
+        y = once(x * 3)
         return y.sum(1), y - y.sum()
 
     before = counters["inductor"].copy()

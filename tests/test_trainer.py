@@ -21,6 +21,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch._dynamo.utils import counters
 
 from kernelnorm.experiments import launch, runs, trainer
 from kernelnorm.experiments.data import Images
@@ -63,12 +64,15 @@ def without_times(out: Path) -> list[dict[str, float]]:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
 def test_a_compiled_network_is_trained_all_the_same(tmp_path: Path) -> None:
+    graphs = counters["stats"]["unique_graphs"]
     for compile in (False, True):
-        launch = Launch(out=tmp_path / str(compile), compile=compile, verbose=False)
+        assert counters["stats"]["unique_graphs"] == graphs
+        out = tmp_path / str(compile)
+        launch = Launch(out=out, accelerator="cpu", compile=compile, verbose=False)
         train(small("layer", epochs=1, subset=64), launch)
+    assert counters["stats"]["unique_graphs"] > graphs
     expected = weights(tmp_path / "False")
     torch.testing.assert_close(weights(tmp_path / "True"), expected, rtol=1e-4, atol=1e-4)
-    torch.compiler.reset()
 
 
 def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:

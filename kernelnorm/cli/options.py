@@ -73,7 +73,7 @@ def add_place_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data"), help="where datasets are, or will be put")
     add("--accelerator", default="auto", help="cpu, cuda, mps or auto")
-    add("--compile", action="store_true", help="through torch.compile; with CUDA graphs on CUDA")
+    add("--compile", action="store_true", help="run the network through torch.compile")
     add("--config", action="config", help="a YAML file with these options")
 
 

@@ -38,7 +38,7 @@ class Launch:
         data_dir: where datasets are looked for and downloaded to.
         accelerator: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``: as Lightning Fabric names them.
         devices: how many of them, on this machine; under ``torchrun`` it says how many.
-        compile: run the network through :func:`torch.compile`, on CUDA with CUDA graphs.
+        compile: run the network through :func:`torch.compile`, on one GPU with CUDA graphs.
         tensorboard: write TensorBoard's files too, in the run's folder.
         checkpoint_minutes: the longest time between two checkpoints within an epoch.
         max_steps: pause after that many steps; without it the run goes on.

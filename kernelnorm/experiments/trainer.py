@@ -94,8 +94,10 @@ class _Training:
         )
         self.network = share(fabric, self.network, config.seed)
         if launch.compile:
-            # Batches have two sizes, the last being smaller. On CUDA, the mode records CUDA graphs.
-            self.network.compile(dynamic=False, mode="reduce-overhead")
+            torch.compiler.reset()  # PyTorch does not compile the same function without end
+            graphs = fabric.device.type == "cuda" and fabric.world_size == 1
+            # Batches have two sizes, the last being smaller.
+            self.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
         self.model, self.optimizer = fabric.setup(
             self.network,
             torch.optim.SGD(
@@ -146,6 +148,8 @@ class _Training:
         ):
             if epoch * self.steps + progress.step >= self.max_steps:
                 break
+            if self.launch.compile:
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors are done with
             logits = self._forward(x)
             loss = F.cross_entropy(logits, y)
             self.fabric.backward(loss)

@@ -8,6 +8,7 @@ prefix.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from kernelnorm.ops import DIFFERENTIABLE, knconv, primitives_for
 from kernelnorm.ops.knconv import Settings
 
 _PART = 7 << 20
-"""The fewest bytes of a buffer that are filled at a time in evaluation: what a cache holds."""
+"""The fewest bytes of a buffer that are filled at a time where nothing is kept: what stays in the
+cache of a processor with 32 MB, and is enough work for a convolution."""
 
 
 class Layer(NamedTuple):
@@ -42,34 +44,30 @@ def dense_block(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
         - Output: :math:`(N, C', *)`, with the strides of ``channels_last``
     """
     with knconv.without_autocast(x):
-        masked = any(layer.keys is not None for layer in chain(*steps))
-        if not (masked or torch.is_grad_enabled()):
-            return _in_parts(x, steps)
         settings = tuple(tuple(layer.settings for layer in step) for step in steps)
         tensors = [tensor for step in steps for layer in step for tensor in layer[:3]]
-        y: Tensor = _DenseBlock.apply(settings, x, *tensors)  # type: ignore[no-untyped-call]
+        masked = any(layer.keys is not None for layer in chain(*steps))
+        in_parts = not (masked or torch.is_grad_enabled()) and x.device.type == "cpu"
+        y: Tensor = _DenseBlock.apply(settings, in_parts, x, *tensors)  # type: ignore[no-untyped-call]
         return y
 
 
-def _in_parts(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
-    """The same for evaluation, some samples at a time: a part stays in the cache, step by step."""
-    buffer = _begin(x, steps)
-    parts = buffer.numel() * buffer.element_size() // _PART
-    for part in buffer.tensor_split(max(1, min(parts, len(x)))):
-        for _ in _fill(part, x.shape[1], steps):
-            pass
-    return buffer
-
-
 class _DenseBlock(torch.autograd.Function):
-    """Keeps the buffer, the outputs within a step, and one-channel maps."""
+    """Keeps the buffer, the outputs within a step, and one-channel maps; in parts, nothing."""
 
     @staticmethod
     def forward(
-        ctx: Any, settings: tuple[tuple[Settings, ...], ...], x: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        settings: tuple[tuple[Settings, ...], ...],
+        in_parts: bool,
+        x: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
         steps = _steps(settings, tensors)
         buffer = _begin(x, steps)
+        if in_parts:
+            _fill_in_parts(buffer, x.shape[1], steps)
+            return buffer
         kept = [tensor for state in _fill(buffer, x.shape[1], steps) for tensor in state]
         ctx.settings, ctx.channels = settings, x.shape[1]
         ctx.save_for_backward(buffer, *tensors, *kept)
@@ -80,12 +78,14 @@ class _DenseBlock(torch.autograd.Function):
         buffer, *rest = ctx.saved_tensors
         count = 3 * sum(map(len, ctx.settings))
         steps, kept = _steps(ctx.settings, rest[:count]), rest[count:]
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         with knconv.without_autocast(grad):
             if torch.is_grad_enabled():
                 x = buffer[:, : ctx.channels]
-                return None, *_differentiable_backward(grad, x, ctx.settings, rest[:count], needs)
-            return None, *_backward(grad, buffer, ctx.channels, steps, kept, needs)
+                gradients = _differentiable_backward(grad, x, ctx.settings, rest[:count], needs)
+            else:
+                gradients = _backward(grad, buffer, ctx.channels, steps, kept, needs)
+            return None, None, *gradients
 
 
 def _begin(x: Tensor, steps: Sequence[Sequence[Layer]]) -> Tensor:
@@ -113,6 +113,13 @@ def _fill(
             y, numerator, *maps = knconv.forward(primitives_for(y), y, *layer, into)
             kept = numerator if numerator is not None else y if within else None
             yield kept, *maps, y if within else None
+
+
+def _fill_in_parts(buffer: Tensor, end: int, steps: Sequence[Sequence[Layer]]) -> None:
+    """The same where nothing is kept: some samples at a time, which stay in the cache."""
+    parts = buffer.numel() * buffer.element_size() // _PART
+    for part in buffer.tensor_split(max(1, min(parts, len(buffer)))):
+        deque(_fill(part, end, steps), maxlen=0)
 
 
 def _backward(

@@ -22,6 +22,7 @@ _one_at_a_time = threading.Lock()
 _OPTIONS = {
     "size_asserts": False,
     "cpp.dynamic_threads": True,
+    "cpp.threads": 16,  # so that loops on disk do not depend on how many threads were there first
     # Inductor would keep an intermediate result in memory where it takes many operations or reads,
     # and read it once more. Here loops are bound by memory, and `once` says what is kept.
     "realize_opcount_threshold": sys.maxsize,

@@ -84,7 +84,8 @@ def epilogue(
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
     layout = _layout_of(z)
     of_into = None if into is None else _layout_of(into)
-    if layout is None or len(maps) > 1 or (into is not None and of_into is None):
+    apart = into is None or (of_into is not None and layout != "slices")
+    if layout is None or len(maps) > 1 or not apart:
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu, into)
     compiled = _epilogue(layout, of_into, z.dim() - 2, z.dtype, bias is not None, relu)
     others = *_given(bias), *(() if into is None else (into,))
@@ -167,7 +168,7 @@ def _window_statistics(
         if few:
             torch._check(x.shape[1] == few)
         if layout == "slices":
-            x = once(_copy(x))
+            x = once(_copy_in_rows(x))
         of_mask = others[0] if masked else None
         mu, r, sums, x = statistics.window_statistics(
             rows_torch, x, filters, of_mask, p, geometry, eps, of_maps
@@ -215,7 +216,7 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
         grad_z, pair, *_ = rows_torch.output_gradient(
             grad, kept, r, mu, sums, bias, relu, (factors[0], factors[1])
         )
-        once(_copy(grad_z) if layout == "slices" else grad_z)
+        once(_copy_in_rows(grad_z) if layout == "slices" else grad_z)
         return grad_z, pair, *(_over_pixels(grad_z, m, layout) for m in (r.reciprocal(), mu))
 
     factors = vector.new_empty(2)
@@ -223,8 +224,7 @@ def _output_gradient(layout: Layout, d: int, dtype: torch.dtype, biased: bool, r
     return _compiled(function, arguments)
 
 
-def _copy(x: Tensor) -> Tensor:
-    """In rows."""
+def _copy_in_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 

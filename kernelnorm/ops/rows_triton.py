@@ -90,7 +90,7 @@ def epilogue(
     if len(maps) > 2 or any(m.shape[1] > 1 for m in maps):
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu, into)
     z = _collapsible(z)
-    y = into if into is not None or relu else torch.empty_like(z)
+    y = torch.empty_like(z) if into is None and not relu else into
     terms = [t.contiguous() for pair in zip(maps, vectors, strict=True) for t in pair]
     none = [None] * (4 - len(terms))
     bias = None if bias is None else bias.contiguous()
