@@ -180,8 +180,11 @@ def backward(
     grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
         grad, output, r, mu, sums, bias, relu, factors
     )
-    few = needs_weight and primitives is not DIFFERENTIABLE
-    few = few and few_windows.pays(x, weight, mu.numel(), groups)
+    few = (
+        needs_weight
+        and primitives is not DIFFERENTIABLE
+        and few_windows.pays(x, weight, mu.numel(), groups)
+    )
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad_z, x, weight.to(x.dtype), None, *_arguments(geometry, groups),
         (needs_x, needs_weight and not few, False),
