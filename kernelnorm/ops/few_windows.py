@@ -8,6 +8,7 @@ so that their mean needs no pass over the gradient.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,9 @@ _LEAST_WEIGHTS = 1 << 19
 
 
 def pays(x: Tensor, weight: Tensor, windows: int, groups: int) -> bool:
-    """Whether :func:`weight_gradient` is the faster way, on a CPU."""
+    """Whether :func:`weight_gradient` is the faster way, on a CPU; not in a trace for any batch."""
+    if torch.compiler.is_compiling():
+        return False
     few = windows <= _MOST_WINDOWS and weight.numel() >= _LEAST_WEIGHTS
     return few and groups == 1 and x.device.type == "cpu"
 
