@@ -87,7 +87,8 @@ def epilogue(
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
-    if len(maps) > 2 or any(m.shape[1] > 1 for m in maps):
+    reachable = into is None or _stride(into.shape[2:], into.stride()[2:]) is not None
+    if len(maps) > 2 or any(m.shape[1] > 1 for m in maps) or not reachable:
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu, into)
     z = _collapsible(z)
     y = torch.empty_like(z) if into is None and not relu else into
