@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernelnorm.ops.regions import once
+from kernelnorm.ops.regions import in_halves, once
 
 HASH_MULTIPLIER = 0x7FEB352D
 """Odd, with well-mixed bits."""
@@ -80,7 +80,8 @@ def spread_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
     for i, (size, factor) in enumerate(zip(others, more, strict=True)):
         pixels = pixels * factor.view(size, *ones[i + 2 :])
     first_kept = round(rounded_p(p) * _RESOLUTION) * (1 << 16) - (1 << 31)
-    return Keys(once(pixels), of_channels.view(channels, *ones), first_kept)
+    of_channels = of_channels.view(channels, *ones)
+    return Keys(in_halves(once(pixels)), in_halves(of_channels), first_kept)
 
 
 def keep(keys: Keys, dtype: torch.dtype) -> Tensor:

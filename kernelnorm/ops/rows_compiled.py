@@ -167,13 +167,12 @@ def _window_statistics(
     def function(x: Tensor, filters: Tensor, *others: Tensor) -> Any:
         if few:
             torch._check(x.shape[1] == few)
-        if layout == "slices":
-            x = once(_copy_in_rows(x))
+        copies = [once(_copy_in_rows(x))] if layout == "slices" else []
         of_mask = others[0] if masked else None
-        mu, r, sums, x = statistics.window_statistics(
+        mu, r, sums, _ = statistics.window_statistics(
             rows_torch, x, filters, of_mask, p, geometry, eps, of_maps
         )
-        return mu, r, sums, *([x] if layout == "slices" else [])
+        return mu, r, sums, *copies
 
     return _compiled(function, (x, filters, *[keys] * masked))
 
