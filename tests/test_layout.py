@@ -16,6 +16,7 @@ ORDER = [
     "kernelnorm.ops.rows_torch",
     "kernelnorm.ops.statistics",
     "kernelnorm.ops.rows_compiled",
+    "kernelnorm.ops.triton_kernels",
     "kernelnorm.ops.rows_triton",
     "kernelnorm.ops",
     "kernelnorm.ops.knconv",
@@ -127,5 +128,5 @@ def test_imports_point_upwards():
 def test_the_core_needs_pytorch_and_nothing_else():
     for name in CORE:
         roots = {imported.split(".")[0] for imported in imports_of(FILES[name])}
-        optional = {"triton"} if name == "kernelnorm.ops.rows_triton" else set()
+        optional = {"triton"} if name == "kernelnorm.ops.triton_kernels" else set()
         assert roots - {*sys.stdlib_module_names} <= {"torch", "kernelnorm", *optional}, name

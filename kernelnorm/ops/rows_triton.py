@@ -1,16 +1,15 @@
-"""The row primitives of :mod:`kernelnorm.ops.rows_torch` as one Triton kernel each, for GPUs.
+"""The row primitives of :mod:`kernelnorm.ops.rows_torch` as one launch of a kernel each, for GPUs.
 
-A program takes a block of pixels and goes through their channels, a block at a time: what is
-summed over channels stays in registers, and each large tensor is read once. Where an element lies
-is computed from three strides, of samples, pixels and channels, so that one kernel serves every
-memory format: ``channels_last``, ``contiguous`` and slices of either.
+Here is what happens before a kernel of :mod:`kernelnorm.ops.triton_kernels` runs: results are
+allocated, and block sizes and strides are chosen. Where an element lies follows from three strides,
+of samples, pixels and channels, so that one kernel serves every memory format: ``channels_last``,
+``contiguous`` and slices of either.
 
 The same inputs give the same bits each time: block sizes follow from shapes, not from timings, as
 another block size is another order of summation; and there are no atomic additions.
 
 Triton is part of PyTorch for GPUs. Without it this module can be imported, and supports nothing.
 """
-# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -25,14 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import rows_torch
-from kernelnorm.ops.mask import HASH_MULTIPLIER, Keys
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from kernelnorm.ops import rows_torch, triton_kernels
+from kernelnorm.ops.mask import Keys
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton was told to run kernels in Python, on tensors of any device."""
@@ -48,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 def supports(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary tensor of floats on a GPU for which Triton can compile."""
-    if triton is None or not (x.is_cuda or INTERPRETED):
+    if not triton_kernels.AVAILABLE or not (x.is_cuda or INTERPRETED):
         return False
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return False
@@ -159,7 +152,7 @@ def _operator(*mutated: str) -> Callable[[Callable[..., None]], Callable[..., No
 def _statistics(
     x: Tensor, pixels: Tensor | None, channels: Tensor | None, first_kept: int, pair: Tensor
 ) -> None:
-    _launch(_statistics_kernel, [x], pixels, channels, first_kept, pair)
+    _launch(triton_kernels.statistics, [x], pixels, channels, first_kept, pair)
 
 
 @_operator("mu", "r")
@@ -174,9 +167,8 @@ def _moments(
 ) -> None:
     scalars = [_bits(x) for x in (factor_1, factor_2, kappa, eps)]
     with torch.cuda.device_of(sums):
-        _moments_kernel[(triton.cdiv(mu.numel(), 256),)](
-            sums, *scalars, mu, r, mu.numel(), BLOCK=256
-        )
+        programs = -(-mu.numel() // 256)
+        triton_kernels.moments[(programs,)](sums, *scalars, mu, r, mu.numel(), BLOCK=256)
 
 
 @_operator("z", "y")
@@ -193,7 +185,7 @@ def _epilogue(
 ) -> None:
     """With a ReLU, the output is in place if there is no tensor for it."""
     large = [z, z if y is None else y]
-    _launch(_epilogue_kernel, large, map_1, vector_1, map_2, vector_2, r, bias, RELU=relu)
+    _launch(triton_kernels.epilogue, large, map_1, vector_1, map_2, vector_2, r, bias, RELU=relu)
 
 
 @_operator("grad_z", "pair", "vectors")
@@ -215,7 +207,9 @@ def _output_gradient(
     programs = _tiles(kept.shape, *(x.stride() for x in large))[0]
     parts = torch.empty((2, programs, len(sums)), dtype=r.dtype, device=r.device)
     scalars = _bits(factor_1), _bits(factor_2)
-    _launch(_output_gradient_kernel, large, r, mu, sums, bias, *scalars, pair, parts, RELU=relu)
+    _launch(
+        triton_kernels.output_gradient, large, r, mu, sums, bias, *scalars, pair, parts, RELU=relu
+    )
     torch.sum(parts, 1, out=vectors)
 
 
@@ -228,7 +222,7 @@ def _input_gradient(
     channels: Tensor | None,
     first_kept: int,
 ) -> None:
-    _launch(_input_gradient_kernel, [x, grad], pair, pixels, channels, first_kept)
+    _launch(triton_kernels.input_gradient, [x, grad], pair, pixels, channels, first_kept)
 
 
 def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **constants: bool) -> None:
@@ -307,196 +301,6 @@ def _power(x: int) -> int:
 
 
 def _bits(x: float) -> int:
-    """A number for :func:`_double`: of Python's floats, Triton makes single precision."""
+    """A double's bits for a kernel: of Python's floats, Triton makes single precision."""
     bits: int = struct.unpack("q", struct.pack("d", x))[0]
     return bits
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    """Makes it a kernel. Its arguments are to have no types: Triton would look these up."""
-    return function if triton is None else triton.jit(function)
-
-
-@_jit
-def _double(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@_jit
-def _narrow(x):
-    """In the dtype of sums over channels."""
-    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
-
-
-@_jit
-def _block(pixels, BLOCK_P: tl.constexpr):
-    """This program's sample, its pixels in it, which of them exist, and their place in maps."""
-    program = tl.program_id(0).to(tl.int64)  # there are tensors of more than 2**31 elements
-    blocks = tl.cdiv(pixels, BLOCK_P)
-    sample = program // blocks
-    pixel = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    return sample, pixel, pixel < pixels, sample * pixels + pixel
-
-
-@_jit
-def _keep(pixel_keys, channel_keys, first_kept, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
-    """See :func:`kernelnorm.ops.mask.keep`."""
-    element = pixel_keys[:, None] * channel_keys[None, :]
-    element = (element ^ ((element >> 15) & 0x1FFFF)) * MULTIPLIER
-    return element >= first_kept
-
-
-@_jit
-def _statistics_kernel(
-    x, x_n, x_p, x_c,
-    pixel_keys, channel_keys, first_kept, pair,
-    size, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
-    rows = x + sample * x_n + pixel * x_p
-    first = _narrow(tl.load(rows, exists, 0))
-    total = tl.zeros_like(first)
-    square = tl.zeros_like(first)
-    kept = tl.zeros_like(first)
-    for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        inside = exists[:, None] & (channel < channels)[None, :]
-        value = _narrow(tl.load(rows[:, None] + channel[None, :] * x_c, inside, 0))
-        difference = tl.where(inside, value - first[:, None], 0)
-        if pixel_keys is not None:
-            of_pixels = tl.load(pixel_keys + place, exists, 0)
-            of_channels = tl.load(channel_keys + channel, channel < channels, 0)
-            mask = (inside & _keep(of_pixels, of_channels, first_kept)).to(first.dtype)
-            difference *= mask
-            kept += tl.sum(mask, 1)
-        total += tl.sum(difference, 1)
-        square += tl.sum(difference * difference, 1)
-    base = first.to(tl.float64)
-    shift = base
-    if pixel_keys is not None:
-        shift = base * (kept.to(tl.float64) / channels)
-    mean = total.to(tl.float64) / channels
-    mean_square = square.to(tl.float64) / channels
-    tl.store(pair + place, mean + shift, exists)
-    tl.store(pair + size + place, mean_square + (2 * mean + shift) * base, exists)
-
-
-@_jit
-def _moments_kernel(
-    sums, factor_1, factor_2, kappa, eps, mu, r, size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = place < size
-    mean = tl.load(sums + place, exists, 0) * _double(factor_1)
-    square = tl.load(sums + size + place, exists, 0) * _double(factor_2)
-    var = square - mean * mean
-    var = tl.where(var < 0, 0, var)
-    var += _double(kappa) * (var + mean * mean)
-    tl.store(mu + place, mean, exists)
-    tl.store(r + place, 1 / tl.sqrt(tl.where(exists, var + _double(eps), 1)), exists)
-
-
-@_jit
-def _epilogue_kernel(
-    z, z_n, z_p, z_c, y, y_n, y_p, y_c,
-    map_1, vector_1, map_2, vector_2, r, bias,
-    size, pixels, channels,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
-    z += sample * z_n + pixel * z_p
-    y += sample * y_n + pixel * y_p
-    scale = tl.load(r + place, exists, 0)
-    first = tl.load(map_1 + place, exists, 0)
-    if map_2 is not None:
-        second = tl.load(map_2 + place, exists, 0)
-    for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        valid = channel < channels
-        inside = exists[:, None] & valid[None, :]
-        at = z[:, None] + channel[None, :] * z_c
-        numerator = tl.load(at, inside, 0).to(scale.dtype)
-        numerator -= first[:, None] * tl.load(vector_1 + channel, valid, 0)[None, :]
-        if map_2 is not None:
-            numerator -= second[:, None] * tl.load(vector_2 + channel, valid, 0)[None, :]
-        output = numerator * scale[:, None]
-        if bias is not None:
-            output += tl.load(bias + channel, valid, 0).to(scale.dtype)[None, :]
-        if RELU:
-            output = tl.where(output < 0, 0, output)  # unlike a maximum, it keeps NaN
-        else:
-            tl.store(at, numerator, inside)
-        tl.store(y[:, None] + channel[None, :] * y_c, output, inside)
-
-
-@_jit
-def _output_gradient_kernel(
-    kept, kept_n, kept_p, kept_c,
-    grad, grad_n, grad_p, grad_c,
-    grad_z, grad_z_n, grad_z_p, grad_z_c,
-    r, mu, sums, bias, factor_1, factor_2, pair, parts,
-    size, pixels, channels,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
-    """Each program writes its own part of the sums over pixels."""
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
-    kept += sample * kept_n + pixel * kept_p
-    grad += sample * grad_n + pixel * grad_p
-    grad_z += sample * grad_z_n + pixel * grad_z_p
-    part = parts + tl.program_id(0).to(tl.int64) * channels
-    other_part = part + tl.num_programs(0).to(tl.int64) * channels
-    scale = tl.load(r + place, exists, 1)
-    mean = tl.load(mu + place, exists, 0)
-    with_kept = tl.zeros_like(scale)
-    with_bias = tl.zeros_like(scale)
-    with_sums = tl.zeros_like(scale)
-    for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        valid = channel < channels
-        inside = exists[:, None] & valid[None, :]
-        k = tl.load(kept[:, None] + channel[None, :] * kept_c, inside, 0).to(scale.dtype)
-        g = tl.load(grad[:, None] + channel[None, :] * grad_c, inside, 0).to(scale.dtype)
-        if RELU:
-            g = tl.where(k <= 0, 0, g)
-            if bias is not None:
-                of_bias = tl.load(bias + channel, valid, 0).to(scale.dtype)
-                with_bias += tl.sum(g * of_bias[None, :], 1)
-        with_kept += tl.sum(g * k, 1)
-        with_sums += tl.sum(g * tl.load(sums + channel, valid, 0)[None, :], 1)
-        of_z = (g * scale[:, None]).to(grad_z.dtype.element_ty)
-        tl.store(grad_z[:, None] + channel[None, :] * grad_z_c, of_z, inside)
-        tl.store(part + channel, tl.sum(g, 0), valid)
-        tl.store(other_part + channel, tl.sum(of_z.to(scale.dtype) * mean[:, None], 0), valid)
-    grad_r = with_kept
-    if RELU:
-        grad_r = (with_kept - with_bias) / scale
-    grad_var = -0.5 * scale * scale * scale * grad_r
-    grad_mean = -scale * with_sums - 2 * mean * grad_var
-    tl.store(pair + place, grad_mean * _double(factor_1), exists)
-    tl.store(pair + size + place, grad_var * _double(factor_2), exists)
-
-
-@_jit
-def _input_gradient_kernel(
-    x, x_n, x_p, x_c, grad, grad_n, grad_p, grad_c,
-    pair, pixel_keys, channel_keys, first_kept,
-    size, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
-    x += sample * x_n + pixel * x_p
-    grad += sample * grad_n + pixel * grad_p
-    a = tl.load(pair + place, exists, 0)
-    b = tl.load(pair + size + place, exists, 0)
-    for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        valid = channel < channels
-        inside = exists[:, None] & valid[None, :]
-        value = tl.load(x[:, None] + channel[None, :] * x_c, inside, 0).to(a.dtype)
-        through = a[:, None] + b[:, None] * value
-        if pixel_keys is not None:
-            of_pixels = tl.load(pixel_keys + place, exists, 0)
-            of_channels = tl.load(channel_keys + channel, valid, 0)
-            through *= _keep(of_pixels, of_channels, first_kept).to(a.dtype)
-        at = grad[:, None] + channel[None, :] * grad_c
-        tl.store(at, through + tl.load(at, inside, 0).to(a.dtype), inside)
