@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from kernelnorm import reference
 from kernelnorm.functional import kernel_norm, kn_conv
+from kernelnorm.ops import DIFFERENTIABLE
+from kernelnorm.ops.windows import Geometry
 from tests.strategies import mask_of
 
 
@@ -82,14 +84,23 @@ def test_float32_with_a_mean_of_1000_and_dropout(kernel_size):
 
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("p", [0.001, 0.1])
-def test_float32_in_evaluation_is_as_exact_as_its_filters_are_large(mean, p):
-    """The expected variance bounds the mean in units of the deviation, by about 1 / sqrt(p)."""
+def test_float32_in_evaluation_is_as_exact_as_its_convolution(mean, p):
+    """The expected variance bounds the mean in units of the deviation, by about 1 / sqrt(p).
+
+    Convolutions round differently on each processor; what the layer adds is small beside the
+    filters.
+    """
     x = torch.randn(4, 64, 12, 12) + mean
     weight = torch.randn(32, 64, 3, 3) / 24 + 0.1
-    y = kn_conv(x, weight, dropout_p=p, training=False)
-    exact = kn_conv(x.double(), weight.double(), dropout_p=p, training=False)
+    single, double = (x, weight), (x.double(), weight.double())
+    y, exact = (kn_conv(*inputs, dropout_p=p, training=False) for inputs in (single, double))
+    z, exact_z = (F.conv2d(*inputs) for inputs in (single, double))
+    geometry = Geometry((3, 3), (1, 1), (0, 0), (1, 1))
+    arguments = None, p, geometry, 1e-5, torch.float64
+    r = DIFFERENTIABLE.window_statistics(*double, *arguments)[1]
+    of_convolution = ((z - exact_z) * r).abs().max()
     unit = torch.finfo(torch.float32).eps * weight.abs().sum((1, 2, 3)).max() / p**0.5
-    assert (y - exact).abs().max() < 4 * unit
+    assert (y - exact).abs().max() < of_convolution + 3 * unit
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 255.0, 1e4])
