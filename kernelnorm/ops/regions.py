@@ -48,8 +48,8 @@ def in_halves(x: Tensor) -> Tensor:
     """The same 32-bit integers, computed once and kept in a form that compiled loops read fast.
 
     With AVX2 Inductor's loads of integers pass through the stack, where a wide load waits for the
-    two narrow stores before it: forty cycles instead of one. Those of floats do not, and either
-    half of an integer is exact in one.
+    two narrow stores before it: some forty cycles each. Those of floats do not, and either half of
+    an integer is exact in one.
     """
     if getattr(_tracing, "kept", None) is None or not _integers_load_slowly():
         return x

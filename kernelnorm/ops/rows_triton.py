@@ -206,10 +206,8 @@ def _output_gradient(
     large = [kept, grad, grad_z]
     programs = _tiles(kept.shape, *(x.stride() for x in large))[0]
     parts = torch.empty((2, programs, len(sums)), dtype=r.dtype, device=r.device)
-    scalars = _bits(factor_1), _bits(factor_2)
-    _launch(
-        triton_kernels.output_gradient, large, r, mu, sums, bias, *scalars, pair, parts, RELU=relu
-    )
+    small = r, mu, sums, bias, _bits(factor_1), _bits(factor_2)
+    _launch(triton_kernels.output_gradient, large, *small, pair, parts, RELU=relu)
     torch.sum(parts, 1, out=vectors)
 
 

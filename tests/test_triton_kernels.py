@@ -1,0 +1,39 @@
+"""Triton's compiler takes the kernels, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtypes"), [(80, ["float16", "float64"]), (90, ["float32", "bfloat16"])]
+)
+def test_the_kernels_compile_for_gpus(architecture: int, dtypes: list[str], tmp_path: Path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.compile_kernels", str(architecture), *dtypes]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    with_mask = {"statistics", "input_gradient"}
+    assert {tuple(line[:4]) for line in lines} == {
+        (kernel, dtype, layout, str(masked))
+        for kernel, dtype, layout in product(
+            {"moments", "epilogue", "output_gradient", *with_mask},
+            dtypes,
+            ("planes", "rows", "slices"),
+        )
+        for masked in (False, *[True] * (kernel in with_mask))
+    }
+    for *name, widest, _, stack in lines:
+        assert widest == "128", name  # bits, the most that there are
+        assert int(stack) < 64, name  # bytes: registers suffice, or nearly
