@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from kernelnorm.models import densenet
 from kernelnorm.models.blocks import layers_for
-from kernelnorm.ops import dense
+from kernelnorm.ops import dense, pointwise
 
 
 def block_of(
@@ -46,6 +46,11 @@ def run(function, block: nn.Module, x: Tensor, create_graph: bool = False) -> li
         second = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
         gradients = (*gradients, *second)
     return [y, *gradients]
+
+
+@pytest.fixture(params=[True, False], autouse=True)
+def products_are_fast(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(pointwise, "_products_are_fast", lambda: request.param)
 
 
 @pytest.fixture

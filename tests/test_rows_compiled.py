@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernelnorm import reference
 from kernelnorm.functional import kn_conv
-from kernelnorm.ops import DIFFERENTIABLE, primitives_for, rows_compiled, rows_torch
+from kernelnorm.ops import DIFFERENTIABLE, pointwise, primitives_for, rows_compiled, rows_torch
 from kernelnorm.ops.mask import draw_keys
 from kernelnorm.ops.windows import Geometry
 from tests.strategies import mask_of
@@ -112,6 +112,16 @@ def test_statistics_and_the_gradient_through_them(name: str):
 @pytest.mark.parametrize("layout", ["planes", "slices", "neither"])
 def test_statistics_in_other_layouts(layout: str):
     check_statistics(GEOMETRIES["valid, stride 2"], layout, drop=True)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_slices_are_copied_for_a_convolution(copied: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pointwise, "_products_are_fast", lambda: not copied)
+    check_statistics(GEOMETRIES["a pixel"], "slices", drop=True)
+    x = input_of(GEOMETRIES["a pixel"], "some", "slices")
+    arguments = None, 0.3, GEOMETRIES["a pixel"], 1e-5, x.dtype
+    *_, read = rows_compiled.window_statistics(x, randn(5, x.shape[1], 1, 1), *arguments)
+    assert (read.stride() != x.stride()) == copied
 
 
 def test_expected_statistics():
@@ -223,7 +233,7 @@ def test_compiling_leaves_the_random_numbers_alone():
     expected = torch.rand(1)
     torch.manual_seed(1)
     rows_compiled._window_statistics.__wrapped__(
-        "rows", 0, torch.float32, True, 0.3, GEOMETRIES["a pixel"], 1e-5, torch.float32
+        "rows", False, 0, torch.float32, True, 0.3, GEOMETRIES["a pixel"], 1e-5, torch.float32
     )
     assert torch.equal(torch.rand(1), expected)
 

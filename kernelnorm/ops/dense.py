@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import DIFFERENTIABLE, knconv, primitives_for
+from kernelnorm.ops import DIFFERENTIABLE, knconv, pointwise, primitives_for
 from kernelnorm.ops.knconv import Settings
+from kernelnorm.ops.layouts import in_rows
 
 _PART = 7 << 20
 """The fewest bytes of a buffer that are filled at a time where nothing is kept: what stays in the
@@ -139,7 +140,7 @@ def _backward(
         for i in reversed(range(len(step))):
             *state, _ = kept[-5:]
             del kept[-5:]
-            x = kept[-1] if i > 0 else _rows(buffer[:, :start])
+            x = kept[-1] if i > 0 else _as_input(buffer[:, :start], step[0])
             if state[0] is None:
                 state[0] = buffer[:, start:end]
             index -= 3
@@ -184,9 +185,11 @@ def _differentiable_backward(
     return gradients
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Channels that lie side by side: what stands between them would slow a convolution down."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+def _as_input(prefix: Tensor, layer: Layer) -> Tensor:
+    """In rows, unless its convolution reads it where it lies: copied once, not by each reader."""
+    if pointwise.pays(prefix, layer.weight, layer.settings.geometry):
+        return prefix
+    return in_rows(prefix)
 
 
 def _steps(

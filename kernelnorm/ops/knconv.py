@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import DIFFERENTIABLE, Primitives, few_windows, primitives_for
+from kernelnorm.ops import DIFFERENTIABLE, Primitives, few_windows, pointwise, primitives_for
 from kernelnorm.ops.rows_torch import narrow, wide
 from kernelnorm.ops.statistics import as_filters, filter_sums
 from kernelnorm.ops.windows import Geometry, box_sum
@@ -157,7 +157,11 @@ def forward(
             maps = [(mu - means).to(dtype), means.to(dtype)]
             vectors = [sums, rest]
         mu, r = mu.to(dtype), r.to(dtype)
-    z = torch.convolution(x, filters, None, *_arguments(geometry, groups))
+    products = primitives is not DIFFERENTIABLE
+    if products and pointwise.pays(x, filters, geometry):
+        z = pointwise.convolution(x, filters)
+    else:
+        z = torch.convolution(x, filters, None, *_arguments(geometry, groups))
     return *primitives.epilogue(z, maps, vectors, r, bias, relu, into), mu, r, sums
 
 
@@ -180,15 +184,16 @@ def backward(
     grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
         grad, output, r, mu, sums, bias, relu, factors
     )
-    few = (
-        needs_weight
-        and primitives is not DIFFERENTIABLE
-        and few_windows.pays(x, weight, mu.numel(), groups)
-    )
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-        grad_z, x, weight.to(x.dtype), None, *_arguments(geometry, groups),
-        (needs_x, needs_weight and not few, False),
-    )  # fmt: skip
+    products = primitives is not DIFFERENTIABLE
+    few = products and needs_weight and few_windows.pays(x, weight, mu.numel(), groups)
+    arguments = grad_z, x, weight.to(x.dtype)
+    wanted = needs_x, needs_weight and not few
+    if products and pointwise.pays(x, weight, geometry):
+        grad_x, grad_weight = pointwise.convolution_backward(*arguments, wanted)
+    else:
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+            *arguments, None, *_arguments(geometry, groups), (*wanted, False)
+        )
     grad_x, grad_weight = primitives.through_statistics(
         grad_x, grad_weight, x, pair, grad_sums, keys, p, geometry, total
     )

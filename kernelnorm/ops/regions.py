@@ -72,6 +72,7 @@ def compile_for_all_sizes(
         examples: arguments whose sizes differ wherever those of a call may differ; a stride of
             theirs has to follow from the sizes in the way that it does in each call
     """
+    from torch._dynamo import config as dynamo_config
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -88,7 +89,9 @@ def compile_for_all_sizes(
 
     functional = torch.func.functionalize(with_kept, remove="mutations")
     separate = [_empty_like(example) for example in examples]
-    with _one_at_a_time, torch.no_grad():
+    # A cache of what operations return takes longer here than the operations.
+    without_cache = dynamo_config.patch(fake_tensor_cache_enabled=False)
+    with _one_at_a_time, torch.no_grad(), without_cache:
         trace = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*separate)
         trace.shape_env = None  # Inductor looks at the inputs for it, and would not cache with it
         inputs = [node.meta["val"] for node in trace.graph.nodes if node.op == "placeholder"]

@@ -4,10 +4,7 @@ Run one by one, the operations of a primitive read and write the large tensors s
 calling them takes longer than the small ones take themselves; compiled, they are a loop or two.
 That is done when a primitive is first used, in a few seconds each, for all sizes; PyTorch keeps it
 on disk. It takes a C++ compiler.
-
-The loops are for tensors in one of three layouts: *rows*, in which the channels of a pixel lie side
-by side, as in ``channels_last``; *slices*, which are rows, too, but parts of longer ones; and
-*planes*, in which the pixels of a channel lie side by side.
+There are loops for each layout of :mod:`kernelnorm.ops.layouts`.
 """
 
 from __future__ import annotations
@@ -15,17 +12,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import rows_torch, statistics
+from kernelnorm.ops import pointwise, rows_torch, statistics
+from kernelnorm.ops.layouts import Layout, in_rows, is_rows, layout_of
 from kernelnorm.ops.mask import count_keys, rounded_p
 from kernelnorm.ops.regions import compile_for_all_sizes, once
 from kernelnorm.ops.windows import Geometry
-
-Layout = Literal["rows", "slices", "planes"]
 
 # The elements below which compiling is not worth its seconds.
 _LEAST = 1 << 9
@@ -63,13 +59,14 @@ def window_statistics(
     """See :func:`kernelnorm.ops.statistics.window_statistics`."""
     if sum(geometry.kernel_size) > _MOST_TAPS:
         return statistics.window_statistics(rows_torch, x, weight, keys, p, geometry, eps, dtype)
-    layout = _layout_of(x) or "planes"
+    layout = layout_of(x) or "planes"
+    copied = layout == "slices" and not pointwise.pays(x, weight, geometry)
     compiled = _window_statistics(
-        layout, _few(x), x.dtype, keys is not None, rounded_p(p), geometry, eps, dtype
+        layout, copied, _few(x), x.dtype, keys is not None, rounded_p(p), geometry, eps, dtype
     )
     x = _laid(x, layout)
     mu, r, sums, *others = compiled([x, _by_filter(weight)[1], *_given(keys)])
-    return mu, r, sums, others[0] if layout == "slices" else x
+    return mu, r, sums, others[0] if copied else x
 
 
 def epilogue(
@@ -82,8 +79,8 @@ def epilogue(
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.rows_torch.epilogue`."""
-    layout = _layout_of(z)
-    of_into = None if into is None else _layout_of(into)
+    layout = layout_of(z)
+    of_into = None if into is None else layout_of(into)
     apart = into is None or (of_into is not None and layout != "slices")
     if layout is None or len(maps) > 1 or not apart:
         return rows_torch.epilogue(z, maps, vectors, r, bias, relu, into)
@@ -106,7 +103,7 @@ def output_gradient(
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.rows_torch.output_gradient`."""
-    layout = _layout_of(kept) or "planes"
+    layout = layout_of(kept) or "planes"
     if layout == "slices" and grad.stride() != kept.stride():
         layout = "rows"
     compiled = _output_gradient(layout, kept.dim() - 2, kept.dtype, bias is not None, relu)
@@ -128,7 +125,7 @@ def through_statistics(
     total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`kernelnorm.ops.statistics.through_statistics`."""
-    of_total = None if total is None else _layout_of(total)
+    of_total = None if total is None else layout_of(total)
     if (
         grad is None
         or sum(geometry.kernel_size) > _MOST_TAPS
@@ -138,22 +135,23 @@ def through_statistics(
         return statistics.through_statistics(
             rows_torch, grad, grad_weight, x, pair, grad_sums, keys, p, geometry, total
         )
-    layout: Layout = "planes" if _layout_of(x) in ("planes", None) else "rows"
+    layout = layout_of(x) or "planes"
     compiled = _through_statistics(
         layout, of_total, _few(x), x.dtype, keys is not None, rounded_p(p), geometry
     )
-    grad = _laid(grad, layout)
+    grad = _laid(grad, _layout_of_gradient(layout))
     filters = pair.new_empty(0, 0, dtype=grad_sums.dtype)
     if grad_weight is not None:
         grad_weight, filters = _by_filter(grad_weight)
     others = *_given(keys), *(() if total is None else (total,))
-    compiled([grad, _laid(x, layout), pair, filters, grad_sums[: len(filters)], *others])
+    compiled([grad, _laid(x, layout), pair, filters, grad_sums[: filters.shape[0]], *others])
     return (grad if total is None else total), grad_weight
 
 
 @functools.cache
 def _window_statistics(
     layout: Layout,
+    copied: bool,
     few: int,
     dtype: torch.dtype,
     masked: bool,
@@ -167,7 +165,7 @@ def _window_statistics(
     def function(x: Tensor, filters: Tensor, *others: Tensor) -> Any:
         if few:
             torch._check(x.shape[1] == few)
-        copies = [once(_copy_in_rows(x))] if layout == "slices" else []
+        copies = [once(_copy_in_rows(x))] if copied else []
         of_mask = others[0] if masked else None
         mu, r, sums, _ = statistics.window_statistics(
             rows_torch, x, filters, of_mask, p, geometry, eps, of_maps
@@ -264,7 +262,13 @@ def _through_statistics(
         return ()
 
     totals = [] if of_total is None else [_dense(tuple(x.shape), of_total, dtype)]
-    return _compiled(function, (x, x, pair, filters, grad_sums, *[keys] * masked, *totals))
+    grad = _dense(tuple(x.shape), _layout_of_gradient(layout), dtype)
+    return _compiled(function, (grad, x, pair, filters, grad_sums, *[keys] * masked, *totals))
+
+
+def _layout_of_gradient(layout: Layout) -> Layout:
+    """That of a convolution's gradient of an input in that layout."""
+    return "rows" if layout == "slices" else layout
 
 
 def _compiled(function: Callable[..., Any], examples: Sequence[Tensor]) -> Any:
@@ -281,8 +285,6 @@ def _tell(problem: str) -> None:
     """Once, as the same is likely to be wrong for all."""
     _log.warning("compiling failed, so kernel normalisation is slower: %s", problem)
 
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # In a trace, sizes that are equal are the same size for ever: those of examples must differ.
 _SAMPLES, _CHANNELS, _SIZES, _FILTERS, _LONGER = 13, 67, (29, 31, 23), (71, 103), 89
@@ -326,41 +328,20 @@ def _few(x: Tensor) -> int:
     return x.shape[1] if x.shape[1] < _FEW else 0
 
 
-def _layout_of(x: Tensor) -> Layout | None:
-    """That of a tensor of shape :math:`(N, C, *)`; ``None`` for any other."""
-    if _is_rows(x):
-        return "rows"
-    if x.is_contiguous():
-        return "planes"
-    *strides, step, channel = x.movedim(1, -1).stride()
-    expected: list[int] = []
-    for size in reversed(x.shape[2:]):
-        expected.insert(0, (expected[0] if expected else step) * size)
-    return "slices" if channel == 1 and step > x.shape[1] and strides == expected else None
-
-
-def _is_rows(x: Tensor) -> bool:
-    memory_format = _CHANNELS_LAST.get(x.dim())
-    if memory_format is None:
-        return x.movedim(1, -1).is_contiguous()
-    return x.is_contiguous(memory_format=memory_format)  # in a tenth of the time
-
-
 def _laid(x: Tensor, layout: Layout) -> Tensor:
     """The tensor in that layout, a copy if need be; those of slices are."""
     if layout == "planes":
         return x.contiguous()
-    if layout == "slices" or _is_rows(x):
-        return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x if layout == "slices" else in_rows(x)
 
 
 def _by_filter(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The weight, a copy if need be, and a view of it in which each filter is a line."""
-    if not (weight.is_contiguous() or _is_rows(weight)):
+    if not (weight.is_contiguous() or is_rows(weight)):
         weight = weight.contiguous()
-    n = weight.numel() // len(weight)
-    return weight, weight.as_strided((len(weight), n), (n, 1))
+    filters = weight.shape[0]
+    n = weight.numel() // filters
+    return weight, weight.as_strided((filters, n), (n, 1))
 
 
 @functools.lru_cache(maxsize=1024)
