@@ -157,8 +157,8 @@ def forward(
             maps = [(mu - means).to(dtype), means.to(dtype)]
             vectors = [sums, rest]
         mu, r = mu.to(dtype), r.to(dtype)
-    products = primitives is not DIFFERENTIABLE
-    if products and pointwise.pays(x, filters, geometry):
+    plain = primitives is not DIFFERENTIABLE  # what follows is not traced or batched
+    if plain and pointwise.pays(x, filters, geometry):
         z = pointwise.convolution(x, filters)
     else:
         z = torch.convolution(x, filters, None, *_arguments(geometry, groups))
@@ -184,11 +184,11 @@ def backward(
     grad_z, pair, grad_bias, grad_sums = primitives.output_gradient(
         grad, output, r, mu, sums, bias, relu, factors
     )
-    products = primitives is not DIFFERENTIABLE
-    few = products and needs_weight and few_windows.pays(x, weight, mu.numel(), groups)
+    plain = primitives is not DIFFERENTIABLE
+    few = plain and needs_weight and few_windows.pays(x, weight, mu.numel(), groups)
     arguments = grad_z, x, weight.to(x.dtype)
     wanted = needs_x, needs_weight and not few
-    if products and pointwise.pays(x, weight, geometry):
+    if plain and pointwise.pays(x, weight, geometry):
         grad_x, grad_weight = pointwise.convolution_backward(*arguments, wanted)
     else:
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
