@@ -34,7 +34,7 @@ def layout_of(x: Tensor) -> Layout | None:
 
 
 def is_rows(x: Tensor) -> bool:
-    """Whether that is, or may be taken for, the tensor's layout."""
+    """Whether the tensor lies in rows, or, being small, may be taken to."""
     memory_format = _CHANNELS_LAST.get(x.dim())
     if memory_format is None:
         return x.movedim(1, -1).is_contiguous()
