@@ -1,6 +1,7 @@
 """Kernel normalized convolutional networks: normalisation that does not depend on the batch."""
 
 from kernelnorm import functional, models
+from kernelnorm.functional import backend
 from kernelnorm.modules import (
     KernelNorm1d,
     KernelNorm2d,
@@ -18,6 +19,7 @@ __all__ = [
     "KernelNorm1d",
     "KernelNorm2d",
     "KernelNorm3d",
+    "backend",
     "functional",
     "models",
     "set_evaluation",

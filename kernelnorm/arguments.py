@@ -141,6 +141,18 @@ def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise TypeError(f"input must have the weight's dtype, got input {dtype}, {others}")
 
 
+def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """One device for all."""
+    device = input.device
+    if weight.device != device or (bias is not None and bias.device != device):
+        others = f"weight on {weight.device}"
+        others += "" if bias is None else f", bias on {bias.device}"
+        raise ValueError(
+            f"input and weight must be on one device, got input on {device}, {others}. "
+            "Move the module with .to(device)"
+        )
+
+
 def check_windows_fit(sizes: Sequence[int], geometry: Geometry) -> None:
     """At least one window in the padded input, of which ``sizes`` are the spatial ones."""
     for i, size in enumerate(sizes):

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kernelnorm import arguments
 from kernelnorm.arguments import Evaluation
-from kernelnorm.ops import knconv
-from kernelnorm.ops.mask import draw_keys, kappa, keep, rounded_p, spread_keys
-from kernelnorm.ops.statistics import gradient_factors
+from kernelnorm.ops import knconv, observers
+from kernelnorm.ops.backends import backend_for
+from kernelnorm.ops.mask import draw_keys, dropout_variance, expand_keys, keep, rounded_p
+from kernelnorm.ops.settings import Settings
 
-__all__ = ["kernel_norm", "kn_conv"]
+__all__ = ["backend", "kernel_norm", "kn_conv"]
 
 
 def kernel_norm(
@@ -89,13 +90,13 @@ def _normalize(u: Tensor, unit: list[int], p: float, keys: Tensor | None, eps: f
     wide = u if u.dtype == torch.float64 else u.float()
     dropped = wide
     if keys is not None:
-        mask = keep(spread_keys(keys, u.shape, p), wide.dtype)
+        mask = keep(expand_keys(keys, u.shape, p), wide.dtype)
         dropped = wide * mask / (1 - rounded_p(p))
     mu = dropped.mean(unit, keepdim=True)
     var = (dropped - mu).square().mean(unit, keepdim=True)
     if keys is None:
         n = prod([u.shape[axis] for axis in unit])
-        var = var + kappa(p, n) * (var + mu.square())
+        var = var + dropout_variance(p, n) * (var + mu.square())
     return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
 
 
@@ -138,40 +139,55 @@ def kn_conv(
         >>> kn_conv(x, weight, padding=1, activation="relu").shape
         torch.Size([8, 16, 32, 32])
     """
-    plan = plan_for(
-        input.shape, input.dtype, weight, bias, stride, padding, dilation, groups, padding_mode,
+    arguments.check_same_device(input, weight, bias)
+    plan = _plan_for(
+        input, weight, bias, stride, padding, dilation, groups, padding_mode,
         dropout_p, training, eps, activation, evaluation,
     )  # fmt: skip
     x = input if plan.batched else input.unsqueeze(0)
     if plan.sides:
         x = F.pad(x, plan.sides, plan.mode)
-    x = autocast(x, weight, bias)  # padding may have left autocast's dtype
-    keys = draw_keys(x.shape, x.device) if plan.masked else None
+    x = _autocast(x, weight, bias)  # padding may have left autocast's dtype
+    keys = draw_keys(x.shape, x.device) if plan.settings.masked else None
     y = knconv.kn_conv(x, weight, bias, keys, plan.settings)
     return y if plan.batched else y.squeeze(0)
 
 
-class Plan(NamedTuple):
-    """What follows from the arguments of :func:`kn_conv` but for what is in the tensors."""
+def backend(input: Tensor) -> str:
+    """Returns the name of the backend that computes a KNConv of the input.
 
-    batched: bool
-    sides: tuple[int, ...]  # by which the input is padded beforehand, as F.pad takes them
-    mode: str
-    masked: bool
-    settings: knconv.Settings
-
-
-def plan_for(
-    shape: Sequence[int], dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *options: Any
-) -> Plan:
-    """Checks the arguments of :func:`kn_conv`, or remembers that it did.
+    ``"cpu"`` are the C kernels, ``"triton"`` the Triton kernels for GPUs, and ``"eager"`` PyTorch
+    operations, for every other device and dtype and for installations without a C compiler.
 
     Args:
-        shape, dtype: of the input
+        input: a tensor on the device and with the dtype of the layer's input
+
+    Example::
+
+        >>> backend(torch.ones(1, 3, 8, 8, dtype=torch.float16))
+        'eager'
+    """
+    return backend_for(input).name
+
+
+class Plan(NamedTuple):
+    """Everything derived from the shapes, dtypes and options of :func:`kn_conv`."""
+
+    batched: bool
+    sides: tuple[int, ...]  # padding of the input beforehand, as F.pad takes it
+    mode: str
+    settings: Settings
+
+
+def _plan_for(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan:
+    """Checks the arguments of :func:`kn_conv` and derives its plan; remembers both.
+
+    Args:
         options: the arguments that are not tensors, in their order
     """
-    shape_of_bias = None if bias is None else bias.shape
-    key = shape, dtype, weight.shape, weight.dtype, shape_of_bias, *options
+    sizes = observers.sizes(input), observers.sizes(weight)
+    shape_of_bias = None if bias is None else observers.sizes(bias)
+    key = sizes[0], input.dtype, sizes[1], weight.dtype, shape_of_bias, *options
     if torch.compiler.is_compiling() or not _hashable(key):
         return _plan(*key)
     return _remembered_plan(*key)
@@ -212,17 +228,16 @@ def _plan(
     arguments.check_windows_fit(sizes, geometry)
 
     p, masked = _dropout(dropout_p, training, evaluation)
-    factors = gradient_factors(shape[-d - 1], masked, p, geometry)
-    settings = knconv.Settings(geometry, groups, p, eps, activation == "relu", factors)
+    settings = Settings(geometry, groups, p, masked, eps, activation == "relu")
     mode = arguments.PADDING_MODES[padding_mode]
-    return Plan(len(shape) == d + 2, sides, mode, masked, settings)
+    return Plan(len(shape) == d + 2, sides, mode, settings)
 
 
 _remembered_plan = functools.lru_cache(maxsize=4096)(_plan)
 
 
 def _hashable(key: tuple[Any, ...]) -> bool:
-    """Lists are not, nor sizes that are symbols."""
+    """False for lists and symbolic sizes."""
     try:
         hash(key)
     except TypeError:
@@ -237,7 +252,7 @@ def _dropout(p: float, training: bool, evaluation: Evaluation) -> tuple[float, b
     return (p if evaluation == "expected" else 0.0), False
 
 
-def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The input in autocast's dtype; like the layers of torch.nn, it leaves float64 alone."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -6,14 +6,10 @@ With ``norm="batch"`` the parameters have the names, the order and the shapes of
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kernelnorm import functional
 from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
-from kernelnorm.modules import KNConv2d
-from kernelnorm.ops.dense import Layer, dense_block
-from kernelnorm.ops.mask import draw_keys
+from kernelnorm.ops.concatenation import concatenate
 
 BOTTLENECK = 4
 """The channels between a dense layer's two convolutions, in multiples of the growth rate."""
@@ -36,44 +32,11 @@ class DenseLayer(nn.Module):
         """Returns ``x`` with ``growth`` channels more."""
         y = self.conv1(self.relu1(self.norm1(x)))
         y = self.conv2(self.relu2(self.norm2(y)))
-        return torch.cat([x, y], dim=1)
+        return concatenate(x, y)
 
 
 class DenseBlock(nn.Sequential):
-    """Dense layers in a row; those of a kernel network have one buffer for all that they append."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` with the channels that the layers append."""
-        if not _may_share_a_buffer([*self.modules()]):
-            for layer in self:
-                x = layer(x)
-            return x
-        convs = [conv for conv in self.modules() if isinstance(conv, KNConv2d)]
-        x = functional.autocast(x, convs[0].weight, convs[0].bias)
-        layers = [_layer(conv, x) for conv in convs]
-        return dense_block(x, [*zip(layers[::2], layers[1::2], strict=True)])
-
-
-def _may_share_a_buffer(modules: list[nn.Module]) -> bool:
-    """Whether nobody could tell the layers' own calls from one call for all of them."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and {*map(type, modules)} == {DenseBlock, DenseLayer, KNConv2d, nn.Identity}
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
-    )
-
-
-def _layer(conv: KNConv2d, x: Tensor) -> Layer:
-    shape = len(x), conv.in_channels, *x.shape[2:]
-    plan = functional.plan_for(
-        shape, x.dtype, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation,
-        conv.groups, conv.padding_mode, conv.dropout_p, conv.training, conv.eps, conv.activation,
-        conv.evaluation,
-    )  # fmt: skip
-    keys = draw_keys(shape, x.device) if plan.masked else None
-    return Layer(conv.weight, conv.bias, keys, plan.settings)
+    """Dense layers in a row."""
 
 
 class Transition(nn.Sequential):

@@ -3,8 +3,8 @@
 ``bench.json`` has what was measured, for others to compute with:
 
 ``kernelnorm``, ``machine``
-    the package's version; PyTorch's version, the device in words, cores, threads, and whether
-    float32 products are rounded to TF32, as on CUDA they are.
+    the package's version; PyTorch's version, the device in words, cores, threads, whether float32
+    products are rounded to TF32, as on CUDA they are, and the backend of the kernel layers.
 ``results``
     a list with an object for each row of the table:
 
@@ -126,6 +126,7 @@ def _machine(plan: Plan) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "tf32": cuda,
+        "backend": kernelnorm.backend(torch.ones(1, 1, 1, 1, device=plan.device)),
     }
 
 
@@ -142,7 +143,8 @@ def _phrase(machine: dict[str, Any]) -> str:
     tf32 = ", float32 products in TF32" if machine["tf32"] else ""
     return (
         f"kernelnorm {kernelnorm.__version__}, PyTorch {machine['torch']}, {machine['device']}, "
-        f"cores: {machine['cores']}, threads: {machine['threads']}{tf32}"
+        f"cores: {machine['cores']}, threads: {machine['threads']}, "
+        f"backend: {machine['backend']}{tf32}"
     )
 
 

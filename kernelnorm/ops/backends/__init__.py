@@ -1,0 +1,103 @@
+"""Backends: implementations of a KNConv's primitives, and the one function that selects them.
+
+*Maps* have one value for each pixel or window, shape :math:`(N, 1, *)`; *vectors* have one value
+for each filter, shape :math:`(K,)`. Both have the :func:`compute_dtype` of the input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kernelnorm.ops.settings import Settings
+
+__all__ = ["Backend", "Statistics", "backend_for", "compute_dtype"]
+
+
+class Statistics(NamedTuple):
+    r"""The statistics of all windows.
+
+    Shape:
+        - mu, rstd: maps; :math:`\mu` and :math:`(\text{var} + \epsilon)^{-1/2}`
+        - offset, means: :math:`(N, G, *)` for ``G`` groups, or ``None`` if they were not asked for;
+          the plain mean of the group's channels of the window, and :math:`\mu` less that mean
+    """
+
+    mu: Tensor
+    rstd: Tensor
+    offset: Tensor | None = None
+    means: Tensor | None = None
+
+
+class Backend(Protocol):
+    """The primitives of a KNConv. A backend may overwrite the tensors that are marked so."""
+
+    name: str
+
+    def supports(self, x: Tensor) -> bool:
+        """True if the primitives work for inputs like ``x``."""
+
+    def window_statistics(
+        self, x: Tensor, keys: Tensor | None, settings: Settings, with_means: bool
+    ) -> Statistics:
+        """Mean and inverse standard deviation of each window."""
+
+    def convolution(self, x: Tensor, filters: Tensor, settings: Settings) -> Tensor:
+        """The convolution, in memory that the caller may overwrite."""
+
+    def epilogue(
+        self,
+        z: Tensor,
+        terms: list[tuple[Tensor, Tensor]],
+        rstd: Tensor,
+        bias: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and without a ReLU the numerator. Overwrites ``z``."""
+
+    def epilogue_backward(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        statistics: Statistics,
+        filter_sums: Tensor,
+        bias: Tensor | None,
+        relu: bool,
+        factors: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the convolution, of the statistics, of the bias and of the filter sums."""
+
+    def convolution_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        filters: Tensor,
+        mu: Tensor,
+        grad_sums: Tensor,
+        settings: Settings,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the input and of the centred filters."""
+
+    def statistics_backward(
+        self, grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
+    ) -> Tensor:
+        """Adds the gradient through the statistics to that of the input. Overwrites ``grad``."""
+
+
+def backend_for(x: Tensor) -> Backend:
+    """Selects the backend for inputs like ``x``."""
+    from kernelnorm.ops.backends import cpu, eager
+
+    if x.is_cuda:
+        from kernelnorm.ops.backends import triton  # Triton takes a moment to load
+
+        return triton if triton.supports(x) else eager
+    return cpu if cpu.supports(x) else eager
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over the channels of ``x``: float32 at least."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,288 @@
+"""The primitives of a KNConv as Triton kernels; the formulas are those of the eager backend.
+
+A program takes a block of pixels and goes through their channels, a block at a time, so that sums
+over channels stay in registers and each large tensor is read once. Large tensors come as a pointer
+and three strides: samples, pixels, channels. Maps and vectors are contiguous. ``pixels`` counts the
+pixels that a sample's stride leads to, and ``volume`` those of one image: the former is the number
+of all pixels where one stride leads through all samples.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kernelnorm.ops.mask import HASH_MULTIPLIER
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+AVAILABLE = triton is not None
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Makes it a kernel. Its arguments have no annotations: Triton would interpret them."""
+    return triton.jit(function) if AVAILABLE else function
+
+
+@_jit
+def _double(bits):
+    """A double-precision argument, which is passed as the integer that has its bits."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@_jit
+def _accumulator(x):
+    """``x`` in the dtype of sums over channels."""
+    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+@_jit
+def _block(pixels, BLOCK_P: tl.constexpr):
+    """This program's sample, its pixels in it, which of them exist, and their place in maps."""
+    program = tl.program_id(0).to(tl.int64)  # tensors may have more than 2**31 elements
+    blocks = tl.cdiv(pixels, BLOCK_P)
+    sample = program // blocks
+    pixel = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    return sample, pixel, pixel < pixels, sample * pixels + pixel
+
+
+@_jit
+def _pixel_keys(keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS: tl.constexpr):
+    """See :func:`kernelnorm.ops.mask.expand_keys`. ``size_2`` is that of the last dimension."""
+    volume = size_0 * size_1 * size_2
+    first_size = size_2 if DIMS == 1 else (size_1 if DIMS == 2 else size_0)
+    inner = volume // first_size
+    first = keys + channels
+    key = tl.load(first + place // inner, exists, 0) | 1
+    if DIMS == 3:
+        second = first + samples * first_size
+        key *= tl.load(second + place // size_2 % size_1, exists, 0) | 1
+        key *= tl.load(second + size_1 + place % size_2, exists, 0) | 1
+    if DIMS == 2:
+        key *= tl.load(first + samples * first_size + place % size_2, exists, 0) | 1
+    return key
+
+
+@_jit
+def _keep(pixel_keys, channel_keys, threshold, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
+    """See :func:`kernelnorm.ops.mask.keep`."""
+    element = pixel_keys[:, None] * (channel_keys | 1)[None, :]
+    element = (element ^ ((element >> 15) & 0x1FFFF)) * MULTIPLIER
+    return element >= threshold
+
+
+@_jit
+def pixel_statistics(
+    x, x_n, x_p, x_c, keys, threshold, maps, samples, size_0, size_1, size_2,
+    size, pixels, channels,
+    DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and mean square over the channels of each pixel: two maps.
+
+    Sums differences to the pixel's first channel, which are small, and adds that afterwards.
+    """
+    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    rows = x + sample * x_n + pixel * x_p
+    first = _accumulator(tl.load(rows, exists, 0))
+    total = tl.zeros_like(first)
+    square = tl.zeros_like(first)
+    kept = tl.zeros_like(first)
+    if keys is not None:
+        pixel_keys = _pixel_keys(
+            keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS
+        )
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        inside = exists[:, None] & (channel < channels)[None, :]
+        value = _accumulator(tl.load(rows[:, None] + channel[None, :] * x_c, inside, 0))
+        difference = tl.where(inside, value - first[:, None], 0)
+        if keys is not None:
+            channel_keys = tl.load(keys + channel, channel < channels, 0)
+            mask = (inside & _keep(pixel_keys, channel_keys, threshold)).to(first.dtype)
+            difference *= mask
+            kept += tl.sum(mask, 1)
+        total += tl.sum(difference, 1)
+        square += tl.sum(difference * difference, 1)
+    base = first.to(tl.float64)
+    shift = base
+    if keys is not None:
+        shift = base * (kept.to(tl.float64) / channels)
+    mean = total.to(tl.float64) / channels
+    tl.store(maps + place, mean + shift, exists)
+    tl.store(
+        maps + size + place, square.to(tl.float64) / channels + (2 * mean + shift) * base, exists
+    )
+
+
+@_jit
+def window_statistics(
+    maps, mu, rstd, mean_factor, square_factor, eps, size, count,
+    size_0, size_1, size_2, positions_0, positions_1, positions_2,
+    kernel_0, kernel_1, kernel_2, stride_0, stride_1, stride_2,
+    padding_0, padding_1, padding_2, dilation_0, dilation_1, dilation_2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean and inverse standard deviation of each window, from the maps of the pixels."""
+    window = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = window < count
+    w_0 = window % positions_2 * stride_2 - padding_2
+    h_0 = window // positions_2 % positions_1 * stride_1 - padding_1
+    rest = window // positions_2 // positions_1
+    d_0 = rest % positions_0 * stride_0 - padding_0
+    image = rest // positions_0 * size_0
+    mean = tl.zeros([BLOCK], tl.float64)
+    square = tl.zeros([BLOCK], tl.float64)
+    for i in range(kernel_0):
+        d = d_0 + i * dilation_0
+        for j in range(kernel_1):
+            h = h_0 + j * dilation_1
+            inside = exists & (d >= 0) & (d < size_0) & (h >= 0) & (h < size_1)
+            row = ((image + d) * size_1 + h) * size_2
+            for k in range(kernel_2):
+                w = w_0 + k * dilation_2
+                valid = inside & (w >= 0) & (w < size_2)
+                mean += tl.load(maps + row + w, valid, 0)
+                square += tl.load(maps + size + row + w, valid, 0)
+    mean *= _double(mean_factor)
+    var = square * _double(square_factor) - mean * mean
+    var = tl.where(var < 0, 0, var)
+    tl.store(mu + window, mean, exists)
+    tl.store(rstd + window, 1 / tl.sqrt(tl.where(exists, var + _double(eps), 1)), exists)
+
+
+@_jit
+def epilogue(
+    z, z_n, z_p, z_c, y, y_n, y_p, y_c,
+    map_1, vector_1, map_2, vector_2, rstd, bias,
+    size, pixels, channels,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Without a ReLU it leaves the numerator in ``z``."""
+    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    z += sample * z_n + pixel * z_p
+    y += sample * y_n + pixel * y_p
+    scale = tl.load(rstd + place, exists, 0)
+    first = tl.load(map_1 + place, exists, 0)
+    if map_2 is not None:
+        second = tl.load(map_2 + place, exists, 0)
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        valid = channel < channels
+        inside = exists[:, None] & valid[None, :]
+        at = z[:, None] + channel[None, :] * z_c
+        numerator = tl.load(at, inside, 0).to(scale.dtype)
+        numerator -= first[:, None] * tl.load(vector_1 + channel, valid, 0)[None, :]
+        if map_2 is not None:
+            numerator -= second[:, None] * tl.load(vector_2 + channel, valid, 0)[None, :]
+        output = numerator * scale[:, None]
+        if bias is not None:
+            output += tl.load(bias + channel, valid, 0).to(scale.dtype)[None, :]
+        if RELU:
+            output = tl.where(output < 0, 0, output)  # unlike a maximum, it keeps NaN
+        else:
+            tl.store(at, numerator, inside)
+        tl.store(y[:, None] + channel[None, :] * y_c, output, inside)
+
+
+@_jit
+def epilogue_backward(
+    kept, kept_n, kept_p, kept_c,
+    grad, grad_n, grad_p, grad_c,
+    grad_z, grad_z_n, grad_z_p, grad_z_c,
+    rstd, mu, filter_sums, bias, grad_mean_factor, grad_var_factor, pair, parts,
+    volume, size, pixels, channels,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Each program writes its own part of the sums over pixels."""
+    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    kept += sample * kept_n + pixel * kept_p
+    grad += sample * grad_n + pixel * grad_p
+    grad_z += sample * grad_z_n + pixel * grad_z_p
+    part = parts + tl.program_id(0).to(tl.int64) * channels
+    other_part = part + tl.num_programs(0).to(tl.int64) * channels
+    scale = tl.load(rstd + place, exists, 1)
+    mean = tl.load(mu + place, exists, 0)
+    with_kept = tl.zeros_like(scale)
+    with_bias = tl.zeros_like(scale)
+    with_sums = tl.zeros_like(scale)
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        valid = channel < channels
+        inside = exists[:, None] & valid[None, :]
+        k = tl.load(kept[:, None] + channel[None, :] * kept_c, inside, 0).to(scale.dtype)
+        g = tl.load(grad[:, None] + channel[None, :] * grad_c, inside, 0).to(scale.dtype)
+        if RELU:
+            g = tl.where(k <= 0, 0, g)
+            if bias is not None:
+                of_bias = tl.load(bias + channel, valid, 0).to(scale.dtype)
+                with_bias += tl.sum(g * of_bias[None, :], 1)
+        with_kept += tl.sum(g * k, 1)
+        with_sums += tl.sum(g * tl.load(filter_sums + channel, valid, 0)[None, :], 1)
+        of_z = (g * scale[:, None]).to(grad_z.dtype.element_ty)
+        tl.store(grad_z[:, None] + channel[None, :] * grad_z_c, of_z, inside)
+        tl.store(part + channel, tl.sum(g, 0), valid)
+        tl.store(other_part + channel, tl.sum(of_z.to(scale.dtype) * mean[:, None], 0), valid)
+    grad_rstd = with_kept
+    if RELU:
+        grad_rstd = (with_kept - with_bias) / scale
+    grad_var = -0.5 * scale * scale * scale * grad_rstd
+    grad_mean = -scale * with_sums - 2 * mean * grad_var
+    at = pair + (place + place // volume * volume)  # (samples, 2, volume)
+    tl.store(at, grad_mean * _double(grad_mean_factor), exists)
+    tl.store(at + volume, grad_var * _double(grad_var_factor), exists)
+
+
+@_jit
+def statistics_backward(
+    x, x_n, x_p, x_c, grad, grad_n, grad_p, grad_c,
+    pair, keys, threshold, samples,
+    size_0, size_1, size_2, positions_0, positions_1, positions_2,
+    kernel_0, kernel_1, kernel_2, stride_0, stride_1, stride_2,
+    padding_0, padding_1, padding_2, dilation_0, dilation_1, dilation_2,
+    size, pixels, channels,
+    DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums the pair over the windows that contain each pixel, and adds to ``grad`` in place."""
+    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    x += sample * x_n + pixel * x_p
+    grad += sample * grad_n + pixel * grad_p
+    windows = positions_0 * positions_1 * positions_2
+    w_0 = place % size_2 + padding_2
+    h_0 = place // size_2 % size_1 + padding_1
+    rest = place // size_2 // size_1
+    d_0 = rest % size_0 + padding_0
+    image = pair + rest // size_0 * 2 * windows
+    a = tl.load(image, exists & False, 0)
+    b = tl.zeros_like(a)
+    for i in range(kernel_0):
+        d = d_0 - i * dilation_0
+        for j in range(kernel_1):
+            h = h_0 - j * dilation_1
+            inside = exists & (d >= 0) & (d % stride_0 == 0) & (d // stride_0 < positions_0)
+            inside = inside & (h >= 0) & (h % stride_1 == 0) & (h // stride_1 < positions_1)
+            row = image + (d // stride_0 * positions_1 + h // stride_1) * positions_2
+            for k in range(kernel_2):
+                w = w_0 - k * dilation_2
+                valid = inside & (w >= 0) & (w % stride_2 == 0) & (w // stride_2 < positions_2)
+                a += tl.load(row + w // stride_2, valid, 0)
+                b += tl.load(row + windows + w // stride_2, valid, 0)
+    if keys is not None:
+        pixel_keys = _pixel_keys(
+            keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS
+        )
+    for start in range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        valid = channel < channels
+        inside = exists[:, None] & valid[None, :]
+        value = tl.load(x[:, None] + channel[None, :] * x_c, inside, 0).to(a.dtype)
+        through = a[:, None] + b[:, None] * value
+        if keys is not None:
+            channel_keys = tl.load(keys + channel, valid, 0)
+            through *= _keep(pixel_keys, channel_keys, threshold).to(a.dtype)
+        at = grad[:, None] + channel[None, :] * grad_c
+        tl.store(at, through + tl.load(at, inside, 0).to(a.dtype), inside)

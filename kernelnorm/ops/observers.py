@@ -1,0 +1,74 @@
+"""Who watches a call: compilers, exporters, functional transforms, dispatch modes.
+
+The only file that uses private names of PyTorch; docs/design.md lists them with their reasons.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def needs_plain_operations(*tensors: Tensor | None) -> bool:
+    """True if the call has to consist of PyTorch's own operations.
+
+    Functional transforms (``vmap``, ``grad``, ...) and tensor subclasses have rules for these
+    alone, and what is exported runs without this library.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_exporting()
+        or _is_tracing()
+        or any(x is not None and type(x) not in _ORDINARY for x in tensors)
+    )
+
+
+def is_observed() -> bool:
+    """True if a compiler, a tracer or a dispatch mode must see the call as an operator."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_tracing() -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
+
+
+def sizes(x: Tensor) -> torch.Size:
+    """The shape, in plain integers even where ``torch.jit.trace`` makes them tensors."""
+    if not _is_tracing():
+        return x.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return torch.Size(map(int, x.shape))
+
+
+def has_storage(x: Tensor) -> bool:
+    """False for a batched tensor, such as the gradients of ``is_grads_batched=True``."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        x.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def version(x: Tensor) -> int:
+    """How often the tensor was changed in place; views and bases count together."""
+    return x._version
+
+
+def called_as_leaf(module: torch.nn.Module, input: object) -> Any:
+    """Records a call of the module for ``torch.fx``, as it records those of ``torch.nn``.
+
+    Returns ``None`` if ``input`` is a tensor, so that nothing is being traced.
+    """
+    if not isinstance(input, torch.fx.Proxy):
+        return None
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
