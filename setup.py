@@ -6,6 +6,7 @@ the layers run in PyTorch operations.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -40,11 +41,21 @@ class BuildLibrary(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # a compiler that is missing or fails, in whichever way
+            self._remove_older_library(ext)
             print(
                 f"kernelnorm: no C kernels, since no C compiler works here ({error}); "
                 "on CPUs the layers run in PyTorch operations, which is slower",
                 file=sys.stderr,
             )
+
+    def _remove_older_library(self, ext: Extension) -> None:
+        """Removes what other versions of the sources became: it would not fit these."""
+        files = [self.get_ext_fullpath(ext.name)]
+        if self.editable_mode:
+            files.append(self.get_ext_filename(ext.name))
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(file)
 
 
 class PlatformWheel(bdist_wheel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 from kernelnorm import arguments
 from kernelnorm.arguments import Evaluation
 from kernelnorm.ops import knconv, observers
-from kernelnorm.ops.backends import backend_for
-from kernelnorm.ops.mask import draw_keys, dropout_variance, expand_keys, keep, rounded_p
+from kernelnorm.ops.backends import backend_for, compute_dtype, eager
+from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from kernelnorm.ops.settings import Settings
 
 __all__ = ["backend", "kernel_norm", "kn_conv"]
@@ -64,40 +63,46 @@ def kernel_norm(
     geometry = arguments.geometry(d, kernel_size, stride, padding, 1)
     arguments.check_normalization(dropout_p, eps, evaluation)
     x = input if input.dim() == d + 2 else input.unsqueeze(0)
-    arguments.check_windows_fit(x.shape[2:], geometry)
+    arguments.check_windows_fit(observers.sizes(x)[2:], geometry)
+    p, masked = _dropout(dropout_p, training, evaluation)
+    settings = Settings(geometry, 1, p, masked, eps, relu=False)
+    x_hat = (_normalize_masked if masked else _normalize)(x.to(compute_dtype(x)), settings)
+    return (x_hat if input.dim() == d + 2 else x_hat.squeeze(0)).to(input.dtype)
 
-    def normalize(u: Tensor, unit: list[int]) -> Tensor:
-        p, masked = _dropout(dropout_p, training, evaluation)
-        keys = draw_keys(u.shape, u.device) if masked else None
-        return _normalize(u, unit, p, keys, eps)
 
-    if geometry.pointwise:
-        x_hat = normalize(x, [1])
-    else:
+def _normalize(x: Tensor, settings: Settings) -> Tensor:
+    """The windows, normalised by their expected statistics and laid side by side."""
+    mu, rstd, *_ = eager.window_statistics(x, None, settings, with_means=False)
+    geometry = settings.geometry
+    if not geometry.pointwise:
+        x = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
+        for i, (k, stride) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
+            place = torch.arange(mu.shape[2 + i] * k, device=x.device)
+            window = place // k
+            x = x.index_select(2 + i, window * stride + place % k)
+            mu, rstd = (maps.index_select(2 + i, window) for maps in (mu, rstd))
+    return (x - mu) * rstd
+
+
+def _normalize_masked(x: Tensor, settings: Settings) -> Tensor:
+    """The same with a mask for each window, by Equations 1 to 3 over unfolded windows."""
+    geometry, d, u = settings.geometry, x.dim() - 2, x
+    if not geometry.pointwise:
         # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
         u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
-        for i, (k, s) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
-            u = u.unfold(2 + i, k, s)
-        u_hat = normalize(u, [1, *range(2 + d, 2 + 2 * d)])
-        u_hat = u_hat.permute(0, 1, *(axis for i in range(d) for axis in (2 + i, 2 + d + i)))
-        sizes = [k * u.shape[2 + i] for i, k in enumerate(geometry.kernel_size)]
-        x_hat = u_hat.reshape(*x.shape[:2], *sizes)
-    return x_hat if input.dim() == d + 2 else x_hat.squeeze(0)
-
-
-def _normalize(u: Tensor, unit: list[int], p: float, keys: Tensor | None, eps: float) -> Tensor:
-    """Equations 1 to 3 over the dimensions ``unit``, in float32 at least."""
-    wide = u if u.dtype == torch.float64 else u.float()
-    dropped = wide
-    if keys is not None:
-        mask = keep(expand_keys(keys, u.shape, p), wide.dtype)
-        dropped = wide * mask / (1 - rounded_p(p))
+        for i, (k, stride) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
+            u = u.unfold(2 + i, k, stride)
+    unit = [1, *range(2 + d, u.dim())]
+    mask = keep(expand_keys(draw_keys(u.shape, u.device), u.shape, settings.p), u.dtype)
+    dropped = u * mask / (1 - rounded_p(settings.p))
     mu = dropped.mean(unit, keepdim=True)
     var = (dropped - mu).square().mean(unit, keepdim=True)
-    if keys is None:
-        n = prod([u.shape[axis] for axis in unit])
-        var = var + dropout_variance(p, n) * (var + mu.square())
-    return ((wide - mu) * (var + eps).rsqrt()).to(u.dtype)
+    u_hat = (u - mu) * (var + settings.eps).rsqrt()
+    if geometry.pointwise:
+        return u_hat
+    u_hat = u_hat.permute(0, 1, *(axis for i in range(d) for axis in (2 + i, 2 + d + i)))
+    sizes = [k * u.shape[2 + i] for i, k in enumerate(geometry.kernel_size)]
+    return u_hat.reshape(*x.shape[:2], *sizes)
 
 
 def kn_conv(

@@ -51,7 +51,7 @@ class Row:
             str(len(history)),
             f"{history[-1]['train_loss']:.4f}",
             f"{final_accuracy(history):.2%}",
-            f"{median(metrics['seconds'] for metrics in history):.2f}",  # compiling left out
+            f"{median(metrics['seconds'] for metrics in history):.2f}",  # the first one may compile
         )
 
     def record(self) -> dict[str, Any]:

@@ -12,29 +12,42 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernelnorm.ops import observers
-
-_ATTRIBUTE = "concatenation_parts"
 
 
 class _Parts(NamedTuple):
     tensors: tuple[Tensor, ...]
-    version: int  # of the concatenation; in-place changes would make it differ from its parts
+    versions: tuple[int, ...]  # of the concatenation and of its parts
+
+
+_PARTS = WeakTensorKeyDictionary()
+"""The parts of each concatenation. As an attribute they would be saved and loaded with it."""
 
 
 def concatenate(x: Tensor, y: Tensor) -> Tensor:
     """``torch.cat([x, y], 1)``, remembering the parts of ``x`` and ``y`` where autograd is on."""
     result = torch.cat([x, y], 1)
-    if result.requires_grad and not torch.compiler.is_compiling():
-        parts = _Parts((*parts_of(x), *parts_of(y)), observers.version(result))
-        setattr(result, _ATTRIBUTE, parts)
+    if torch.compiler.is_compiling() or not isinstance(result, Tensor):  # a proxy of torch.fx
+        return result
+    if result.requires_grad:
+        tensors = (*parts_of(x), *parts_of(y))
+        if not any(part.is_inference() for part in tensors):  # which no backward may keep
+            _PARTS[result] = _Parts(tensors, _versions(result, tensors))
     return result
 
 
 def parts_of(x: Tensor) -> tuple[Tensor, ...]:
-    """The tensors whose concatenation ``x`` is, or ``x`` itself."""
-    parts: _Parts | None = getattr(x, _ATTRIBUTE, None)
-    if parts is None or parts.version != observers.version(x):
+    """The tensors whose concatenation ``x`` is, or ``x`` itself.
+
+    After an in-place change of the concatenation or of a part, ``x`` is not that any more.
+    """
+    parts: _Parts | None = _PARTS.get(x)
+    if parts is None or parts.versions != _versions(x, parts.tensors):
         return (x,)
     return parts.tensors
+
+
+def _versions(x: Tensor, parts: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return observers.version(x), *map(observers.version, parts)

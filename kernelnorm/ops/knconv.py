@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from kernelnorm.ops import observers
 from kernelnorm.ops.backends import Backend, Statistics, backend_for, compute_dtype, eager
@@ -82,22 +83,24 @@ def forward(
 ) -> Forward:
     """The forward pass in the primitives of a backend."""
     dtype = compute_dtype(x)
-    sums = _sum_filters(weight, dtype)
     # A mask moves mu by far more than rounding does, and the variance that stands for it in
     # evaluation keeps |mu| rstd small. Otherwise <u, W> - mu S can be the difference of two large
     # numbers, unless the filters are centred; what rounding leaves of their sums is subtracted.
-    centred = x.dtype != dtype or not (settings.masked or settings.p >= _LEAST_P)
-    apart = centred and (settings.masked or settings.groups > 1)
-    statistics = backend.window_statistics(x, keys, settings, apart)
-    if not centred:
-        filters, terms = weight, [(statistics.mu, sums)]
-    else:
-        filters = weight - (sums / weight[0].numel()).view(-1, *[1] * (weight.dim() - 1))
-        filters = filters.to(x.dtype)
-        rest = _sum_filters(filters, dtype)
-        terms = [(statistics.mu, rest)]
+    exact = x.dtype == dtype and (settings.masked or settings.p >= _LEAST_P)
+    apart = settings.masked or settings.groups > 1  # a filter's mean then meets another than mu
+    centred = not exact or (backend.centres_filters and not apart)
+    statistics = backend.window_statistics(x, keys, settings, centred and apart)
+    elements = tuple(range(1, weight.dim()))
+    if centred:
+        means = weight.mean(elements, keepdim=True, dtype=dtype)
+        sums = means.flatten() * weight[0].numel()
+        filters = (weight - means).to(x.dtype)
+        terms = [] if exact else [(statistics.mu, filters.sum(elements, dtype=dtype))]
         if statistics.offset is not None and statistics.means is not None:
-            terms = [(statistics.offset, sums), (statistics.means, rest)]
+            terms = [(statistics.offset, sums), (statistics.means, terms[0][1])]
+    else:
+        sums = weight.sum(elements, dtype=dtype)
+        filters, terms = weight, [(statistics.mu, sums)]
     z = backend.convolution(x, filters, settings)
     y, numerator = backend.epilogue(z, terms, statistics.rstd, bias, settings.relu)
     return Forward(y, numerator, statistics.mu, statistics.rstd, sums)
@@ -126,8 +129,9 @@ def backward(
         grad, kept, Statistics(mu, rstd), sums, bias, settings.relu,
         (factors.grad_mean, factors.grad_var),
     )  # fmt: skip
+    filters = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     grad_x, grad_weight = backend.convolution_backward(
-        grad_z, x, weight.to(x.dtype), mu, grad_sums, settings, (needs_x, needs_weight)
+        grad_z, x, filters, mu, grad_sums, settings, (needs_x, needs_weight)
     )
     if grad_x is not None:
         grad_x = backend.statistics_backward(grad_x, x, pair, keys, settings)
@@ -160,7 +164,9 @@ class _KNConv(torch.autograd.Function):
         y, numerator, *small = result
         ctx.settings = settings
         kept = y if numerator is None else numerator
-        ctx.save_for_backward(weight, bias, keys, kept, *small, *parts_of(x))
+        parts = parts_of(x)
+        ctx.concatenation = TensorWeakRef(x) if len(parts) > 1 else None
+        ctx.save_for_backward(weight, bias, keys, kept, *small, *parts)
         return y
 
     @staticmethod
@@ -170,6 +176,9 @@ class _KNConv(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with without_autocast(grad):
             if torch.is_grad_enabled():  # this gradient will be differentiated once more
+                concatenation = ctx.concatenation and ctx.concatenation()
+                if concatenation is not None and len(parts_of(concatenation)) > 1:
+                    x = concatenation  # with respect to which it may be differentiated
                 gradients = _differentiable_backward(grad, x, weight, bias, keys, ctx.settings)
                 gradients = tuple(g if n else None for g, n in zip(gradients, needs, strict=True))
             else:
@@ -196,10 +205,6 @@ def _differentiable_backward(
     return gradients[:3]
 
 
-def _sum_filters(filters: Tensor, dtype: torch.dtype) -> Tensor:
-    return filters.sum(tuple(range(1, filters.dim())), dtype=dtype)
-
-
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context in which autocast changes no dtypes."""
     device = x.device.type
@@ -208,105 +213,92 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-# The operator that compilers and dispatch modes see. It changes none of its arguments.
+# The operators that compilers and dispatch modes see. They change none of their arguments.
 
-_Options = tuple[list[int], list[int], list[int], list[int], int, float, bool, float, bool]
-
-
-def _flat(settings: Settings) -> _Options:
-    """The settings as an operator's schema can have them."""
-    size, stride, padding, dilation = map(list, settings.geometry)
-    return size, stride, padding, dilation, *settings[1:]
+_OPTIONS = (
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
+    "float p, bool masked, float eps, bool relu"
+)
 
 
-def _settings(*options: Any) -> Settings:
+def _flat(settings: Settings) -> tuple[Any, ...]:
+    """The settings as the schema of an operator has them."""
+    return *map(list, settings.geometry), *settings[1:]
+
+
+def _settings(options: Sequence[Any]) -> Settings:
     """The reverse of :func:`_flat`."""
     return Settings(Geometry(*map(tuple, options[:4])), *options[4:])
 
 
-@torch.library.custom_op("kernelnorm::kn_conv", mutates_args=())
+@torch.library.custom_op(
+    "kernelnorm::kn_conv",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor? keys, {_OPTIONS}) "
+    "-> (Tensor y, Tensor numerator, Tensor mu, Tensor rstd, Tensor filter_sums)",
+)
 def _kn_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    keys: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    p: float,
-    masked: bool,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    settings = _settings(kernel_size, stride, padding, dilation, groups, p, masked, eps, relu)
+    x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
     with without_autocast(x):
-        y, numerator, *rest = forward(backend_for(x), x, weight, bias, keys, settings)
-    mu, rstd, sums = rest
-    return y, y.new_empty(0) if numerator is None else numerator, mu, rstd, sums
+        result = forward(backend_for(x), x, weight, bias, keys, _settings(options))
+    y, numerator, *rest = result
+    return y, y.new_empty(0) if numerator is None else numerator, *rest
 
 
 @_kn_conv.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any, keys: Any, *options: Any) -> tuple[Tensor, ...]:
-    settings = _settings(*options)
+    settings = _settings(options)
     y = eager.convolution(x, weight.to(x.dtype), settings)
     numerator = y.new_empty(0) if settings.relu else torch.empty_like(y)
-    mu = y.new_empty((len(y), 1, *y.shape[2:]), dtype=compute_dtype(x))
-    return y, numerator, mu, torch.empty_like(mu), mu.new_empty(len(weight))
+    mu = y.new_empty((y.shape[0], 1, *y.shape[2:]), dtype=compute_dtype(x))
+    return y, numerator, mu, torch.empty_like(mu), mu.new_empty(weight.shape[0])
 
 
-@torch.library.custom_op("kernelnorm::kn_conv_backward", mutates_args=())
-def _kn_conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    keys: Tensor | None,
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    p: float,
-    masked: bool,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    settings = _settings(kernel_size, stride, padding, dilation, groups, p, masked, eps, relu)
+@torch.library.custom_op(
+    "kernelnorm::kn_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? keys, Tensor[] saved, "
+    f"bool[] needs, {_OPTIONS}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+)
+def _kn_conv_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    weight, bias, keys, saved, needs, *options = arguments
     with without_autocast(x):
-        gradients = backward(grad, x, weight, bias, keys, saved, settings, needs)
-    of_x, of_weight, of_bias = (grad.new_empty(0) if g is None else g for g in gradients)
-    return of_x, of_weight, of_bias
+        gradients = backward(grad, x, weight, bias, keys, saved, _settings(options), needs)
+    return tuple(
+        grad.new_empty(0) if g is None or like is None else _strided_like(g, like)
+        for g, like in zip(gradients, (x, weight, bias), strict=True)
+    )
+
+
+def _strided_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides that the fake operator promises to compilers."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return x if x.stride() == strides else torch.empty_like(like).copy_(x)
 
 
 @_kn_conv_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Any, keys: Any, saved: Any, needs: Any, *_: Any
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    weight, bias, _, _, needs, *_ = arguments
     inputs = zip((x, weight, bias), needs, strict=True)
     return tuple(torch.empty_like(t) if need else grad.new_empty(0) for t, need in inputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, keys, *options = inputs
+    *tensors, ctx.settings = *inputs[:4], _settings(inputs[4:])
     y, numerator, *rest = output
-    ctx.options = options
     ctx.mark_non_differentiable(numerator, *rest)
     ctx.set_materialize_grads(False)
-    kept = y if _settings(*options).relu else numerator
-    ctx.save_for_backward(x, weight, bias, keys, kept, *rest)
+    ctx.save_for_backward(*tensors, y if ctx.settings.relu else numerator, *rest)
 
 
 def _operator_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 13
-    x, weight, bias, keys, *saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+    *inputs, kept, mu, rstd, sums = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:3]]
     gradients = torch.ops.kernelnorm.kn_conv_backward(
-        grad, x, weight, bias, keys, saved, list(needs), *ctx.options
+        grad, *inputs, [kept, mu, rstd, sums], needs, *_flat(ctx.settings)
     )
     wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return *wanted, *[None] * 10

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -17,11 +18,12 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 def needs_plain_operations(*tensors: Tensor | None) -> bool:
     """True if the call has to consist of PyTorch's own operations.
 
-    Functional transforms (``vmap``, ``grad``, ...) and tensor subclasses have rules for these
-    alone, and what is exported runs without this library.
+    Functional transforms (``vmap``, ``grad``, ...), tensor subclasses and counters of FLOPs have
+    rules for these alone, and what is exported runs without this library.
     """
     return (
         torch._C._are_functorch_transforms_active()
+        or _counts_flops()
         or torch.compiler.is_exporting()
         or _is_tracing()
         or any(x is not None and type(x) not in _ORDINARY for x in tensors)
@@ -36,6 +38,14 @@ def is_observed() -> bool:
 def _is_tracing() -> bool:
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing
+
+
+def _counts_flops() -> bool:
+    """True under ``torch.utils.flop_counter``, which takes long to import."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    modes = map(type, _get_current_dispatch_mode_stack())
+    return any(mode.__module__ == "torch.utils.flop_counter" for mode in modes)
 
 
 def sizes(x: Tensor) -> torch.Size:

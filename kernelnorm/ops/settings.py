@@ -6,6 +6,8 @@ import functools
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from kernelnorm.ops.mask import dropout_variance, rounded_p
 from kernelnorm.ops.windows import Geometry
 
@@ -46,9 +48,14 @@ class Constants(NamedTuple):
     grad_var: float
 
 
-@functools.lru_cache(maxsize=4096)
 def constants(settings: Settings, channels: int) -> Constants:
     """The constants of a KNConv on an input with that many channels."""
+    if torch.compiler.is_compiling():  # compilers see no caches
+        return _constants(settings, channels)
+    return _remembered_constants(settings, int(channels))  # tracers have symbols for integers
+
+
+def _constants(settings: Settings, channels: int) -> Constants:
     pixels = prod(settings.geometry.kernel_size)
     n = max(channels * pixels, 1)
     kept, kappa = 1.0, dropout_variance(settings.p, n)
@@ -61,3 +68,6 @@ def constants(settings: Settings, channels: int) -> Constants:
         grad_mean=1 / (kept * n),
         grad_var=2 * (1 + kappa) / (kept**2 * n),
     )
+
+
+_remembered_constants = functools.lru_cache(maxsize=4096)(_constants)

@@ -39,6 +39,7 @@ def single_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 
 def collapsible(x: Tensor) -> Tensor:
     """``x``, or a contiguous copy if no single stride leads through its pixels."""
+    x = x.resolve_neg()  # a flag of views such as the imaginary part of a conjugate
     return x if strides_of(x.shape, x.stride()) is not None else x.contiguous()
 
 

@@ -36,14 +36,24 @@ class Geometry(NamedTuple):
         return (size + 2 * self.padding[i] - self.reach(i)) // self.stride[i] + 1
 
 
-def box_sum(maps: Tensor, geometry: Geometry) -> Tensor:
-    """The sum of a map over each window; padded pixels are zero.
+def box_sum(maps: Tensor, geometry: Geometry, factor: float = 1.0, bias: float = 0.0) -> Tensor:
+    r"""The sum of a map over each window, :math:`\text{factor} \sum x + \text{bias}`.
+
+    Padded pixels are zero.
 
     Shape:
         - Input: :math:`(N, M, L_1, ..., L_d)`, each of the ``M`` maps on its own
         - Output: :math:`(N, M, P_1, ..., P_d)`
     """
-    return maps if geometry.pointwise else _filter(maps, geometry)
+    if geometry.pointwise:
+        maps = maps if factor == 1 else maps * factor
+        return maps if bias == 0 else maps + bias
+    _, stride, padding, dilation = geometry
+    filters, shift, count = _constant(maps, geometry, factor), None, observers.sizes(maps)[1]
+    if bias != 0:
+        shift = torch.full((count,), bias, dtype=maps.dtype, device=maps.device)
+    zeros = [0] * len(stride)
+    return torch.convolution(maps, filters, shift, stride, padding, dilation, False, zeros, count)
 
 
 def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) -> Tensor:
@@ -53,20 +63,20 @@ def box_sum_transpose(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...]) 
         - Input: :math:`(N, M, P_1, ..., P_d)`
         - Output: :math:`(N, M, L_1, ..., L_d)` with ``sizes`` for :math:`L_1, ..., L_d`
     """
-    return maps if geometry.pointwise else _filter(maps, geometry, sizes)
-
-
-def _filter(maps: Tensor, geometry: Geometry, sizes: tuple[int, ...] | None = None) -> Tensor:
-    """A convolution with a filter of ones; transposed if it is given the sizes of its output."""
-    kernel_size, stride, padding, dilation = geometry
-    remainder = [0] * len(stride)
-    if sizes is not None:
-        remainder = [
-            (size + 2 * p - geometry.reach(i)) % stride[i]
-            for i, (size, p) in enumerate(zip(sizes, padding, strict=True))
-        ]
-    count, transposed = observers.sizes(maps)[1], sizes is not None
-    ones = torch.ones(count, 1, *kernel_size, dtype=maps.dtype, device=maps.device)
+    if geometry.pointwise:
+        return maps
+    _, stride, padding, dilation = geometry
+    remainder = [
+        (size + 2 * p - geometry.reach(i)) % stride[i]
+        for i, (size, p) in enumerate(zip(sizes, padding, strict=True))
+    ]
+    ones = _constant(maps, geometry, 1.0)
     return torch.convolution(
-        maps, ones, None, stride, padding, dilation, transposed, remainder, count
+        maps, ones, None, stride, padding, dilation, True, remainder, observers.sizes(maps)[1]
     )
+
+
+def _constant(maps: Tensor, geometry: Geometry, value: float) -> Tensor:
+    """A depthwise filter of the window's size with one value."""
+    shape = observers.sizes(maps)[1], 1, *geometry.kernel_size
+    return torch.full(shape, value, dtype=maps.dtype, device=maps.device)

@@ -35,6 +35,8 @@ class Backend(Protocol):
     """The primitives of a KNConv. A backend may overwrite the tensors that are marked so."""
 
     name: str
+    centres_filters: bool
+    """True if a pass over the filters takes less time than one over the output."""
 
     def supports(self, x: Tensor) -> bool:
         """True if the primitives work for inputs like ``x``."""

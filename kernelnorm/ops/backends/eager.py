@@ -19,6 +19,7 @@ from kernelnorm.ops.settings import Settings, constants
 from kernelnorm.ops.windows import box_sum, box_sum_transpose
 
 name = "eager"
+centres_filters = True
 
 _SAFE_VARIANCE = 1e-2
 r"""Dropout variance from which float32 is enough for the variance: :math:`|\mu| r` is below
@@ -50,18 +51,18 @@ def window_statistics(
     """
     geometry, dtype = settings.geometry, compute_dtype(x)
     factors = constants(settings, sizes(x)[1])
-    kappa = factors.dropout_variance
-    if keys is None and kappa >= _SAFE_VARIANCE:
+    if keys is None and factors.dropout_variance >= _SAFE_VARIANCE:
         x = x.to(dtype)
         mean, square = x.mean(1, keepdim=True), x.square().mean(1, keepdim=True)
     else:
         mean, square = _pixel_moments(x, keys, settings.p)
-    mu = box_sum(mean, geometry) * factors.mean
-    var = box_sum(square, geometry) * (factors.square * (1 + kappa)) - mu.square()
-    if kappa < _SAFE_VARIANCE:
+    factor = factors.square * (1 + factors.dropout_variance)
+    mu = box_sum(mean, geometry, factors.mean)
+    var = box_sum(square, geometry, factor, settings.eps) - mu.square()
+    if factors.dropout_variance < _SAFE_VARIANCE:
         # The gradient passes whichever way rounding left a variance of zero.
-        var = var + (var.clamp_min(0) - var).detach()
-    rstd = (var + settings.eps).rsqrt().to(dtype)
+        var = var + (var.clamp_min(settings.eps) - var).detach()
+    rstd = var.pow(-0.5).to(dtype)  # one node of an exported graph, where rsqrt is two
     if not with_means:
         return Statistics(mu.to(dtype), rstd)
     means = window_means(x, settings)
@@ -72,7 +73,7 @@ def window_means(x: Tensor, settings: Settings) -> Tensor:
     """The plain mean of each window and group, in :func:`accumulate_dtype`: :math:`(N, G, *)`."""
     grouped = x.unflatten(1, (settings.groups, -1))
     means = grouped.mean(2, dtype=compute_dtype(x)).to(accumulate_dtype(x))
-    return box_sum(means, settings.geometry) / prod(settings.geometry.kernel_size)
+    return box_sum(means, settings.geometry, 1 / prod(settings.geometry.kernel_size))
 
 
 def _pixel_moments(x: Tensor, keys: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
@@ -122,8 +123,9 @@ def epilogue(
     """
     numerator = z
     for map_, vector in terms:
-        if map_.shape[1] > 1:
-            map_ = map_.repeat_interleave(z.shape[1] // map_.shape[1], 1)
+        groups = sizes(map_)[1]
+        if groups > 1:
+            map_ = map_.repeat_interleave(sizes(z)[1] // groups, 1)
         numerator = numerator - map_ * _as_channels(vector, z)
     y = numerator * rstd
     if bias is not None:

@@ -6,7 +6,6 @@ One kernel serves every memory format, since it takes the strides of samples, pi
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from math import prod
@@ -14,15 +13,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kernelnorm.ops.backends import Statistics, compute_dtype
+from kernelnorm.ops.backends import Statistics, compute_dtype, eager
 from kernelnorm.ops.backends.cpu.convolution import convolution, convolution_backward
-from kernelnorm.ops.backends.cpu.library import Call, Library, Strides, library
+from kernelnorm.ops.backends.cpu.library import Call, Library, library
 from kernelnorm.ops.mask import count_keys, keep_threshold
 from kernelnorm.ops.settings import Settings, constants
 from kernelnorm.ops.strides import collapsible, strides_of, writable
 from kernelnorm.ops.windows import Geometry
 
 __all__ = [
+    "centres_filters",
     "convolution",
     "convolution_backward",
     "epilogue",
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 name = "cpu"
+centres_filters = False
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -53,23 +54,19 @@ def window_statistics(
     x: Tensor, keys: Tensor | None, settings: Settings, with_means: bool
 ) -> Statistics:
     """See :func:`kernelnorm.ops.backends.eager.window_statistics`."""
-    x = collapsible(x)
-    call = _windows(x.dtype, x.shape, settings, torch.get_num_threads())
-    dtype, shape = compute_dtype(x), (len(x), 1, *_positions(x.shape, settings.geometry))
-    workspace = (2 + settings.groups) * x.numel() // x.shape[1] + call.threads * call.scratch
-    maps = torch.empty(workspace, dtype=torch.float64, device="cpu")
-    mu = torch.empty(shape, dtype=dtype, device="cpu")
-    rstd = torch.empty_like(mu)
+    if with_means and settings.groups > 1:
+        return eager.window_statistics(x, keys, settings, with_means)
+    x, call = collapsible(x), _windows(x, settings)
+    dtype, shape = compute_dtype(x), (len(x), 1, *_positions(x.shape[2:], settings.geometry))
+    mu, rstd = _empty(shape, dtype), _empty(shape, dtype)
     offset = means = None
     if with_means:
-        offset = mu.new_empty(len(x), settings.groups, *shape[2:])
-        means = torch.empty_like(offset)
-    count = mu.numel()
-    _kernels().window_statistics(
-        call, *_large(x, x), _keys(keys, x.shape), maps.data_ptr(), _pointer(mu, dtype, count),
-        _pointer(rstd, dtype, count), _pointer(offset, dtype, settings.groups * count),
-        _pointer(means, dtype, settings.groups * count),
-    )  # fmt: skip
+        offset, means = _empty(shape, dtype), _empty(shape, dtype)
+        call.offset, call.means = offset.data_ptr(), means.data_ptr()
+    workspace = _empty((3 * len(x) * prod(x.shape[2:]) + call.threads * call.scratch,))
+    call.x, call.keys = _large(x, x), _keys(keys, x.shape)
+    call.mu, call.rstd, call.workspace = mu.data_ptr(), rstd.data_ptr(), workspace.data_ptr()
+    _kernels().window_statistics(call)
     return Statistics(mu, rstd, offset, means)
 
 
@@ -81,20 +78,21 @@ def epilogue(
     relu: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue`."""
-    z = writable(z)
+    if any(map_.shape[1] > 1 for map_, _ in terms):
+        return eager.epilogue(z, terms, rstd, bias, relu)
+    z, dtype = writable(z), compute_dtype(z)
     y = None if relu else torch.empty_like(z)
-    groups, dtype, channels = terms[0][0].shape[1], rstd.dtype, z.shape[1]
-    call = _outputs(z.dtype, z.shape, groups, relu, (0.0, 0.0), torch.get_num_threads())
-    tensors = [_flat(tensor, dtype) for term in terms for tensor in term]
-    tensors += [None] * (4 - len(tensors))
-    pixels = z.numel() // channels
-    counts = (groups * pixels, channels) * 2
-    rstd, bias = rstd.contiguous(), _flat(bias, dtype)
-    _kernels().epilogue(
-        call, *_large(z, z), *(_large(y, z) if y is not None else (None, None)),
-        *(_pointer(t, dtype, count) for t, count in zip(tensors, counts, strict=True)),
-        _pointer(rstd, dtype, pixels), _pointer(bias, dtype, channels),
-    )  # fmt: skip
+    call = _outputs(z, relu)
+    terms = [(_flat(map_, dtype), _flat(vector, dtype)) for map_, vector in terms]
+    rstd, bias = _flat(rstd, dtype), _bias(bias, z)
+    call.x = _large(z, z)
+    call.mu, call.sums = _map(terms[0][0], z), _vector(terms[0][1], z)
+    if len(terms) > 1:
+        call.means, call.rest = _map(terms[1][0], z), _vector(terms[1][1], z)
+    if y is not None:
+        call.out = _large(y, z)
+    call.rstd, call.bias = _map(rstd, z), _vector(bias, z)
+    _kernels().epilogue(call)
     return (z, None) if y is None else (y, z)
 
 
@@ -108,23 +106,21 @@ def epilogue_backward(
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue_backward`."""
-    grad, kept = collapsible(grad), collapsible(kept)
-    channels, dtype = kept.shape[1], compute_dtype(kept)
-    pixels = kept.numel() // channels
-    call = _outputs(kept.dtype, kept.shape, 1, relu, factors, torch.get_num_threads())
-    mu, rstd = statistics.mu.contiguous(), statistics.rstd.contiguous()
-    filter_sums, bias = filter_sums.contiguous(), _flat(bias, dtype)
+    grad, kept, dtype = collapsible(grad), collapsible(kept), compute_dtype(kept)
+    call, channels = _outputs(kept, relu), kept.shape[1]
+    mu, rstd = _flat(statistics.mu, dtype), _flat(statistics.rstd, dtype)
+    filter_sums, bias = _flat(filter_sums, dtype), _bias(bias, kept)
     grad_z = writable(torch.empty_like(kept))
-    pair = torch.empty((len(kept), 2, *kept.shape[2:]), dtype=dtype, device="cpu")
-    vectors = torch.empty((2, channels), dtype=dtype, device="cpu")
-    grad_bias, grad_sums = vectors.unbind()
-    sums = torch.empty(call.threads * 4 * channels, dtype=torch.float64, device="cpu")
-    _kernels().epilogue_backward(
-        call, *_large(grad, kept), *_large(kept, kept), *_large(grad_z, kept),
-        _pointer(mu, dtype, pixels), _pointer(rstd, dtype, pixels),
-        _pointer(filter_sums, dtype, channels), _pointer(bias, dtype, channels), pair.data_ptr(),
-        grad_bias.data_ptr(), grad_sums.data_ptr(), sums.data_ptr(),
-    )  # fmt: skip
+    pair = _empty((len(kept), 2, *kept.shape[2:]), dtype)
+    grad_bias, grad_sums = _empty((2, channels), dtype).unbind()
+    workspace = _empty((call.threads * 4 * channels,))
+    call.x, call.grad, call.out = _large(kept, kept), _large(grad, kept), _large(grad_z, kept)
+    call.mu, call.rstd = _map(mu, kept), _map(rstd, kept)
+    call.sums, call.bias = _vector(filter_sums, kept), _vector(bias, kept)
+    call.grad_mean, call.grad_var = factors
+    call.pair, call.workspace = pair.data_ptr(), workspace.data_ptr()
+    call.grad_bias, call.grad_sums = grad_bias.data_ptr(), grad_sums.data_ptr()
+    _kernels().epilogue_backward(call)
     return grad_z, pair, grad_bias, grad_sums
 
 
@@ -132,14 +128,13 @@ def statistics_backward(
     grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
 ) -> Tensor:
     """See :func:`kernelnorm.ops.backends.eager.statistics_backward`."""
-    grad, x, pair = writable(grad), collapsible(x), pair.contiguous()
-    call = _windows(x.dtype, x.shape, settings, torch.get_num_threads())
-    windows = 2 * len(x) * prod(_positions(x.shape, settings.geometry))
-    scratch = torch.empty(call.threads * call.scratch, dtype=torch.float64, device="cpu")
-    _kernels().statistics_backward(
-        call, *_large(grad, x), *_large(x, x), _pointer(pair, compute_dtype(x), windows),
-        _keys(keys, x.shape), scratch.data_ptr(),
-    )  # fmt: skip
+    grad, x, pair = writable(grad), collapsible(x), _flat(pair, compute_dtype(x))
+    call = _windows(x, settings)
+    workspace = _empty((call.threads * call.scratch,))
+    call.x, call.grad, call.keys = _large(x, x), _large(grad, x), _keys(keys, x.shape)
+    windows = len(x) * prod(_positions(x.shape[2:], settings.geometry))
+    call.pair, call.workspace = _pointer(pair, pair.dtype, 2 * windows), workspace.data_ptr()
+    _kernels().statistics_backward(call)
     return grad
 
 
@@ -149,20 +144,46 @@ def _kernels() -> Library:
     return kernels
 
 
-def _large(x: Tensor, like: Tensor) -> tuple[int, Strides]:
-    """The pointer and the strides of a tensor that has the shape and dtype of another."""
-    if x.shape != like.shape or x.dtype != like.dtype or not x.is_cpu:
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def _bias(bias: Tensor | None, z: Tensor) -> Tensor:
+    dtype = compute_dtype(z)
+    return (
+        torch.zeros(z.shape[1], dtype=dtype, device="cpu") if bias is None else _flat(bias, dtype)
+    )
+
+
+def _large(x: Tensor, like: Tensor) -> tuple[int, int, int, int]:
+    """The pointer and strides of a tensor, which must have the shape and dtype of ``like``."""
+    strides = strides_of(x.shape, x.stride())
+    if x.shape != like.shape or x.dtype != like.dtype or not x.is_cpu or strides is None:
         raise RuntimeError(
-            f"expected a CPU tensor of shape {tuple(like.shape)} and {like.dtype}, "
-            f"got shape {tuple(x.shape)} and {x.dtype} on {x.device}"
+            f"expected a CPU tensor of shape {tuple(like.shape)} and {like.dtype}, got shape "
+            f"{tuple(x.shape)}, strides {x.stride()} and {x.dtype} on {x.device}"
         )
-    return x.data_ptr(), _strides(x.shape, x.stride())
+    return x.data_ptr(), *strides
 
 
-def _pointer(x: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
-    """The pointer of a contiguous tensor with that many elements."""
-    if x is None:
-        return None
+def _map(x: Tensor, z: Tensor) -> int:
+    return _pointer(x, compute_dtype(z), z.numel() // z.shape[1])
+
+
+def _vector(x: Tensor, z: Tensor) -> int:
+    return _pointer(x, compute_dtype(z), z.shape[1])
+
+
+def _keys(keys: Tensor | None, shape: Sequence[int]) -> int | None:
+    return None if keys is None else _pointer(keys, torch.int32, count_keys(shape))
+
+
+def _pointer(x: Tensor, dtype: torch.dtype, count: int) -> int:
+    """The pointer of a tensor, which must have ``count`` contiguous elements."""
     if x.numel() != count or x.dtype != dtype or not (x.is_cpu and x.is_contiguous()):
         raise RuntimeError(
             f"expected {count} contiguous elements of {dtype} on the CPU, got shape "
@@ -171,68 +192,51 @@ def _pointer(x: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
     return x.data_ptr()
 
 
-def _keys(keys: Tensor | None, shape: Sequence[int]) -> int | None:
-    return _pointer(keys, torch.int32, count_keys(shape))
+def _windows(x: Tensor, settings: Settings) -> Call:
+    """A call over the windows of ``x``."""
+    template = _windows_template(x.dtype, x.shape, settings, torch.get_num_threads())
+    return Call.from_buffer_copy(template)
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
-
-
-@functools.lru_cache(maxsize=4096)
-def _strides(shape: Sequence[int], stride: Sequence[int]) -> Strides:
-    strides = strides_of(shape, stride)
-    assert strides is not None, "collapsible() or writable() is called first"
-    return Strides(*strides)
-
-
-@functools.lru_cache(maxsize=4096)
-def _positions(shape: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
-    return tuple(geometry.positions(i, size) for i, size in enumerate(shape[2:]))
-
-
-@functools.lru_cache(maxsize=4096)
-def _windows(dtype: torch.dtype, shape: Sequence[int], settings: Settings, threads: int) -> Call:
-    """A call over the windows of an input of that shape."""
-    geometry, call = settings.geometry, _call(dtype, shape, threads)
-    mean, square, kappa, grad_mean, grad_var = constants(settings, shape[1])
-    call.groups, call.eps, call.keep_threshold = (
-        settings.groups, settings.eps, keep_threshold(settings.p)
-    )  # fmt: skip
-    call.mean, call.square, call.dropout_variance = mean, square, kappa
-    call.sizes = _three(shape[2:])
-    call.positions = _three(_positions(shape, geometry))
-    call.kernel, call.stride = _three(geometry.kernel_size), _three(geometry.stride)
-    call.padding, call.dilation = _three(geometry.padding, 0), _three(geometry.dilation)
-    call.scratch = _TILE * (geometry.stride[-1] + 1) + geometry.reach(len(shape) - 3) + 2
+def _outputs(z: Tensor, relu: bool) -> Call:
+    """A call over the outputs ``z``."""
+    template = _template(z.dtype, z.shape, torch.get_num_threads())
+    call = Call.from_buffer_copy(template)
+    call.relu = relu
     return call
 
 
 @functools.lru_cache(maxsize=4096)
-def _outputs(
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    groups: int,
-    relu: bool,
-    factors: tuple[float, float],
-    threads: int,
+def _windows_template(
+    dtype: torch.dtype, shape: Sequence[int], settings: Settings, threads: int
 ) -> Call:
-    """A call over outputs of that shape."""
-    call = _call(dtype, shape, threads)
-    call.groups, call.relu = groups, relu
-    call.grad_mean, call.grad_var = factors
-    call.positions = _three(shape[2:])
+    (size, stride, padding, dilation), factors = settings.geometry, constants(settings, shape[1])
+    call = Call.from_buffer_copy(_template(dtype, shape, threads))
+    call.eps, call.threshold = settings.eps, keep_threshold(settings.p)
+    call.mean, call.square = factors.mean, factors.square * (1 + factors.dropout_variance)
+    call.sizes = _three(shape[2:])
+    call.positions = _three(_positions(shape[2:], settings.geometry))
+    call.kernel, call.stride, call.dilation = _three(size), _three(stride), _three(dilation)
+    call.padding = _three(padding, missing=0)
+    call.scratch = _TILE * (stride[-1] + 1) + dilation[-1] * size[-1] + 2
     return call
 
 
-def _call(dtype: torch.dtype, shape: Sequence[int], threads: int) -> Call:
+@functools.lru_cache(maxsize=4096)
+def _template(dtype: torch.dtype, shape: Sequence[int], threads: int) -> Call:
+    """The part of a call that depends on the shape of its tensors alone."""
+    n, channels, *spatial = shape
     most = max(1, prod(shape) // _ELEMENTS_PER_THREAD)
-    return Call(
-        dtype=_DTYPES[dtype], threads=min(threads, most), dims=len(shape) - 2,
-        samples=shape[0], channels=shape[1],
-    )  # fmt: skip
+    call = Call(_DTYPES[dtype], min(threads, most), len(spatial), n, channels)
+    call.positions = _three(spatial)
+    return call
 
 
-def _three(values: Sequence[int], missing: int = 1) -> ctypes.Array[ctypes.c_int64]:
+@functools.lru_cache(maxsize=4096)
+def _positions(sizes: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    return tuple(geometry.positions(i, size) for i, size in enumerate(sizes))
+
+
+def _three(values: Sequence[int], missing: int = 1) -> tuple[int, ...]:
     """Three dimensions, aligned to the right as in kernels.c."""
-    return (ctypes.c_int64 * 3)(*[missing] * (3 - len(values)), *values)
+    return (*[missing] * (3 - len(values)), *values)

@@ -1,10 +1,8 @@
 /* The primitives of a KNConv for CPUs, in plain C, called through ctypes on raw pointers.
  *
- * Large tensors have shape (samples, channels, pixels) and three strides, in elements. Maps and
- * vectors are contiguous. The binding checks every shape and stride before it calls.
- *
- * The loops are in loops.h, which is compiled once per dtype. They run over tiles of at most TILE
- * pixels of one sample. */
+ * Large tensors have shape (samples, channels, pixels). The work on their pixels is shared out over
+ * threads and done in tiles of at most TILE pixels; loops.h has a function for each kind of tile and
+ * is compiled once per dtype. The caller has checked every shape and stride. */
 
 #include <math.h>
 #include <stdint.h>
@@ -16,7 +14,7 @@
 #define INLINE static inline
 #endif
 
-/* One source for several instruction sets; the loader picks the best that the processor has. */
+/* One source for several instruction sets: the loader picks the best one of the processor. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(KERNELNORM_ONE_TARGET)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -25,36 +23,41 @@
 #endif
 
 #define TILE 64
-#define FEW_CHANNELS 8 /* below, loops run along the pixels */
+#define FEW_CHANNELS 8 /* below, loops run along the pixels even where channels are adjacent */
 #define HASH_MULTIPLIER 0x7FEB352Du
 
-enum { FLOAT32, FLOAT64, BFLOAT16 };
-
 typedef struct {
-  int64_t sample, pixel, channel;
-} Strides;
+  void *data;
+  int64_t sample, pixel, channel; /* strides, in elements */
+} Tensor;
 
-/* Everything about a call that is not a pointer. Dimensions are aligned to the right: an image is
- * (1, height, width). library.py has the same fields. */
+/* The arguments of all functions; library.py has the same fields. Dimensions are aligned to the
+ * right: an image is (1, height, width). Maps and vectors are contiguous. */
 typedef struct {
-  int64_t dtype, threads, dims, samples, channels, groups;
+  int64_t dtype, threads, dims, samples, channels, scratch, relu, threshold;
   int64_t sizes[3], positions[3], kernel[3], stride[3], padding[3], dilation[3];
-  int64_t scratch; /* doubles of scratch memory for each thread */
-  int64_t relu, keep_threshold;
-  double mean, square, dropout_variance, eps, grad_mean, grad_var;
+  double mean, square, eps, grad_mean, grad_var; /* see settings.Constants */
+  Tensor x, grad, out;
+  const int32_t *keys;
+  void *mu, *rstd, *offset, *means;              /* maps */
+  const void *sums, *rest, *bias;                /* vectors */
+  void *pair, *grad_bias, *grad_sums;            /* (samples, 2, positions), and vectors */
+  double *workspace;
 } Call;
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t volume(const int64_t *sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t volume(const int64_t *sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
-/* ---- threads: those of PyTorch's own OpenMP runtime, by pointer, so that there is only one ---- */
+/* ---- threads: those of PyTorch's OpenMP runtime, by pointer, so that the process has only one ---- */
 
-typedef void (*Body)(void *task, int64_t begin, int64_t end, int64_t thread);
+typedef void (*Tile)(const Call *call, int64_t sample, int64_t pixel, int64_t count,
+                     int64_t thread);
 typedef struct {
-  Body body;
-  void *task;
-  int64_t size;
+  const Call *call;
+  Tile tile;
+  const int64_t *sizes;
+  int by_line; /* no tile crosses the end of a line */
 } Job;
 
 static void (*run_team)(void (*)(void *), void *, unsigned, unsigned);
@@ -67,60 +70,44 @@ void kernelnorm_set_threads(void *parallel, void *number, void *size) {
   team_size = (int (*)(void))size;
 }
 
-static void run_share(void *argument) {
-  Job *job = argument;
-  int64_t thread = thread_number(), team = team_size();
-  int64_t begin = job->size * thread / team, end = job->size * (thread + 1) / team;
-  if (begin < end) job->body(job->task, begin, end, thread);
-}
-
-/* Shares the range [0, size) out over at most `threads` threads. */
-static void parallel_for(Body body, void *task, int64_t size, int64_t threads) {
-  Job job = {body, task, size};
-  if (threads > 1 && run_team)
-    run_team(run_share, &job, (unsigned)threads, 0);
-  else if (size > 0)
-    body(task, 0, size, 0);
-}
-
-/* ---- masks ---- */
-
-typedef struct {
-  const uint32_t *channels, *first, *second, *third; /* keys of channels and of each dimension */
-} Keys;
-
-static Keys split_keys(const Call *call, const int32_t *keys) {
-  Keys split = {0};
-  if (!keys) return split;
-  const uint32_t *k = (const uint32_t *)keys;
-  const int64_t *sizes = call->sizes;
-  split.channels = k;
-  split.first = k + call->channels;
-  if (call->dims == 2) split.third = split.first + call->samples * sizes[1];
-  if (call->dims == 3) {
-    split.second = split.first + call->samples * sizes[0];
-    split.third = split.second + sizes[1];
+static void run_share(const Job *job, int64_t thread, int64_t team) {
+  int64_t size = volume(job->sizes), all = job->call->samples * size;
+  int64_t width = job->by_line ? job->sizes[2] : size, end = all * (thread + 1) / team;
+  for (int64_t p = all * thread / team, count; p < end; p += count) {
+    int64_t pixel = p % size;
+    count = least(TILE, least(width - pixel % width, end - p));
+    job->tile(job->call, p / size, pixel, count, thread);
   }
-  return split;
 }
+
+static void run_thread(void *job) { run_share(job, thread_number(), team_size()); }
+
+static void run(const Call *call, Tile tile, const int64_t *sizes, int by_line) {
+  Job job = {call, tile, sizes, by_line};
+  if (call->threads > 1 && run_team)
+    run_team(run_thread, &job, (unsigned)call->threads, 0);
+  else
+    run_share(&job, 0, 1);
+}
+
+/* ---- masks: see mask.py ---- */
 
 /* The keys of `count` pixels of a sample from `pixel` on. */
-static void pixel_keys(const Call *call, Keys keys, int64_t sample, int64_t pixel, int64_t count,
+static void pixel_keys(const Call *call, int64_t sample, int64_t pixel, int64_t count,
                        uint32_t *out) {
-  int64_t height = call->sizes[1], width = call->sizes[2];
+  int64_t dims = call->dims, height = call->sizes[1], width = call->sizes[2];
+  int64_t firsts = call->sizes[3 - dims];
+  const uint32_t *first = (const uint32_t *)call->keys + call->channels + sample * firsts;
+  const uint32_t *second = (const uint32_t *)call->keys + call->channels + call->samples * firsts;
+  const uint32_t *third = dims == 3 ? second + height : second;
   int64_t w = pixel % width, h = pixel / width % height, d = pixel / width / height;
   for (int64_t j = 0; j < count; j++) {
-    int64_t first = call->dims == 1   ? sample * width + w
-                    : call->dims == 2 ? sample * height + h
-                                      : sample * call->sizes[0] + d;
-    uint32_t key = keys.first[first] | 1;
-    if (keys.second) key *= keys.second[h] | 1;
-    if (keys.third) key *= keys.third[w] | 1;
+    uint32_t key = first[dims == 1 ? w : dims == 2 ? h : d] | 1;
+    if (dims == 3) key *= second[h] | 1;
+    if (dims > 1) key *= third[w] | 1;
     out[j] = key;
-    if (++w == width) {
-      w = 0;
-      if (++h == height) h = 0, d++;
-    }
+    if (++w == width) w = 0, h++;
+    if (h == height) h = 0, d++;
   }
 }
 
@@ -130,31 +117,26 @@ INLINE int is_kept(uint32_t pixel_key, uint32_t channel_key, int32_t threshold) 
   return (int32_t)element >= threshold;
 }
 
-/* ---- sums over windows, of maps in double precision ---- */
+/* ---- sums over windows ---- */
 
-/* Adds the sums over `count` windows of a line, from window `begin` on, to `out`: first the rows of
- * the windows into `row`, then along it. `line` is the window's index in the first two dimensions.
- */
-CLONES static void box_sum(const Call *call, const double *map, int64_t line, int64_t begin,
+/* The sums of a map over `count` windows from window `first` of a line on: first over the lines
+ * that the windows span, into `row`, then along it. */
+CLONES static void box_sum(const Call *call, const double *map, int64_t line, int64_t first,
                            int64_t count, double *row, double *out) {
   const int64_t *sizes = call->sizes, *dilation = call->dilation, *kernel = call->kernel;
-  int64_t step = call->stride[2], start = begin * step - call->padding[2];
+  int64_t step = call->stride[2], start = first * step - call->padding[2];
   int64_t span = (count - 1) * step + dilation[2] * (kernel[2] - 1) + 1;
-  int64_t low = max64(0, start), high = min64(sizes[2], start + span);
+  int64_t low = most(0, start), high = least(sizes[2], start + span);
   int64_t d0 = line / call->positions[1] * call->stride[0] - call->padding[0];
   int64_t h0 = line % call->positions[1] * call->stride[1] - call->padding[1];
   memset(row, 0, sizeof(double) * (size_t)span);
-  for (int64_t i = 0; i < kernel[0]; i++) {
-    int64_t d = d0 + i * dilation[0];
-    if (d < 0 || d >= sizes[0]) continue;
-    for (int64_t k = 0; k < kernel[1]; k++) {
-      int64_t h = h0 + k * dilation[1];
-      if (h < 0 || h >= sizes[1]) continue;
-      const double *source = map + (d * sizes[1] + h) * sizes[2];
-      for (int64_t w = low; w < high; w++) row[w - start] += source[w];
-    }
+  for (int64_t i = 0; i < kernel[0] * kernel[1]; i++) {
+    int64_t d = d0 + i / kernel[1] * dilation[0], h = h0 + i % kernel[1] * dilation[1];
+    if (d < 0 || d >= sizes[0] || h < 0 || h >= sizes[1]) continue;
+    const double *source = map + (d * sizes[1] + h) * sizes[2];
+    for (int64_t w = low; w < high; w++) row[w - start] += source[w];
   }
-  for (int64_t j = 0; j < count; j++) out[j] = 0;
+  memset(out, 0, sizeof(double) * (size_t)count);
   for (int64_t k = 0; k < kernel[2]; k++) {
     const double *tap = row + k * dilation[2];
     if (step == 1)
@@ -164,28 +146,29 @@ CLONES static void box_sum(const Call *call, const double *map, int64_t line, in
   }
 }
 
-/* ---- the loops of each dtype ---- */
-
-typedef uint16_t bfloat16;
+/* ---- the tiles of each dtype: tensors of T, arithmetic in A ---- */
 
 INLINE float load_float32(float x) { return x; }
 INLINE float store_float32(float x) { return x; }
 INLINE double load_float64(double x) { return x; }
 INLINE double store_float64(double x) { return x; }
 
-INLINE float load_bfloat16(bfloat16 x) {
+INLINE float load_bfloat16(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-INLINE bfloat16 store_bfloat16(float x) { /* rounds to nearest, ties to even */
+INLINE uint16_t store_bfloat16(float x) { /* rounds to nearest, ties to even */
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  return (bfloat16)(x != x ? 0x7FC0 : rounded);
+  return (uint16_t)(x != x ? 0x7FC0 : rounded);
 }
+
+#define LOAD(x) NAME(load)(x)
+#define STORE(x) NAME(store)(x)
 
 #define T float
 #define A float
@@ -195,52 +178,35 @@ INLINE bfloat16 store_bfloat16(float x) { /* rounds to nearest, ties to even */
 #define A double
 #define NAME(name) name##_float64
 #include "loops.h"
-#define T bfloat16
+#define T uint16_t
 #define A float
 #define NAME(name) name##_bfloat16
 #include "loops.h"
 
-#define DISPATCH(name, ...)                                    \
-  do {                                                         \
-    switch (call->dtype) {                                     \
-      case FLOAT32: name##_float32(__VA_ARGS__); break;        \
-      case FLOAT64: name##_float64(__VA_ARGS__); break;        \
-      default: name##_bfloat16(__VA_ARGS__);                   \
-    }                                                          \
-  } while (0)
+#define OF_DTYPE(name) \
+  (call->dtype == 0 ? name##_float32 : call->dtype == 1 ? name##_float64 : name##_bfloat16)
 
-/* Mean and inverse standard deviation of all windows.
- * maps: workspace of (2 + groups) maps of the input's pixels, and `scratch` doubles per thread.
- * offset and means: (samples, groups, positions), or null. */
-void kernelnorm_window_statistics(const Call *call, const void *x, const Strides *strides,
-                                  const int32_t *keys, double *maps, void *mu, void *rstd,
-                                  void *offset, void *means) {
-  DISPATCH(window_statistics, call, x, strides, keys, maps, mu, rstd, offset, means);
+/* mu, rstd and, if asked for, offset and means of all windows of x.
+ * workspace: three maps of the pixels, and `scratch` doubles per thread. */
+void kernelnorm_window_statistics(const Call *call) {
+  run(call, OF_DTYPE(pixel_tile), call->sizes, 0);
+  run(call, OF_DTYPE(window_tile), call->positions, 1);
 }
 
-/* The output from the convolution, in place if y is null; otherwise z keeps the numerator.
- * map_1 and map_2: (samples, groups, pixels); vector_1 and vector_2: (channels). */
-void kernelnorm_epilogue(const Call *call, void *z, const Strides *z_strides, void *y,
-                         const Strides *y_strides, const void *map_1, const void *vector_1,
-                         const void *map_2, const void *vector_2, const void *rstd,
-                         const void *bias) {
-  DISPATCH(epilogue, call, z, z_strides, y, y_strides, map_1, vector_1, map_2, vector_2, rstd,
-           bias);
+/* The output from the convolution x: in place with a ReLU, else to out, with the numerator in x. */
+void kernelnorm_epilogue(const Call *call) {
+  run(call, OF_DTYPE(epilogue_tile), call->positions, 0);
 }
 
-/* pair: (samples, 2, pixels); sums: workspace of threads * 4 * channels doubles. */
-void kernelnorm_epilogue_backward(const Call *call, const void *grad, const Strides *grad_strides,
-                                  const void *kept, const Strides *kept_strides, void *grad_z,
-                                  const Strides *z_strides, const void *mu, const void *rstd,
-                                  const void *filter_sums, const void *bias, void *pair,
-                                  void *grad_bias, void *grad_sums, double *sums) {
-  DISPATCH(epilogue_backward, call, grad, grad_strides, kept, kept_strides, grad_z, z_strides, mu,
-           rstd, filter_sums, bias, pair, grad_bias, grad_sums, sums);
+/* out, pair, grad_bias and grad_sums from grad and x, the output or numerator.
+ * workspace: 4 * channels doubles per thread. */
+void kernelnorm_epilogue_backward(const Call *call) {
+  memset(call->workspace, 0, sizeof(double) * (size_t)(call->threads * 4 * call->channels));
+  run(call, OF_DTYPE(backward_tile), call->positions, 0);
+  OF_DTYPE(sum_threads)(call);
 }
 
-/* Adds in place to grad. scratch: `scratch` doubles per thread. */
-void kernelnorm_statistics_backward(const Call *call, void *grad, const Strides *grad_strides,
-                                    const void *x, const Strides *x_strides, const void *pair,
-                                    const int32_t *keys, double *scratch) {
-  DISPATCH(statistics_backward, call, grad, grad_strides, x, x_strides, pair, keys, scratch);
+/* Adds to grad, in place. workspace: `scratch` doubles per thread. */
+void kernelnorm_statistics_backward(const Call *call) {
+  run(call, OF_DTYPE(through_tile), call->sizes, 1);
 }

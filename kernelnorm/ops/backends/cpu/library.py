@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PATH", "Call", "Library", "Strides", "library", "load"]
+__all__ = ["PATH", "Call", "Library", "Tensor", "library", "load"]
 
 _log = logging.getLogger(__name__)
 
@@ -20,40 +20,34 @@ PATH = Path(__file__).with_name("kernels.dll" if os.name == "nt" else "kernels.s
 """Where the installation builds the library."""
 
 
-_LONGS = "dtype threads dims samples channels groups"
-_DIMENSIONS = "sizes positions kernel stride padding dilation"
-_FACTORS = "mean square dropout_variance eps grad_mean grad_var"
-
-
-class Call(ctypes.Structure):
-    """Everything about a call that is not a pointer; the C struct of the same name."""
+class Tensor(ctypes.Structure):
+    """A pointer, and the strides of samples, pixels and channels in elements; as in kernels.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in _LONGS.split()),
-        *((name, ctypes.c_int64 * 3) for name in _DIMENSIONS.split()),
-        *((name, ctypes.c_int64) for name in ("scratch", "relu", "keep_threshold")),
-        *((name, ctypes.c_double) for name in _FACTORS.split()),
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("sample", "pixel", "channel")),
     ]
 
 
-class Strides(ctypes.Structure):
-    """Strides of samples, pixels and channels in elements; the C struct of the same name."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("sample", "pixel", "channel")]
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
 
 
-_CALL, _STRIDES, _POINTER = ctypes.POINTER(Call), ctypes.POINTER(Strides), ctypes.c_void_p
-_LARGE = [_POINTER, _STRIDES]
-_FUNCTIONS = {
-    "window_statistics": [_CALL, *_LARGE, *[_POINTER] * 6],
-    "epilogue": [_CALL, *_LARGE * 2, *[_POINTER] * 6],
-    "epilogue_backward": [_CALL, *_LARGE * 3, *[_POINTER] * 8],
-    "statistics_backward": [_CALL, *_LARGE * 2, *[_POINTER] * 3],
-}
+class Call(ctypes.Structure):
+    """The arguments of all functions; the C struct of the same name."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int64, "dtype threads dims samples channels scratch relu threshold"),
+        *_fields(ctypes.c_int64 * 3, "sizes positions kernel stride padding dilation"),
+        *_fields(ctypes.c_double, "mean square eps grad_mean grad_var"),
+        *_fields(Tensor, "x grad out"),
+        *_fields(ctypes.c_void_p, "keys mu rstd offset means sums rest bias pair"),
+        *_fields(ctypes.c_void_p, "grad_bias grad_sums workspace"),
+    ]
 
 
 class Library(NamedTuple):
-    """The C functions, each with the signature of ``kernelnorm_<name>`` in kernels.c."""
+    """The functions of kernels.c, without their prefix."""
 
     window_statistics: Any
     epilogue: Any
@@ -68,14 +62,12 @@ def load(path: Path) -> Library:
         OSError: the file does not exist or is no library for this machine.
     """
     dll = ctypes.CDLL(str(path))
-    dll.kernelnorm_set_threads.argtypes = [_POINTER] * 3
+    dll.kernelnorm_set_threads.argtypes = [ctypes.c_void_p] * 3
     dll.kernelnorm_set_threads(*_openmp())
-    functions = {}
-    for name, arguments in _FUNCTIONS.items():
-        function = getattr(dll, f"kernelnorm_{name}")
-        function.argtypes, function.restype = arguments, None
-        functions[name] = function
-    return Library(**functions)
+    functions = [getattr(dll, f"kernelnorm_{name}") for name in Library._fields]
+    for function in functions:
+        function.argtypes, function.restype = [ctypes.POINTER(Call)], None
+    return Library(*functions)
 
 
 @functools.cache
@@ -83,7 +75,7 @@ def library() -> Library | None:
     """The installed kernels, or ``None`` if there are none; warns once about that."""
     try:
         return load(PATH)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # missing, or without the functions
         reason = str(error) if PATH.exists() else "the installation found no C compiler"
         _log.warning(
             "no C kernels (%s), so KNConvs are slower on this CPU. "
@@ -104,5 +96,5 @@ def _openmp() -> list[int | None]:
     for place in (None, *map(str, sorted(folder.glob("lib*omp*")))):
         with contextlib.suppress(AttributeError, OSError):
             runtime = ctypes.CDLL(place)
-            return [ctypes.cast(getattr(runtime, name), _POINTER).value for name in names]
+            return [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in names]
     return [None] * 3

@@ -1,4 +1,4 @@
-"""The primitives as Triton kernels, for GPUs; :mod:`kernelnorm.ops.backends.eager` has the formulas.
+"""The primitives as Triton kernels, for GPUs; the eager backend has the formulas.
 
 Before a kernel runs, its caller here allocates the results and chooses strides and block sizes. One
 kernel serves every memory format, since it takes the strides of samples, pixels and channels.
@@ -28,6 +28,7 @@ from kernelnorm.ops.strides import collapsible, single_stride
 from kernelnorm.ops.windows import Geometry
 
 __all__ = [
+    "centres_filters",
     "convolution",
     "convolution_backward",
     "epilogue",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 name = "triton"
+centres_filters = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """True if Triton was told to run kernels in Python, on tensors of any device."""
@@ -84,9 +86,8 @@ def window_statistics(
     square = factors.square * (1 + factors.dropout_variance)
     with torch.cuda.device_of(x):
         kernels.window_statistics[(-(-mu.numel() // 128),)](
-            maps, mu, rstd, *map(_bits, (factors.mean, square, settings.eps)),
-            maps[0].numel(), mu.numel(), *sizes, *positions, *(n for group in others for n in group),
-            BLOCK=128,
+            maps, mu, rstd, *map(_bits, (factors.mean, square, settings.eps)), maps[0].numel(),
+            mu.numel(), *(n for group in (sizes, positions, *others) for n in group), BLOCK=128,
         )  # fmt: skip
     if not with_means:
         return Statistics(mu, rstd)
@@ -218,7 +219,7 @@ def _tiles(
 
 @functools.lru_cache(maxsize=4096)
 def _three(spatial: Sequence[int], geometry: Geometry) -> list[tuple[int, ...]]:
-    """Sizes, positions, kernel, stride, padding and dilation, each aligned right to 3 dimensions."""
+    """Sizes, positions, kernel, stride, padding, dilation: each of three dimensions."""
     positions = [geometry.positions(i, size) for i, size in enumerate(spatial)]
     groups = spatial, positions, *geometry
     missing = (1, 1, 1, 1, 0, 1)
