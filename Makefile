@@ -1,28 +1,58 @@
 # Each target does all of its own set-up, in .venv; Python 3.10 or later is all that has to be there.
+# A C compiler is optional: without one the layers run in PyTorch operations.
 
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check
 
 # The tensors of the tests and the demo are tiny: more threads would wait for each other.
 export OMP_NUM_THREADS ?= 1
 
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
+# The layers' tests need neither the training programs nor their dependencies.
+LAYERS := $(shell grep -L 'kernelnorm\.\(cli\|experiments\)' tests/test_*.py)
+C_FILES := $(wildcard kernelnorm/ops/backends/cpu/*.c kernelnorm/ops/backends/cpu/*.h)
+SANITIZED := build/sanitize/kernels.so
+# What the tests need includes what the training programs need.
+EXPERIMENTS := $(or $(wildcard $(VENV)/.dev),$(VENV)/.experiments)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster check format figures clean
+.PHONY: help demo test test-all test-cluster test-newest test-sanitize gpu-check wheel-check check \
+	format figures clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.experiments  ## compare four normalisations on real digits: a table and a picture
+demo: $(EXPERIMENTS)  ## compare four normalisations on real digits: a table and a picture
 	$(BIN)/kernelnorm compare digits-vgg8 --norms batch,group,layer,kernel --batch-sizes 2,32 \
 		--out runs/demo
 
-test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+test: $(VENV)/.dev  ## run the tests, without those marked slow: under 3 minutes on two cores
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they begin one here
+test-all: $(VENV)/.dev  ## run all tests
+	$(BIN)/python $(PYTEST)
+
+test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they start one here
 	$(BIN)/python -m pytest tests/test_cluster.py
+
+test-newest: $(VENV)/.dev $(NEWEST)/.tests  ## run the layers' tests with the newest PyTorch
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python $(PYTEST) -m "not slow" $(LAYERS)
+
+test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest --kernels $(SANITIZED) -k "not triton" \
+		tests/test_backends.py tests/test_fuzz.py
+
+gpu-check: $(VENV)/.dev  ## test the layers on a CUDA GPU, and measure them there
+	$(BIN)/python -m pytest --device cuda $(LAYERS)
+	$(BIN)/kernelnorm bench --device cuda --quick --out runs/gpu-check
+
+wheel-check: $(VENV)/.dev  ## build the packages and test them in other folders and Pythons
+	$(BIN)/python -m pytest tests/check_packages.py
 
 check: $(VENV)/.dev  ## check style, types and the examples of the docstrings
 	$(BIN)/ruff check
@@ -34,25 +64,45 @@ format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-figures: $(VENV)/.experiments  ## draw the figures of the documentation
+figures: $(EXPERIMENTS)  ## draw the figures of the documentation
 	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what the targets above have made, but not runs and data
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f kernelnorm/ops/backends/cpu/kernels.so kernelnorm/ops/backends/cpu/kernels.dll
 
-$(VENV)/.experiments: pyproject.toml constraints.txt
+# The installation compiles the C kernels, so it is repeated when they change.
+INSTALLED := pyproject.toml constraints.txt setup.py $(C_FILES)
+
+$(VENV)/.experiments: $(INSTALLED)
 	$(call install,experiments)
 
-$(VENV)/.dev: pyproject.toml constraints.txt
+$(VENV)/.dev: $(INSTALLED)
 	$(call install,dev)
 
-$(VENV)/.cluster: pyproject.toml constraints.txt
+$(VENV)/.cluster: $(INSTALLED)
 	$(call install,dev$(comma)cluster)
 
+# Has nothing of kernelnorm: the tests take it, with its C kernels, from this folder.
+$(NEWEST)/.tests: constraints.txt Makefile
+	$(call create,$(NEWEST))
+	@grep -v '^\(torch\|triton\)==' constraints.txt > $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt 'torch==2.14.1' \
+		hypothesis numpy onnxruntime onnxscript pytest pytest-xdist setuptools
+	@touch $@
+
+$(SANITIZED): $(C_FILES) Makefile
+	@mkdir -p $(@D)
+	$(CC) -g -O1 -fopenmp-simd -march=native -DKERNELNORM_ONE_TARGET -fsanitize=address,undefined \
+		-fno-sanitize-recover=all -shared -fPIC -o $@ $(filter %.c,$^) -lm
+
 comma := ,
+define create
+@echo "installing into $(1): the first time takes a few minutes"
+@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || { rm -rf $(1); exit 1; }
+endef
 define install
-@echo "installing kernelnorm[$(1)] into $(VENV): the first time takes a few minutes"
-@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-@$(PIP) --editable '.[$(1)]'
+$(call create,$(VENV))
+@$(BIN)/python $(PIP) -c constraints.txt --editable '.[$(1)]'
 @touch $@
 endef

@@ -13,6 +13,8 @@ from kernelnorm.ops.windows import Geometry
 Evaluation = Literal["expected", "plain", "monte_carlo"]
 """What stands in evaluation for the dropout on the statistics; see :class:`kernelnorm.KNConv2d`."""
 
+_EVALUATIONS = get_args(Evaluation)
+
 # The names that torch.nn gives, and those of torch.nn.functional.pad.
 PADDING_MODES = {
     "zeros": "constant",
@@ -69,8 +71,8 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    if evaluation not in get_args(Evaluation):
-        raise ValueError(f"evaluation must be one of {get_args(Evaluation)}, got {evaluation!r}")
+    if evaluation not in _EVALUATIONS:
+        raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 
 
 def check_convolution(activation: str | None, padding_mode: str) -> None:

@@ -16,6 +16,7 @@ from kernelnorm.ops import knconv, observers
 from kernelnorm.ops.backends import backend_for, compute_dtype, eager
 from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from kernelnorm.ops.settings import Settings
+from kernelnorm.ops.windows import Geometry
 
 __all__ = ["backend", "kernel_norm", "kn_conv"]
 
@@ -66,7 +67,8 @@ def kernel_norm(
     arguments.check_windows_fit(observers.sizes(x)[2:], geometry)
     p, masked = _dropout(dropout_p, training, evaluation)
     settings = Settings(geometry, 1, p, masked, eps, relu=False)
-    x_hat = (_normalize_masked if masked else _normalize)(x.to(compute_dtype(x)), settings)
+    with knconv.without_autocast(x):
+        x_hat = (_normalize_masked if masked else _normalize)(x.to(compute_dtype(x)), settings)
     return (x_hat if input.dim() == d + 2 else x_hat.squeeze(0)).to(input.dtype)
 
 
@@ -229,7 +231,8 @@ def _plan(
         sides = tuple(side for pair in reversed(pads) for side in pair)
         sizes = [size + sum(pair) for size, pair in zip(sizes, pads, strict=True)]
         pads = [(0, 0)] * d
-    geometry = geometry._replace(padding=tuple(before for before, _ in pads))
+    padding = tuple(before for before, _ in pads)
+    geometry = Geometry(geometry.kernel_size, geometry.stride, padding, geometry.dilation)
     arguments.check_windows_fit(sizes, geometry)
 
     p, masked = _dropout(dropout_p, training, evaluation)

@@ -25,8 +25,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernelnorm.ops import rows_triton
-from kernelnorm.ops.mask import draw_keys, spread_keys
+from kernelnorm.ops.backends import Statistics
+from kernelnorm.ops.backends import triton as backend
+from kernelnorm.ops.mask import draw_keys
+from kernelnorm.ops.settings import Settings
+from kernelnorm.ops.windows import Geometry
 
 SHAPE = N, C, H, W = 4, 128, 16, 16
 LAYOUTS = {
@@ -56,16 +59,16 @@ def launch_all(dtype: torch.dtype, lay: Callable[[Tensor], Tensor], masked: bool
     wide = torch.promote_types(dtype, torch.float32)
     x, y, grad = (lay(torch.ones(SHAPE, dtype=dtype)) for _ in range(3))
     one, vector = torch.ones(N, 1, H, W, dtype=wide), torch.ones(C, dtype=wide)
-    keys = spread_keys(draw_keys(SHAPE, x.device), SHAPE, 0.1) if masked else None
-    pair = rows_triton.statistics(x, keys)
-    rows_triton.input_gradient(grad, x, pair.to(wide), keys)
+    pair, keys = torch.ones(N, 2, H, W, dtype=wide), draw_keys(SHAPE, x.device) if masked else None
+    settings = Settings(Geometry((3, 3), (1, 1), (1, 1), (1, 1)), 1, 0.1, masked, 1e-5, False)
+    backend.window_statistics(x, keys, settings, with_means=False)
+    backend.statistics_backward(grad, x, pair, keys, settings)
     if masked:
         return  # the others know of no mask
-    rows_triton.moments(pair, (1.0, 1.0), 0.0, 1e-5, wide)
     for bias, relu in product((vector, None), (True, False)):
-        rows_triton.epilogue(y, [one], [vector], one, bias, relu)
-        rows_triton.epilogue(y, [one, one], [vector, vector], one, bias, relu, lay(y))
-        rows_triton.output_gradient(grad, y, one, one, vector, bias, relu, (1.0, 1.0))
+        for terms in (1, 2):
+            backend.epilogue(y, [(one, vector)] * terms, one, bias, relu)
+        backend.epilogue_backward(grad, y, Statistics(one, one), vector, bias, relu, (1.0, 1.0))
 
 
 def describe(kernel: Any) -> tuple[int, ...]:

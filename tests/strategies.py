@@ -1,4 +1,4 @@
-"""Random layers, inputs and masks."""
+"""Random layers, inputs, masks and memory layouts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,41 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
+from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from kernelnorm.ops.windows import Geometry
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "slice of contiguous",
+    "slice of channels_last",
+    "strided",
+    "transposed",
+]
+EXPANDED = ["expanded pixel", "expanded scalar"]
+"""Layouts of gradients, such as that of a sum. They repeat some values of the tensor."""
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The tensor with other strides. What lies beside its elements in memory is NaN."""
+    if layout == "expanded scalar":
+        return x.flatten()[:1].expand(x.shape) if x.numel() else x
+    if layout == "expanded pixel":
+        first = x
+        for axis in range(2, x.dim()):
+            first = first.narrow(axis, 0, min(1, x.shape[axis]))
+        return first.expand(x.shape)
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    base = torch.cat([x, torch.full_like(x, torch.nan)], 1) if "slice" in layout else x
+    base = base.contiguous()
+    if "channels_last" in layout:
+        base = base.movedim(1, -1).contiguous().movedim(-1, 1)
+    return base[:, : x.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -37,43 +68,56 @@ class Case:
 
     def input(self, dtype: torch.dtype = torch.float64, device="cpu") -> Tensor:
         shape = (self.batch, self.in_channels, *self.sizes)
-        x = self.randn(*shape, dtype=dtype, device=device) + 0.5
-        if self.layout == "channels_last" and self.d in CHANNELS_LAST:
-            return x.contiguous(memory_format=CHANNELS_LAST[self.d])
-        if self.layout == "strided":
-            return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
-        if self.layout == "transposed":
-            return x.transpose(0, -1).contiguous().transpose(0, -1)
-        return x
+        x = (self.randn(*shape, device=device) + 0.5).to(dtype)
+        return laid_out(x, self.layout)
 
     def filters(self, dtype: torch.dtype = torch.float64, device="cpu") -> tuple[Tensor, Tensor]:
         shape = (self.out_channels, self.in_channels // self.groups, *self.geometry.kernel_size)
         weight = self.randn(*shape, dtype=dtype, device=device)
         return weight, self.randn(self.out_channels, dtype=dtype, device=device)
 
+    def keys(self, device="cpu") -> Tensor:
+        generator = torch.random.get_rng_state()
+        torch.manual_seed(self.seed)
+        keys = draw_keys((self.batch, self.in_channels, *self.sizes), torch.device(device))
+        torch.random.set_rng_state(generator)
+        return keys
+
 
 @st.composite
-def cases(draw: st.DrawFn, dilated: bool = True) -> Case:
-    """Windows that fit, over small inputs of one, two or three dimensions."""
+def cases(draw: st.DrawFn, dilated: bool = True, wide: bool = False) -> Case:
+    """Windows that fit, over small inputs of one, two or three dimensions.
+
+    Args:
+        wide: also large strides and dilations, long lines and many channels
+    """
     d = draw(st.sampled_from([1, 2, 2, 3]))
     most = {1: 5, 2: 4, 3: 3}[d]
 
-    def each(low: int, high: int) -> tuple[int, ...]:
-        return tuple(draw(st.integers(low, high)) for _ in range(d))
+    def each(low: int, high: int, more: int | None = None) -> tuple[int, ...]:
+        values = st.integers(low, high)
+        if wide and more is not None:
+            values = st.one_of(values, values, values, st.just(more))
+        return tuple(draw(values) for _ in range(d))
 
-    kernel_size, stride, padding = each(1, most), each(1, 3), each(0, 2)
-    dilation = each(1, 3) if dilated else (1,) * d
+    kernel_size, stride, padding = each(1, most), each(1, 3, 9), each(0, 2)
+    dilation = each(1, 3, 6) if dilated else (1,) * d
     geometry = Geometry(kernel_size, stride, padding, dilation)
     smallest = [max(1, geometry.reach(i) - 2 * padding[i]) for i in range(d)]
     groups = draw(st.sampled_from([1, 1, 2, 3]))
+    sizes = [low + draw(st.integers(0, 4)) for low in smallest]
+    channels = st.integers(1, 4)
+    if wide:
+        sizes[-1] += draw(st.sampled_from([0, 0, 64, 129])) if d < 3 else 0
+        channels = st.one_of(channels, st.sampled_from([7, 8, 9, 16, 35]))
     return Case(
         geometry=geometry,
-        sizes=tuple(low + draw(st.integers(0, 4)) for low in smallest),
+        sizes=tuple(sizes),
         batch=draw(st.integers(1, 3)),
         groups=groups,
-        in_channels=groups * draw(st.integers(1, 4)),
-        out_channels=groups * draw(st.integers(1, 3)),
-        layout=draw(st.sampled_from(["contiguous", "channels_last", "strided", "transposed"])),
+        in_channels=groups * draw(channels),
+        out_channels=groups * draw(channels if wide else st.integers(1, 3)),
+        layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -85,6 +129,6 @@ def mask_of(
     if rounded_p(p) == 0:
         return None
     torch.manual_seed(seed)
-    keys = spread_keys(draw_keys(shape, torch.device(device)), shape, p)
+    keys = expand_keys(draw_keys(shape, torch.device(device)), shape, p)
     torch.manual_seed(seed)
     return keep(keys, torch.float64) / (1 - rounded_p(p))

@@ -6,18 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.sweep.cluster import RayPool
 from kernelnorm.experiments.sweep.execute import execute
-from tests.test_sweep import LAUNCH, SMALL, small, wait_for, without_times
+from tests.processes import wait_for
+from tests.test_sweep import LAUNCH, SMALL, small, without_times
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # what Ray will do, without its warning
@@ -38,31 +38,28 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As a run has that is given one CPU: the order of sums depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """As a run has that is given one CPU."""
+    set_threads(1)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_every_run_ends_though_the_sweep_is_killed_and_a_node_is_lost(
     cluster: Any, tmp_path: Path
 ) -> None:
-    configs = small(seeds=[0, 1, 2], epochs=80)
-    options = ["--norms=batch,layer", "--batch-sizes=8", "--seeds=0,1,2", "--epochs=80"]
+    configs = small(seeds=[0, 1, 2], epochs=40)
+    options = ["--norms=batch,layer", "--batch-sizes=8", "--seeds=0,1,2", "--epochs=40"]
     out = f"--out={tmp_path / 'cluster'}"
     command = [sys.executable, "-m", "kernelnorm", "sweep", *SMALL, *options, out]
     command.append(f"--ray={cluster.address}")
     folders = [RunFolder(tmp_path / "cluster" / config.name) for config in configs]
 
-    def in_progress() -> int:
+    def in_progress(last_epoch: int = 39) -> int:
         lengths = [len(folder.read_metrics()) for folder in folders]
-        return sum(0 < length < 80 for length in lengths)
+        return sum(0 < length <= last_epoch for length in lengths)
 
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    wait_for(lambda: in_progress() == 2)
+    wait_for(lambda: in_progress(last_epoch=30) == 2)  # far from their end
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     wait_for(lambda: not any(folder.is_locked() for folder in folders))

@@ -1,5 +1,9 @@
 """Batches: a pure function of seed, epoch, step and rank; each image augmented by itself."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -220,3 +224,17 @@ class TestPreprocess:
     def test_mean_and_std_belong_together(self, mean, std):
         with pytest.raises(ValueError, match="one number a channel each, std above 0"):
             Preprocess(mean, std)
+
+
+def test_the_benchmark_prints_a_line_for_each_batch_size(monkeypatch, capsys):
+    script = str(Path(__file__).parent.parent / "benchmarks" / "data_path.py")
+    options = ["--batch-sizes", "2", "32", "--seconds", "0.01", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [script, "digits", *options])
+    runpy.run_path(script, run_name="__main__")
+    _, heads, *lines = capsys.readouterr().out.splitlines()
+    assert heads.startswith("data set")
+    assert len(lines) == 2
+    for line, expected in zip(lines, ("2", "32"), strict=True):
+        name, shape, _, batch_size, *speeds = line.split()
+        assert (name, shape, batch_size) == ("digits", "1x8x8", expected)
+        assert all(float(speed.replace(",", "")) > 0 for speed in speeds)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from kernelnorm import reference
 from kernelnorm.functional import kernel_norm, kn_conv
-from kernelnorm.ops import rows_compiled
-from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
+from kernelnorm.ops import knconv
+from kernelnorm.ops.backends import eager
+from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from tests.strategies import CHANNELS_LAST, Case, cases, mask_of
 
 CPU = torch.device("cpu")
@@ -22,11 +23,14 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_compiling():
-    """Each of the random windows would be compiled for seconds; test_rows_compiled.py has some."""
-    with mock.patch.object(rows_compiled, "supports", return_value=False):
+@pytest.fixture(scope="module", params=["default", "eager"])
+def backend(request):
+    """Runs a test with the backend that layers select by themselves, and in PyTorch operations."""
+    if request.param == "default":
         yield
+    else:
+        with mock.patch.object(knconv, "backend_for", return_value=eager):
+            yield
 
 
 def assert_same(y, expected, inputs, tolerance=1e-9):
@@ -46,6 +50,7 @@ def more_than_one_element(case: Case) -> bool:
     return case.in_channels * prod(case.geometry.kernel_size) > 1
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=250, deadline=None)
 @given(
     cases().filter(more_than_one_element),
@@ -147,6 +152,7 @@ def gradient_case(device, d: int, groups: int, training: bool, activation: str |
     return layer, inputs
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
@@ -177,6 +183,7 @@ def test_kernel_norm_gradcheck_and_gradgradcheck(device, kernel_size, training):
     assert torch.autograd.gradgradcheck(layer, x)
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_frozen_tensors_get_no_gradient_and_do_not_change_the_others(case: Case):
@@ -199,7 +206,7 @@ def test_expected_variance_is_the_mean_over_masks(p):
     u = torch.randn(1, 6, 3, 3, dtype=torch.float64) + 1
     weight = torch.randn(1, 6, 3, 3, dtype=torch.float64)
     shape = (200_000, u.numel())
-    masks = keep(spread_keys(draw_keys(shape, CPU), shape, p), u.dtype) / (1 - rounded_p(p))
+    masks = keep(expand_keys(draw_keys(shape, CPU), shape, p), u.dtype) / (1 - rounded_p(p))
     variances = (masks * u.flatten()).var(1, correction=0)
     var, error = variances.mean(), variances.std() / len(variances) ** 0.5
     y = kn_conv(u, weight, dropout_p=p, training=False, eps=1e-12)
@@ -225,6 +232,7 @@ def test_evaluation_modes():
     assert not torch.allclose(run(False, "expected", 0), run(False, "plain", 0), rtol=1e-2)
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=30, deadline=None)
 @given(cases())
 def test_samples_do_not_see_each_other(case: Case):
@@ -239,6 +247,7 @@ def test_samples_do_not_see_each_other(case: Case):
         torch.testing.assert_close(unbatched, batch[i], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=30, deadline=None)
 @given(cases())
 def test_memory_format_changes_neither_result_nor_mask(case: Case):

@@ -1,134 +1,154 @@
-"""The way of data is downwards: a file imports from files above it in this list, never below."""
+"""The layers of the package: who may import whom, and who may use what of PyTorch."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "kernelnorm"
-ORDER = [
-    "kernelnorm.reference",
-    "kernelnorm.ops.regions",
-    "kernelnorm.ops.windows",
-    "kernelnorm.ops.layouts",
-    "kernelnorm.ops.few_windows",
-    "kernelnorm.ops.pointwise",
-    "kernelnorm.ops.mask",
-    "kernelnorm.ops.rows_torch",
-    "kernelnorm.ops.statistics",
-    "kernelnorm.ops.rows_compiled",
-    "kernelnorm.ops.triton_kernels",
-    "kernelnorm.ops.rows_triton",
-    "kernelnorm.ops",
-    "kernelnorm.ops.knconv",
-    "kernelnorm.ops.dense",
-    "kernelnorm.arguments",
-    "kernelnorm.functional",
-    "kernelnorm.modules",
-    "kernelnorm.norms",
-    "kernelnorm.models.blocks",
-    "kernelnorm.models.vgg",
-    "kernelnorm.models.resnet",
-    "kernelnorm.models.densenet",
-    "kernelnorm.models",
-    "kernelnorm",
-    "kernelnorm.experiments.data.images",
-    "kernelnorm.experiments.data.disk",
-    "kernelnorm.experiments.data.decode",
-    "kernelnorm.experiments.data.download",
-    "kernelnorm.experiments.data.load",
-    "kernelnorm.experiments.data.batches",
-    "kernelnorm.experiments.data",
-    "kernelnorm.experiments",
-    "kernelnorm.experiments.heap",
-    "kernelnorm.experiments.runs",
-    "kernelnorm.experiments.recipes",
-    "kernelnorm.experiments.launch",
-    "kernelnorm.experiments.evaluation",
-    "kernelnorm.experiments.state",
-    "kernelnorm.experiments.trainer",
-    "kernelnorm.experiments.style",
-    "kernelnorm.experiments.bench.plan",
-    "kernelnorm.experiments.bench.results",
-    "kernelnorm.experiments.bench.measure",
-    "kernelnorm.experiments.bench.report",
-    "kernelnorm.experiments.bench",
-    "kernelnorm.experiments.compare",
-    "kernelnorm.experiments.sweep.grid",
-    "kernelnorm.experiments.sweep.tuning",
-    "kernelnorm.experiments.sweep.plan",
-    "kernelnorm.experiments.sweep.reproduction",
-    "kernelnorm.experiments.sweep.status",
-    "kernelnorm.experiments.sweep.view",
-    "kernelnorm.experiments.sweep.execute",
-    "kernelnorm.experiments.sweep.local",
-    "kernelnorm.experiments.sweep.cluster",
-    "kernelnorm.experiments.sweep",
-    "kernelnorm.experiments.report.statistics",
-    "kernelnorm.experiments.report.collect",
-    "kernelnorm.experiments.report.reference",
-    "kernelnorm.experiments.report.cells",
-    "kernelnorm.experiments.report.variants",
-    "kernelnorm.experiments.report.sections",
-    "kernelnorm.experiments.report.entries",
-    "kernelnorm.experiments.report.tables",
-    "kernelnorm.experiments.report.plotting",
-    "kernelnorm.experiments.report.variant_figures",
-    "kernelnorm.experiments.report.figures",
-    "kernelnorm.experiments.report.content",
-    "kernelnorm.experiments.report.markdown",
-    "kernelnorm.experiments.report.page",
-    "kernelnorm.experiments.report",
-    "kernelnorm.cli.options",
-    "kernelnorm.cli.execution",
-    "kernelnorm.cli.train",
-    "kernelnorm.cli.compare",
-    "kernelnorm.cli.sweep",
-    "kernelnorm.cli.report",
-    "kernelnorm.cli.reproduce",
-    "kernelnorm.cli.evaluate",
-    "kernelnorm.cli.predict",
-    "kernelnorm.cli.bench",
-    "kernelnorm.cli",
-    "kernelnorm.__main__",
-]
-CORE = ORDER[: ORDER.index("kernelnorm.experiments.data.images")]
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = """
+reference
+ops ops.mask ops.observers ops.settings ops.strides ops.windows
+ops.backends
+ops.concatenation ops.knconv
+arguments functional
+modules norms
+models
+kernelnorm
+experiments experiments.data experiments.heap experiments.style
+experiments.runs experiments.recipes experiments.launch experiments.evaluation
+experiments.state experiments.trainer
+experiments.bench experiments.compare experiments.sweep
+experiments.report
+cli
+__main__
+"""
+"""From the lowest to the highest. A file belongs to the longest name that is, or contains, its own;
+it imports from its own layer and from lower ones."""
+CORE = "kernelnorm"
+"""The highest layer of the core, which needs PyTorch and nothing else."""
 
 
-def name_of(file: Path) -> str:
-    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+class File:
+    """A file of the package and its imports."""
+
+    def __init__(self, path: Path) -> None:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        self.name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        self.text = path.read_text()
+        self.tree = ast.parse(self.text)
 
 
-def imports_of(file: Path) -> set[str]:
-    """The modules that a file imports from, at the top or inside functions."""
+FILES = {file.name: file for file in map(File, sorted((ROOT / "kernelnorm").rglob("*.py")))}
+
+
+def layer_of(name: str) -> int:
+    """The number of a module's layer."""
+    short = f"{name.removeprefix('kernelnorm.')}."
+    found = {
+        prefix: number
+        for number, line in enumerate(LAYERS.strip().splitlines())
+        for prefix in line.split()
+        if short.startswith(f"{prefix}.")
+    }
+    assert found, f"{name} has no layer"
+    return found[max(found, key=len)]
+
+
+def imports_of(nodes: list[ast.AST]) -> set[str]:
+    """The modules that import statements name: submodules, or what has the imported name."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} has a relative import"
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & {*ORDER}
-            names |= submodules or {str(node.module)}
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in FILES else str(node.module))
     return names
 
 
-FILES = {name_of(file): file for file in PACKAGE.rglob("*.py")}
+def all_imports(name: str) -> set[str]:
+    """The imports of a file, inside functions too."""
+    return imports_of([*ast.walk(FILES[name].tree)])
 
 
-def test_every_file_has_its_place():
-    assert set(FILES) == set(ORDER)
+def first_imports(name: str) -> set[str]:
+    """The imports of a file that happen when it is imported itself."""
+    return imports_of([*FILES[name].tree.body])
 
 
-def test_imports_point_upwards():
-    for name, file in FILES.items():
-        for imported in imports_of(file) & set(ORDER):
-            assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+def test_imports_are_from_the_same_layer_or_lower_ones():
+    wrong = [
+        f"{name} imports {imported}"
+        for name in FILES
+        for imported in all_imports(name) & {*FILES}
+        if layer_of(imported) > layer_of(name)
+    ]
+    assert not wrong
+
+
+def test_every_name_in_the_list_of_layers_is_there():
+    for short in LAYERS.split():
+        assert short in FILES or f"kernelnorm.{short}" in FILES
+
+
+def test_no_file_imports_itself_through_others():
+    """Imports inside functions may do so: ``backend_for`` loads the backends, which stand on it."""
+    graph = {name: first_imports(name) & {*FILES} for name in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
 def test_the_core_needs_pytorch_and_nothing_else():
-    for name in CORE:
-        roots = {imported.split(".")[0] for imported in imports_of(FILES[name])}
-        optional = {"triton"} if name == "kernelnorm.ops.triton_kernels" else set()
+    for name in FILES:
+        if layer_of(name) > layer_of(CORE):
+            continue
+        roots = {imported.split(".")[0] for imported in all_imports(name)}
+        optional = {"triton"} if name == "kernelnorm.ops.backends.triton.kernels" else set()
         assert roots - {*sys.stdlib_module_names} <= {"torch", "kernelnorm", *optional}, name
+
+
+PRIVATE = re.compile(r"\btorch(?:\.\w+)*\._[a-zA-Z]\w*(?:\.\w+)*|\b_version\b|\b_ConvNd\b")
+"""Private names of PyTorch, which any of its versions may change."""
+
+
+def private_names(text: str) -> set[str]:
+    """The private names of PyTorch in a file."""
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+    return {*PRIVATE.findall("\n".join([text, *names]))}
+
+
+def test_private_names_of_pytorch_are_in_one_file_and_documented():
+    """Each is named in docs/design.md, with the reason."""
+    design = (ROOT / "docs" / "design.md").read_text()
+    allowed = {"kernelnorm.modules": {"_ConvNd"}}
+    for name, file in FILES.items():
+        used = private_names(file.text)
+        assert name == "kernelnorm.ops.observers" or used <= allowed.get(name, set()), name
+        assert not [private for private in used if private not in design], name
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("torch._C._f(x)", {"torch._C._f"}),
+        ("x._version", {"_version"}),
+        ("class A(nn.modules.conv._ConvNd): pass", {"_ConvNd"}),
+        ("import torch._dynamo", {"torch._dynamo"}),
+        ("from torch.utils import x, _pytree", {"torch.utils._pytree"}),
+        ("from torch._ops import f", {"torch._ops", "torch._ops.f"}),
+        ("torch.nn.f; torch.__version__; self._torch", set()),
+    ],
+)
+def test_what_is_a_private_name_of_pytorch(code: str, expected: set[str]):
+    assert private_names(code) == expected

@@ -8,13 +8,21 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernelnorm.ops.mask import draw_keys, keep, rounded_p, spread_keys
+from kernelnorm.ops.mask import (
+    count_keys,
+    draw_keys,
+    dropout_variance,
+    expand_keys,
+    keep,
+    keep_threshold,
+    rounded_p,
+)
 
 CPU = torch.device("cpu")
 
 
 def drops(shape: tuple[int, ...], p: float) -> torch.Tensor:
-    return keep(spread_keys(draw_keys(shape, CPU), shape, p), torch.float32) == 0
+    return keep(expand_keys(draw_keys(shape, CPU), shape, p), torch.float32) == 0
 
 
 def z_score(count: float, n: int, p: float) -> float:
@@ -116,7 +124,28 @@ def test_rounding_of_p():
 @pytest.mark.parametrize("shape", [(0, 4, 3), (3, 5, 7), (1, 1, 1), (2, 3, 5, 7, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype):
-    mask = keep(spread_keys(draw_keys(shape, CPU), shape, 0.5), dtype)
+    mask = keep(expand_keys(draw_keys(shape, CPU), shape, 0.5), dtype)
     assert mask.shape == shape
     assert mask.dtype == dtype
     assert set(mask.unique().tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6), (0, 3, 4)])
+def test_there_are_as_many_keys_as_are_drawn(shape: tuple[int, ...]):
+    assert count_keys(shape) == draw_keys(shape, CPU).numel()
+    keys = expand_keys(draw_keys(shape, CPU), shape, 0.1)
+    assert keys.pixels.shape == (shape[0], 1, *shape[2:])
+    assert keys.channels.shape == (shape[1], *[1] * (len(shape) - 2))
+
+
+def test_the_threshold_is_the_probability_in_signed_integers():
+    assert keep_threshold(0) == -(1 << 31)
+    assert keep_threshold(0.5) == 0
+    for p in (1e-6, 0.1, 0.999999):
+        assert (keep_threshold(p) + (1 << 31)) / (1 << 32) == rounded_p(p)
+        assert -(1 << 31) <= keep_threshold(p) < 1 << 31
+
+
+@pytest.mark.parametrize(("p", "n", "expected"), [(0, 9, 0), (0.5, 1, 0), (0.5, 4, 0.75)])
+def test_the_variance_of_dropout(p: float, n: int, expected: float):
+    assert dropout_variance(p, n) == expected

@@ -14,7 +14,6 @@ from kernelnorm.experiments.runs import RunError
 from kernelnorm.models import Rules, create_model
 from kernelnorm.models.resnet import BasicBlock, Bottleneck
 from kernelnorm.modules import KernelNorm2d, KNConv2d
-from kernelnorm.ops import rows_compiled
 
 RESIDUAL = ["resnet18", "resnet50"]
 QUICK = ["vgg8", "resnet18", "resnet50", "densenet121"]  # one of each wiring
@@ -27,12 +26,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"head": False, "residual_relu": "sum"},
     {"evaluation": "plain"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling loops for each dropout takes minutes, and rules are about the wiring."""
-    monkeypatch.setattr(rows_compiled, "supports", lambda _: False)
 
 
 def small(name: str, rules: Rules | dict[str, Any] | None = None) -> nn.Module:

@@ -26,7 +26,9 @@ from kernelnorm.experiments.style import LABELS
 from kernelnorm.experiments.sweep import Grid, LocalPool, Status, make_grid, sweep
 from kernelnorm.experiments.sweep.execute import execute
 from kernelnorm.experiments.sweep.local import cores, default_jobs
+from kernelnorm.experiments.sweep.reproduction import _SMALL, Scale
 from kernelnorm.experiments.sweep.view import View
+from tests.processes import wait_for
 
 LAUNCH = Launch(accelerator="cpu")
 SMALL = ["--subset=60", "--image-size=8", "--accelerator=cpu"]
@@ -73,13 +75,6 @@ def without_times(root: Path) -> dict[str, list[Metrics]]:
         for path in root.iterdir()
         if path.is_dir()
     }
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
 
 
 def test_what_is_there_is_not_trained_again(tmp_path: Path) -> None:
@@ -166,8 +161,11 @@ def test_a_run_that_another_process_trains_is_waited_for(
     assert pool.submitted == [configs[1], configs[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
-def test_a_sweep_that_is_killed_ends_with_the_same_results(tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_ends_with_the_same_results(
+    tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
     options = ["--norms=batch,layer", "--batch-sizes=8", "--seeds=0,1,2", "--epochs=12"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     configs = small(seeds=[0, 1, 2], epochs=12)
@@ -186,11 +184,13 @@ def test_a_sweep_that_is_killed_ends_with_the_same_results(tmp_path: Path) -> No
         assert process.wait() == -signal.SIGKILL
         wait_for(lambda: not any(RunFolder(path).is_locked() for path in killed.iterdir()))
         assert any(0 < lines(config) < 12 for config in configs)
-    for out in (killed, whole):
-        main(["sweep", *SMALL, *options, f"--out={out}", "--jobs=2"])
+    main(["sweep", *SMALL, *options, f"--out={killed}", "--jobs=2"])
+    set_threads(max(1, cores() // 2))  # as each of two jobs has
+    run(configs, whole, Here())
     assert without_times(killed) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_run_with_it(tmp_path: Path) -> None:
     (long,), (short,) = small(norms=["batch"], epochs=5000), small(norms=["layer"])
     pool = LocalPool(LAUNCH, jobs=2)
@@ -256,15 +256,17 @@ def test_reproduce_tunes_repeats_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool, reported = Here(), list[Path]()
+    scale = Scale((32,), {"subset": 60, "epochs": 2, "image_size": 8})
+    monkeypatch.setitem(_SMALL, "digits-vgg8", scale)
     monkeypatch.setattr("kernelnorm.experiments.sweep.LocalPool", lambda *_: pool)
     monkeypatch.setattr("kernelnorm.cli.reproduce.write_report", reported.append)
-    options = ["--norms=batch", "--batch-sizes=32", "--seeds=1,2", f"--out={tmp_path}"]
+    options = ["--norms=batch", "--seeds=1,2", f"--out={tmp_path}"]
     main(["reproduce", "digits-vgg8", *options, "--accelerator=cpu"])
     best = next(config.lr for config in pool.submitted if config.seed == 1)
     assert [config.seed for config in pool.submitted if config.lr == best] == [0, 1, 2]
     assert len(pool.submitted) >= 5
     assert reported == [tmp_path]
-    assert "Scale small (subset 500, epochs 4)" in capsys.readouterr().out.split("norm  batch")[0]
+    assert "Scale small (subset 60, epochs 2, " in capsys.readouterr().out.split("norm  batch")[0]
     main(["reproduce", "digits-vgg8", *options, "--accelerator=cpu"])
     assert len(reported) == 2
 

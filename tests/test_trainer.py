@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from kernelnorm.experiments.launch import Launch, check_shares, share
 from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
 from kernelnorm.experiments.runs import DivergedError, RunError, RunFolder, final_accuracy
 from kernelnorm.experiments.trainer import train
+from tests.processes import wait_for
 
 SMALL: dict[str, Any] = {"batch_size": 8, "epochs": 2, "subset": 60, "image_size": 8}
 
@@ -61,6 +61,7 @@ def without_times(out: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in m.items() if k not in timed} for m in RunFolder(out).read_metrics()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
 def test_a_compiled_network_is_trained_all_the_same(tmp_path: Path) -> None:
@@ -107,26 +108,29 @@ def test_training_learns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("norm", "sign"),
-    [("kernel", "last.ckpt"), ("batch", "best.ckpt")],
-    ids=["within the first epoch", "as the first epoch ends"],
+    [
+        pytest.param("kernel", "last.ckpt", id="within the first epoch"),
+        pytest.param("batch", "best.ckpt", id="as the first epoch ends", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_run_ends_with_the_same_weights(
     norm: str, sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(norm, epochs=10)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(config, Launch(out=whole, verbose=False))
     process = subprocess.Popen(
         [*command(killed, norm), "--epochs=10"],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (killed / sign).exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert (killed / sign).exists()
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    try:
+        wait_for((killed / sign).exists)
+        with pytest.raises(RunError, match=f"another process trains in {killed}"):
+            train(config, Launch(out=killed))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    train(config, Launch(out=whole, verbose=False))
     capsys.readouterr()
     train(config, Launch(out=killed))
     message = re.search(r"going on with .* after epoch (\d+), step (\d+)", capsys.readouterr().out)
@@ -241,20 +245,13 @@ def test_changed_data_is_an_error(
 
 
 def test_another_process_in_the_folder_is_an_error(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*command(tmp_path, "kernel"), "--epochs=1000"], stdout=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        with pytest.raises(RunError, match=f"another process trains in {tmp_path}"):
-            train(small(epochs=1000), Launch(out=tmp_path))
-    finally:
-        process.kill()
-        process.wait()
+    with (
+        RunFolder(tmp_path).lock(),
+        pytest.raises(RunError, match=f"another process trains in {tmp_path}"),
+    ):
+        train(small(), Launch(out=tmp_path))
     (tmp_path / "last.ckpt.0123.part").write_bytes(b"of a process that was killed")
-    train(small(epochs=1000), Launch(out=tmp_path, max_steps=1, verbose=False))
+    train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -460,6 +457,7 @@ def test_final_accuracy_is_the_mean_of_the_last_five_epochs() -> None:
     assert final_accuracy(history) == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on(tmp_path: Path) -> None:
     options = ["--standalone", "--nproc-per-node=2", "--module", "tests.two_processes"]
     result = subprocess.run(

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "dtypes"), [(80, ["float16", "float64"]), (90, ["float32", "bfloat16"])]
 )
@@ -24,16 +25,17 @@ def test_the_kernels_compile_for_gpus(architecture: int, dtypes: list[str], tmp_
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    with_mask = {"statistics", "input_gradient"}
+    with_mask = {"pixel_statistics", "window_statistics", "statistics_backward"}
     assert {tuple(line[:4]) for line in lines} == {
         (kernel, dtype, layout, str(masked))
         for kernel, dtype, layout in product(
-            {"moments", "epilogue", "output_gradient", *with_mask},
+            {"epilogue", "epilogue_backward", *with_mask},
             dtypes,
             ("planes", "rows", "slices"),
         )
         for masked in (False, *[True] * (kernel in with_mask))
     }
     for *name, widest, _, stack in lines:
-        assert widest == "128", name  # bits, the most that there are
+        if name[0] != "window_statistics":  # which gathers from maps of one channel
+            assert widest == "128", name  # bits, the most that there are
         assert int(stack) < 64, name  # bytes: registers suffice, or nearly

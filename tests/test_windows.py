@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernelnorm.ops.windows import box_sum, box_sum_transpose
 from tests.strategies import Case, cases
@@ -30,3 +31,12 @@ def test_transpose_has_the_same_inner_products(case: Case):
     back = box_sum_transpose(other, case.geometry, case.sizes)
     assert back.shape == maps.shape
     torch.testing.assert_close((sums * other).sum(), (maps * back).sum(), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.sampled_from([1.0, 0.5]), st.sampled_from([0.0, 3.0]))
+def test_box_sum_with_a_factor_and_a_bias(case: Case, factor: float, bias: float):
+    maps = case.randn(case.batch, 2, *case.sizes)
+    sums = box_sum(maps, case.geometry, factor, bias)
+    expected = factor * box_sum(maps, case.geometry) + bias
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)

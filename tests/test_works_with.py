@@ -1,115 +1,38 @@
-"""The layers under everything that PyTorch puts around a layer."""
+"""The layers under what users put around a layer: copies, transforms, dtypes, devices."""
 
 from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import kernelnorm as kn
-from kernelnorm.ops import DIFFERENTIABLE, primitives_for
-from kernelnorm.ops.mask import draw_keys, keep, spread_keys
-
-
-def conv_and_norm() -> nn.Sequential:
-    """One of each, with everything on that could be in the way."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        kn.KNConv2d(4, 8, 3, stride=2, padding=1, groups=2, activation="relu"),
-        kn.KernelNorm2d(2, stride=1),
-        kn.KNConv2d(8, 6, 3, padding="same", padding_mode="reflect"),
-        kn.KernelNorm2d(1),
-    )
+from kernelnorm.models import create_model
+from kernelnorm.models.densenet import DenseNet
+from tests.networks import assert_all_close, conv_and_norm, images, run
+from tests.strategies import mask_of
 
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(0))
-
-
-def run(module, x: Tensor, parameters: list[Tensor], seed: int = 7) -> list[Tensor]:
-    """The output, and the gradients of the input and the parameters."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(seed)
-    y = module(x)
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters])]
-
-
-def assert_all_close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-5) -> None:
-    for one, other in zip(a, b, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_compile_fullgraph_traces_forward_and_backward(x: Tensor, training: bool):
-    module, x = conv_and_norm().double().train(training), x.double()
-    parameters = [*module.parameters()]
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    expected = run(module, x, parameters)
-    assert_all_close(run(compiled, x, parameters), expected, tolerance=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
-def test_compile_fullgraph_with_inductor(x: Tensor):
-    """Generated code, first for one batch size and then for any."""
-    layers = [kn.KNConv2d(4, 8, 3, padding=1, activation="relu"), kn.KernelNorm2d(1)]
-    module, x = nn.Sequential(*layers).double(), x.double()
-    parameters = [*module.parameters()]
-    compiled = torch.compile(module, fullgraph=True)
-    for batch in (x, x[:2], x):
-        # It draws its own random numbers: a seed repeats, but is not the one of eager mode.
-        first = run(compiled, batch, parameters)
-        assert_all_close(run(compiled, batch, parameters), first, tolerance=0)
-    module.eval()
-    assert_all_close(run(compiled, x, parameters), run(module, x, parameters))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own parts
-def test_inductor_makes_the_mask_of_eager_mode():
-    compiled = torch.compile(keep, fullgraph=True)
-    for shape in ((3, 4, 9, 8), (2, 5, 7)):
-        keys = spread_keys(draw_keys(shape, torch.device("cpu")), shape, 0.3)
-        assert torch.equal(compiled(keys, torch.float32), keep(keys, torch.float32))
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-def test_export_with_a_dynamic_batch(x: Tensor, strict: bool, training: bool):
-    module = conv_and_norm().train(training)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.export.export(module, (x,), strict=strict, dynamic_shapes=({0: batch},))
-    for inputs in (x, torch.randn(5, 4, 9, 8)):
-        torch.manual_seed(1)
-        y = program.module()(inputs)
-        torch.manual_seed(1)
-        torch.testing.assert_close(y, module(inputs))
-
-
-def test_onnx(x: Tensor, tmp_path: Path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    module = conv_and_norm().eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
-        program = torch.onnx.export(
-            module, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: batch},)
-        )
-    program.save(str(tmp_path / "module.onnx"))
-    session = onnxruntime.InferenceSession(str(tmp_path / "module.onnx"))
-    for inputs in (x, torch.randn(5, 4, 9, 8)):
-        (y,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), module(inputs), rtol=1e-3, atol=1e-3)
+    return images()
 
 
 @pytest.mark.parametrize(
@@ -188,10 +111,9 @@ def test_per_sample_gradients_with_dropout(x: Tensor):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_several_output_gradients_at_once(x: Tensor, activation: str | None):
-    """The written backward under vmap, of an input that is large enough for compiled loops."""
+    """The written backward under vmap, of a forward that ran in a backend's kernels."""
     layer = kn.KNConv2d(4, 8, 3, activation=activation, dtype=torch.float64)
     x = x.double().repeat(1, 1, 4, 4).requires_grad_()
-    assert primitives_for(x) is not DIFFERENTIABLE
     y = layer(x)
     inputs, grads = [x, *layer.parameters()], torch.randn(3, *y.shape, dtype=torch.float64)
     together = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
@@ -286,6 +208,7 @@ def _ddp_worker(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path: Path):
     """Two processes with half of the batch each get the gradients of the whole."""
     torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
@@ -296,3 +219,334 @@ def test_distributed_data_parallel(tmp_path: Path):
     module(x).square().mean().backward()
     gradients = torch.load(tmp_path / "gradients", weights_only=True)
     assert_all_close(gradients, [p.grad for p in module.parameters()])
+
+
+def small_densenet() -> DenseNet:
+    torch.manual_seed(0)
+    return DenseNet(8, (2, 2, 1, 1), 16, "kernel", 4, 3, True, None).double()
+
+
+def training_step(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and all gradients."""
+    network.train().zero_grad()
+    torch.manual_seed(3)
+    y = network(x)
+    y.square().mean().backward()
+    return [y, *(p.grad for p in network.parameters())]
+
+
+@pytest.fixture
+def photos() -> Tensor:
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+def convolutions(network: nn.Module) -> list[kn.KNConv2d]:
+    return [m for m in network.modules() if isinstance(m, kn.KNConv2d)]
+
+
+# Wrapped weights, averaged weights, saved tensors, scaled losses
+
+
+def test_weight_norm(photos: Tensor):
+    network, expected = small_densenet(), training_step(small_densenet(), photos)
+    for layer in convolutions(network):
+        parametrizations.weight_norm(layer)
+    y, *gradients = training_step(network, photos)
+    torch.testing.assert_close(y, expected[0], rtol=1e-9, atol=1e-9)
+    assert all(g.isfinite().all() for g in gradients)
+    for layer in convolutions(network):
+        parametrize.remove_parametrizations(layer, "weight")
+    torch.testing.assert_close(training_step(network, photos)[0], y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_the_old_weight_norm(x: Tensor):
+    layer = kn.KNConv2d(4, 6, 3, activation="relu", dtype=torch.float64)
+    wrapped = nn.utils.weight_norm(layer)
+    x = x.double()
+    torch.manual_seed(1)
+    y = wrapped(x)
+    y.sum().backward()
+    assert wrapped.weight_g.grad.isfinite().all()
+    nn.utils.remove_weight_norm(wrapped)
+    torch.manual_seed(1)
+    torch.testing.assert_close(wrapped(x), y)
+
+
+def test_spectral_norm(photos: Tensor):
+    network = small_densenet()
+    for layer in convolutions(network):
+        parametrizations.spectral_norm(layer)
+    network(photos).sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+    y = network.eval()(photos)
+    torch.testing.assert_close(y, network(photos))
+
+
+def test_pruning(photos: Tensor):
+    network = small_densenet()
+    for layer in convolutions(network):
+        prune.l1_unstructured(layer, "weight", 0.3)
+    network(photos).sum().backward()
+    for layer in convolutions(network):
+        assert (layer.weight == 0).double().mean() > 0.25
+        assert layer.weight_orig.grad[layer.weight == 0].eq(0).all()
+    y = training_step(network, photos)[0]
+    for layer in convolutions(network):
+        prune.remove(layer, "weight")
+    torch.testing.assert_close(training_step(network, photos)[0], y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.autograd.graph.save_on_cpu, lambda: torch.autograd.set_detect_anomaly(True)],
+    ids=["saved on the CPU", "anomaly detection"],
+)
+def test_contexts_of_autograd(photos: Tensor, context: Callable[[], AbstractContextManager]):
+    expected = training_step(small_densenet(), photos)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
+        with context():
+            results = training_step(small_densenet(), photos)
+    assert_all_close(results, expected, tolerance=1e-9)
+
+
+def test_deterministic_algorithms(photos: Tensor):
+    expected = training_step(small_densenet(), photos)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = training_step(small_densenet(), photos)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_all_close(results, expected, tolerance=1e-9)
+
+
+def test_averaged_weights(photos: Tensor):
+    network = small_densenet()
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    network(photos).sum().backward()
+    torch.optim.SGD(network.parameters(), lr=1e-3).step()
+    average.update_parameters(network)
+    assert average.eval()(photos).isfinite().all()
+
+
+def test_a_scaled_loss_in_half_precision(photos: Tensor):
+    network, photos = small_densenet().float(), photos.float()
+    optimizer = torch.optim.AdamW(network.parameters(), foreach=True)
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        with torch.autocast("cpu", torch.float16):
+            loss = nn.functional.cross_entropy(network(photos), torch.tensor([0, 1]))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+# Use before: inference mode, other threads, a changed layer
+
+
+def test_inference_mode_first_and_training_afterwards(photos: Tensor, caplog):
+    network, fresh = small_densenet(), small_densenet()
+    with torch.inference_mode():
+        network.eval()(photos)
+        network.train()(photos)
+        scores = network.eval()(photos)
+    results, expected = training_step(network, photos), training_step(fresh, photos)
+    assert_all_close(results, expected, tolerance=1e-9)
+    assert torch.equal(scores, fresh.eval()(photos))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_threads_that_serve_at_once(training: bool):
+    """Other models answer, too."""
+    layer = kn.KNConv2d(8, 8, 3, padding=1, activation="relu", dropout_p=0.0).train(training)
+    other = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(2, 8, 32, 32)
+
+    def step(module: nn.Module) -> list[Tensor]:
+        inputs = x.clone().requires_grad_()
+        y = module(inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    expected = step(layer), step(other)
+    with ThreadPoolExecutor(8) as pool:
+        results = [*pool.map(step, [layer, other] * 16)]
+    for i, result in enumerate(results):
+        assert_all_close(result, expected[i % 2], tolerance=1e-6)
+
+
+def test_strides_that_are_changed_to_dilation():
+    """As segmentation networks do to the last part of a trunk."""
+    for name, part in (("resnet18", "layer4"), ("densenet121", "features.denseblock4")):
+        network = create_model(name, num_classes=4, small_images=True).eval()
+        x = torch.randn(1, 3, 32, 32)
+        network(x)
+        for layer in convolutions(network.get_submodule(part)):
+            layer.stride, layer.dilation = (1, 1), (2, 2)
+            layer.padding = tuple(k // 2 * 2 for k in layer.kernel_size)
+        with torch.no_grad():
+            y, exact = network(x), copy.deepcopy(network).double()(x.double())
+        torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * exact.abs().max())
+        if name == "resnet18":
+            network.train()(x).sum().backward()
+
+
+def test_a_schedule_of_dropout_takes_no_longer():
+    layer = kn.KNConv2d(16, 16, 3, padding=1, activation="relu")
+    x = torch.randn(2, 16, 32, 32, requires_grad=True)
+
+    def step(p: float) -> float:
+        layer.dropout_p = p
+        begin = time.perf_counter()
+        layer(x).sum().backward()
+        return time.perf_counter() - begin
+
+    step(0.1)
+    constant = min(step(0.1) for _ in range(5))
+    annealed = min(step(0.1 - 0.003 * i) for i in range(5))
+    assert annealed < 5 * constant + 0.02
+
+
+# Dtypes and devices
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", [None, "cpu", "meta"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_other_default_dtypes_and_devices(default: torch.dtype, device: str | None, bias: bool):
+    """Also a default device that is not that of the tensors."""
+    layers = [
+        kn.KNConv2d(4, 8, 3, padding=1, stride=2, activation="relu", bias=bias),
+        kn.KernelNorm2d(2, stride=1), kn.KNConv2d(8, 4, 1, bias=bias),
+    ]  # fmt: skip
+    network, x = nn.Sequential(*layers).float(), images().float()
+    expected = run(network, x, [*network.parameters()])
+    try:
+        torch.set_default_dtype(default)
+        torch.set_default_device(device)
+        results = run(network, x, [*network.parameters()])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert_all_close(results, expected, tolerance=0)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_parameter_on_another_device_is_an_error_that_names_both(x: Tensor, part: str):
+    layer = kn.KNConv2d(4, 8, 3)
+    setattr(layer, part, nn.Parameter(getattr(layer, part).to("meta")))
+    with pytest.raises(ValueError, match=rf"input on cpu, .*{part} on meta.*\.to\(device\)"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"input on meta, weight on cpu"):
+        kn.KNConv2d(4, 8, 3)(x.to("meta"))
+
+
+def test_volumes_of_ct_with_anisotropic_windows():
+    """As nnU-Net has them: Hounsfield units, a LeakyReLU in place, two samples."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        kn.KNConv3d(1, 8, (1, 3, 3), padding=(0, 1, 1)), nn.LeakyReLU(0.01, inplace=True),
+        kn.KNConv3d(8, 16, 3, stride=(1, 2, 2), padding=1), nn.LeakyReLU(0.01, inplace=True),
+        kn.KNConv3d(16, 16, 3, stride=2, padding=1), nn.LeakyReLU(0.01, inplace=True),
+        nn.ConvTranspose3d(16, 8, (2, 4, 4), (2, 4, 4)), kn.KNConv3d(8, 3, 1),
+    )  # fmt: skip
+    x = torch.randn(2, 1, 6, 24, 20) * 400 - 700
+    for training in (True, False):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            module = copy.deepcopy(network).to(dtype).train(training)
+            results.append(run(module, x.to(dtype), [*module.parameters()], seed=3))
+        for single, double in zip(*results, strict=True):
+            assert (single.double() - double).norm() <= 1e-2 * double.norm() + 1e-6
+        network.train(training)
+        exact = results[1][0]
+        for dtype in (torch.bfloat16, torch.float16):
+            torch.manual_seed(3)
+            with torch.autocast("cpu", dtype):
+                low = network(x)
+            assert (low.double() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_views_that_negate():
+    """The imaginary part of a conjugate has its sign in a flag, not in memory."""
+    layer = kn.KNConv2d(3, 4, 3, activation="relu").eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(layer(x), layer(x.resolve_neg()))
+    y = layer(torch.randn(2, 3, 6, 6).requires_grad_())
+    inputs = [*layer.parameters()]
+    grad = torch.randn(y.shape, dtype=torch.complex64).conj().imag
+    results = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    assert_all_close([*results], [*torch.autograd.grad(y, inputs, grad.resolve_neg())])
+
+
+# Gradients of gradients, and of many at once
+
+
+@pytest.mark.parametrize("keys", ["a mask that drops nothing", "no mask"])
+def test_second_derivatives_at_windows_of_one_value(keys: str):
+    """They do not depend on which way rounding left a variance of zero."""
+    masked = keys != "no mask"
+    layer = kn.KNConv2d(12, 2, 1, bias=False, dtype=torch.float64, dropout_p=0.1 * masked)
+    shape = 1, 12, 1, 1
+    seed = 0
+    while masked and not mask_of(seed, torch.Size(shape), 0.1).all():
+        seed += 1
+    values = []
+    for value in (1.0, 1.3, 3.0706, 2.682, 2.5306, 2.0):
+        x = torch.full(shape, value, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(seed)
+        (first,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first[0, 0].sum(), x)
+        values.append(second.abs().max().item() / (value if masked else 1))
+    assert max(values) - min(values) <= 1e-6 * max(*values, 1)
+
+
+def test_an_ensemble_under_vmap():
+    def make() -> nn.Module:
+        return nn.Sequential(
+            kn.KNConv2d(3, 8, 3, padding=1, activation="relu"), kn.KernelNorm2d(1),
+            kn.KNConv2d(8, 8, 3, stride=2, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 4),
+        )  # fmt: skip
+
+    networks = [make().eval() for _ in range(3)]
+    parameters, buffers = stack_module_state(networks)
+    base, x = copy.deepcopy(networks[0]).to("meta"), torch.randn(2, 3, 16, 16)
+
+    def call(parameters, buffers, x: Tensor) -> Tensor:
+        return functional_call(base, (parameters, buffers), (x,))
+
+    def loss(parameters, buffers, x: Tensor) -> Tensor:
+        return call(parameters, buffers, x).square().sum()
+
+    y = vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+    torch.testing.assert_close(y, torch.stack([n(x) for n in networks]), rtol=1e-4, atol=1e-4)
+    gradients = vmap(grad(loss), in_dims=(0, 0, None))(parameters, buffers, x)
+    networks[1](x).square().sum().backward()
+    for name, parameter in networks[1].named_parameters():
+        torch.testing.assert_close(gradients[name][1], parameter.grad, rtol=1e-3, atol=1e-3)
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in parameters.values())
+    base.train()
+    z = vmap(call, in_dims=(0, 0, None), randomness="different")(parameters, buffers, x)
+    assert z.shape == y.shape
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_server_that_forks_after_use():
+    """With one thread; with more, a fork hangs after PyTorch's own layers, too."""
+    program = (
+        "import os, torch, kernelnorm as kn; torch.set_num_threads(1);"
+        "layer, x = kn.KNConv2d(16, 32, 3).eval(), torch.randn(4, 16, 64, 64);"
+        "layer(x); pid = os.fork(); layer(x);"
+        "os._exit(0) if pid == 0 else None;"
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,62 @@
+"""Many small random layers, for kernels that were built with sanitizers: see ``--kernels``."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kernelnorm.ops.backends import cpu
+from kernelnorm.ops.settings import Settings
+from kernelnorm.ops.windows import Geometry
+from tests.strategies import EXPANDED, LAYOUTS, Case
+from tests.test_backends import DTYPES, EPS, Subject, check_layer
+
+
+def random_case(choose: random.Random) -> Case:
+    """Odd strides and dilations, sizes from the smallest that fits, few and many channels."""
+    d = choose.choice([1, 1, 2, 2, 2, 3])
+    geometry = Geometry(
+        *(
+            tuple(choose.choice(options) for _ in range(d))
+            for options in ([1, 2, 3, 4][: 5 - d], [1, 1, 2, 3, 5], [0, 0, 1, 2], [1, 1, 2, 4])
+        )
+    )
+    sizes = [
+        max(1, geometry.reach(i) - 2 * geometry.padding[i]) + choose.choice([0, 0, 1, 2, 5])
+        for i in range(d)
+    ]
+    if choose.random() < 0.2:
+        sizes[-1] += choose.choice([62, 63, 64, 65, 130])  # around a tile
+    groups = choose.choice([1, 1, 1, 2, 3])
+    return Case(
+        geometry=geometry,
+        sizes=tuple(sizes),
+        batch=choose.choice([0, 1, 1, 2, 3]),
+        groups=groups,
+        in_channels=groups * choose.choice([1, 2, 3, 7, 8, 9, 17]),
+        out_channels=groups * choose.choice([1, 2, 7, 8, 9, 17]),
+        layout=choose.choice(LAYOUTS),
+        seed=choose.randrange(1 << 31),
+    )
+
+
+@pytest.mark.parametrize("param", ["cpu", "cpu in 3 threads"])
+def test_small_layers(request: pytest.FixtureRequest, device: torch.device, param: str):
+    if device.type != "cpu" or cpu.library() is None:
+        pytest.skip("needs the C kernels")
+    count = 150 if request.config.getoption("--kernels") is None else 1500
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    for i in range(count):
+        case, p = random_case(choose), choose.choice([0.0, 0.3])
+        masked, relu, with_bias, *needs = (choose.random() < 0.6 for _ in range(6))
+        options = Settings(case.geometry, case.groups, p, masked and p > 0, EPS, relu)
+        dtype, of_grad = choose.choice(DTYPES["cpu"]), choose.choice(LAYOUTS + EXPANDED)
+        try:
+            check_layer(Subject(param, device), case, dtype, options, of_grad, with_bias, needs)
+        except Exception:
+            print(f"case {i}: {case}")
+            raise
