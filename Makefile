@@ -44,7 +44,7 @@ test-newest: $(VENV)/.dev $(NEWEST)/.tests  ## run the layers' tests with the ne
 test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/python -m pytest --kernels $(SANITIZED) -k "not triton" \
+	$(BIN)/python $(PYTEST) --kernels $(SANITIZED) -k "not triton" \
 		tests/test_backends.py tests/test_fuzz.py
 
 gpu-check: $(VENV)/.dev  ## test the layers on a CUDA GPU, and measure them there

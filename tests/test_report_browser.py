@@ -16,7 +16,10 @@ from kernelnorm.experiments.report import report
 from tests.run_folders import write_result, write_run
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path"),
+]
 
 # Looks at the page and writes what it sees into it.
 LOOK = """
