@@ -262,9 +262,7 @@ def _dropout(p: float, training: bool, evaluation: Evaluation) -> tuple[float, b
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The input in autocast's dtype; like the layers of torch.nn, it leaves float64 alone."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if on and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
+    if observers.is_autocast_on(x) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     arguments.check_same_dtype(x, weight, bias)
     return x

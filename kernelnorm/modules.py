@@ -255,7 +255,7 @@ class KNConv1d(_KNConv, nn.Conv1d):
 class KNConv2d(_KNConv, nn.Conv2d):
     r"""A convolution of windows that are normalised by their own mean and variance.
 
-    It stands where a convolution with a BatchNorm stood. There are no running statistics, and
+    A drop-in replacement for a convolution and its BatchNorm. There are no running statistics, and
     samples do not see each other: a network trains as well with two images a batch as with 256.
     With :math:`u` a window of the input (all channels), :math:`m` the dropout mask (0 with
     probability :math:`p`, else :math:`1/(1-p)`), and :math:`\star` the product with a filter:
@@ -300,6 +300,11 @@ class KNConv2d(_KNConv, nn.Conv2d):
             outside of autocast
         ValueError: an argument is out of its range, the input has other dimensions or channels than
             expected, or the window is larger than the padded input
+
+    Low-rank adapters that add the output of convolutions of their own, as LoRA in peft does, are
+    wrong here: these would be kernel normalised, too, and merging them into the weight gives
+    another output. Register the adapter as a parametrization of ``weight`` instead
+    (:mod:`torch.nn.utils.parametrize`), which is exact.
 
     Source: Section 3, Equations 4 and 5, Algorithm 1.
 

@@ -13,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():  # has to be known when Triton is imported, by whoever does
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests fill fresh memory with NaN by deterministic mode, for which cuBLAS wants this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

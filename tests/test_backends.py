@@ -140,7 +140,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def on_random_cases(
-    *strategies: st.SearchStrategy[Any], examples: int = 200
+    *strategies: st.SearchStrategy[Any], examples: int = 150
 ) -> Callable[[Callable[..., None]], Callable[[Subject], None]]:
     """Runs a test with random arguments on each backend.
 
@@ -394,7 +394,7 @@ def test_strides_that_leave_a_remainder(backend, length: int, layout: str):
 
 POINT = {d: Geometry((1,) * d, (1,) * d, (0,) * d, (1,) * d) for d in (1, 2, 3)}
 MASKED_SHAPES = [(3, 4, 70), (2, 20, 5, 7), (1, 40, 9), (2, 9, 3, 2, 5)]
-PROBABILITIES = [1 / 65536, 0.1, 0.5, 65535 / 65536]
+PROBABILITIES = [1 / 65536, 0.1, 65535 / 65536]
 
 
 def masked(d: int, p: float) -> Settings:
@@ -403,7 +403,7 @@ def masked(d: int, p: float) -> Settings:
 
 @pytest.mark.parametrize("shape", MASKED_SHAPES)
 @pytest.mark.parametrize("p", PROBABILITIES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_mask_of_the_backward_bit_by_bit(backend, shape, p, layout):
     keys = draw_keys(shape, backend.device)
     x = laid_out(torch.zeros(shape, device=backend.device), layout)
@@ -418,7 +418,7 @@ def test_the_mask_of_the_backward_bit_by_bit(backend, shape, p, layout):
 
 @pytest.mark.parametrize("shape", MASKED_SHAPES)
 @pytest.mark.parametrize("p", PROBABILITIES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_mask_of_the_forward_bit_by_bit(backend, shape, p, layout):
     """Each channel has a power of two, so that a pixel's mean has all bits of its mask."""
     channels, ones = shape[1], [1] * (len(shape) - 2)

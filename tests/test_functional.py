@@ -153,7 +153,7 @@ def gradient_case(device, d: int, groups: int, training: bool, activation: str |
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -1,5 +1,6 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,11 @@ PARAMETERS = {
 }
 WITH_HEAD = [name for name in list_models() if name != "vgg8"]
 QUICK = ["vgg8", "resnet18", "resnet50", "densenet121"]  # one of each wiring
+
+
+def slow_unless(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """The names as parameters of a test."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def on_meta(name: str, **options: object) -> nn.Module:
@@ -129,8 +135,8 @@ def test_width_multiplies_the_channels_of_vgg8():
     assert convs == [16, 32, 64, 128, 128]
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("norm", slow_unless(["batch", "group", "kernel"], NORMS))
+@pytest.mark.parametrize("name", slow_unless(["vgg8", "resnet18", "densenet121"], QUICK))
 def test_every_parameter_gets_a_gradient_under_every_norm(name, norm):
     network = create_model(name, norm=norm, num_classes=5)
     scores = network(torch.randn(2, 3, 64, 64))
@@ -143,13 +149,13 @@ def test_every_parameter_gets_a_gradient_under_every_norm(name, norm):
 
 
 @pytest.mark.parametrize("norm", ["batch", "kernel"])
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", slow_unless(["vgg8", "resnet18", "densenet121"], list_models()))
 def test_every_network_takes_other_images_and_classes(name, norm):
     network = on_meta(name, norm=norm, num_classes=7, in_channels=1)
     assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", slow_unless(QUICK, WITH_HEAD))
 def test_the_stem_for_small_images_keeps_the_resolution(name):
     resolutions = []
     network = on_meta(name, small_images=True)
@@ -203,7 +209,7 @@ def test_rule_3_a_relu_in_each_knconv_but_the_last_before_a_kernel_norm(name, la
     assert set(activations.values()) <= {"relu", None}
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", slow_unless(QUICK, WITH_HEAD))
 def test_rule_4_a_kernel_norm_and_a_relu_before_the_average_pooling(name):
     network = on_meta(name)
     (norm,) = kernel_norms(network)
@@ -231,7 +237,7 @@ def test_kernel_networks_treat_each_image_alone(name):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", slow_unless(QUICK, WITH_HEAD))
 def test_convolutions_have_a_bias_only_without_a_norm(name):
     biased = {
         norm: {

@@ -207,9 +207,8 @@ def _differentiable_backward(
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context in which autocast changes no dtypes."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+    if observers.is_autocast_on(x):
+        return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 

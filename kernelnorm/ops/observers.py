@@ -1,4 +1,4 @@
-"""Who watches a call: compilers, exporters, functional transforms, dispatch modes.
+"""Who watches a call: compilers, exporters, functional transforms, dispatch modes, autocast.
 
 The only file that uses private names of PyTorch; docs/design.md lists them with their reasons.
 """
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+
+_DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+_AUTOCAST = tuple(device for device in _DEVICES if torch.amp.is_autocast_available(device))
 
 
 def needs_plain_operations(*tensors: Tensor | None) -> bool:
@@ -55,6 +58,12 @@ def sizes(x: Tensor) -> torch.Size:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return torch.Size(map(int, x.shape))
+
+
+def is_autocast_on(x: Tensor) -> bool:
+    """True if autocast is enabled for the device of ``x``."""
+    device = x.device.type
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def has_storage(x: Tensor) -> bool:
