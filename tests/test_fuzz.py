@@ -46,7 +46,7 @@ def random_case(choose: random.Random) -> Case:
 def test_small_layers(request: pytest.FixtureRequest, device: torch.device, param: str):
     if device.type != "cpu" or cpu.library() is None:
         pytest.skip("needs the C kernels")
-    count = 150 if request.config.getoption("--kernels") is None else 1500
+    count = 100 if request.config.getoption("--kernels") is None else 1500
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)

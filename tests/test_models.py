@@ -155,7 +155,7 @@ def test_every_network_takes_other_images_and_classes(name, norm):
     assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, WITH_HEAD))
+@pytest.mark.parametrize("name", slow_unless(["resnet18", "densenet121"], WITH_HEAD))
 def test_the_stem_for_small_images_keeps_the_resolution(name):
     resolutions = []
     network = on_meta(name, small_images=True)
@@ -164,7 +164,7 @@ def test_the_stem_for_small_images_keeps_the_resolution(name):
     assert resolutions == [(4, 4)]
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", slow_unless(QUICK, list_models()))
 def test_rule_1_each_convolution_is_a_knconv_with_bias_and_dropout(name):
     batch, kernel = on_meta(name, norm="batch"), on_meta(name)
     convs = {key: m for key, m in kernel.named_modules() if isinstance(m, nn.Conv2d)}
@@ -179,7 +179,7 @@ def test_rule_1_each_convolution_is_a_knconv_with_bias_and_dropout(name):
     assert not convs
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", slow_unless(QUICK, list_models()))
 def test_rule_2_no_batch_norm_and_no_buffers(name):
     network = on_meta(name)
     norms = [m for m in network.modules() if "Norm" in type(m).__name__]
@@ -209,7 +209,7 @@ def test_rule_3_a_relu_in_each_knconv_but_the_last_before_a_kernel_norm(name, la
     assert set(activations.values()) <= {"relu", None}
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, WITH_HEAD))
+@pytest.mark.parametrize("name", slow_unless(["resnet18", "densenet121"], WITH_HEAD))
 def test_rule_4_a_kernel_norm_and_a_relu_before_the_average_pooling(name):
     network = on_meta(name)
     (norm,) = kernel_norms(network)

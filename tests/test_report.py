@@ -13,12 +13,25 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kernelnorm.experiments.recipes import RECIPES, configure
-from kernelnorm.experiments.report import report
+from kernelnorm.experiments.report import figures, report, variant_figures
 from kernelnorm.experiments.report.plotting import legend
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.style import line_style, png
 from kernelnorm.norms import NORMS
 from tests.run_folders import write_result, write_run
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests of what figures look like."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere figures are put together but not drawn, which takes most of a report's time."""
+    if "drawn" not in request.fixturenames:
+        for module in (figures, variant_figures):
+            monkeypatch.setattr(module, "png", lambda _: b"a picture")
 
 
 def numbers_of(root: Path) -> dict[str, Any]:
@@ -387,6 +400,7 @@ def test_a_figure_says_which_norms_it_shows(tmp_path: Path) -> None:
     assert "![Test accuracy against batch size, BatchNorm, KernelNorm;" in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> None:
     for norm in ("batch", "kernel"):
         for batch_size in (2, 32):

@@ -17,7 +17,7 @@ from kernelnorm.modules import KernelNorm2d, KNConv2d
 
 RESIDUAL = ["resnet18", "resnet50"]
 QUICK = ["vgg8", "resnet18", "resnet50", "densenet121"]  # one of each wiring
-SLOW_RESNET50 = pytest.param("resnet50", marks=pytest.mark.slow)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in QUICK[2:]]
 VARIANTS: list[dict[str, Any]] = [
     {"dropout_p": 0.0, "head_dropout_p": 0.0},
     {"dropout_p": 0.5},
@@ -62,7 +62,7 @@ def scores_and_gradients(network: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rules", [{}, Rules(), {"dropout_p": 0.1, "residual_relu": "branch"}])
-@pytest.mark.parametrize("name", ["vgg8", "resnet18", SLOW_RESNET50, "densenet121"])
+@pytest.mark.parametrize("name", [*QUICK[:2], *SLOW])
 def test_without_rules_they_are_the_papers(name: str, rules: Rules | dict[str, Any]):
     expected, network = small(name), small(name, rules)
     assert str(network) == str(expected)
@@ -73,7 +73,7 @@ def test_without_rules_they_are_the_papers(name: str, rules: Rules | dict[str, A
 
 
 @pytest.mark.parametrize("rules", VARIANTS, ids=str)
-@pytest.mark.parametrize("name", ["resnet18", SLOW_RESNET50])
+@pytest.mark.parametrize("name", ["resnet18", SLOW[0]])
 def test_variants_have_the_same_weights_and_each_gets_a_gradient(name: str, rules: dict[str, Any]):
     expected, network = small(name).state_dict(), small(name, rules)
     assert list(network.state_dict()) == list(expected)

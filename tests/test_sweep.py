@@ -232,12 +232,14 @@ def test_dry_run_lists_and_trains_nothing(
 ) -> None:
     done, missing = small()
     assert execute(done, LAUNCH, tmp_path / done.name) == ""
+    folder = RunFolder(tmp_path / done.name)
+    folder.write_metrics([{**metrics, "seconds": 15.0} for metrics in folder.read_metrics()])
     options = ["--norms=batch,layer", "--batch-sizes=8", "--epochs=2", f"--out={tmp_path}"]
     main(["sweep", *SMALL, *options, "--dry-run", "--jobs=1"])
     output = capsys.readouterr().out
     assert [line.split()[4] for line in output.splitlines()[1:3]] == ["done", "missing"]
     assert f"To be trained in {tmp_path}: 1 of 2 runs, 1 at a time." in output
-    assert "Time for them: 0 s, estimated from the runs that are there." in output
+    assert "Time for them: 30 s, estimated from the runs that are there." in output
     assert not (tmp_path / missing.name).exists()
 
 

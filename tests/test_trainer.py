@@ -116,10 +116,10 @@ def test_training_learns(tmp_path: Path) -> None:
 def test_killed_run_ends_with_the_same_weights(
     norm: str, sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(norm, epochs=10)
+    config = small(norm, epochs=6)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = subprocess.Popen(
-        [*command(killed, norm), "--epochs=10"],
+        [*command(killed, norm), "--epochs=6"],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
     )

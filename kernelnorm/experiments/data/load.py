@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -85,14 +86,20 @@ def load_images(
 
 
 def _digits(split: Split) -> Images:
+    pixels, labels = _all_digits()
+    place_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
+    chosen = (place_in_class % 5 == 0) == (split == "test")
+    return Images(pixels[chosen], labels[chosen], tuple(str(digit) for digit in range(10)))
+
+
+@functools.cache
+def _all_digits() -> tuple[Tensor, Tensor]:
+    """Pixels and labels; remembered, since scikit-learn reads a text file each time."""
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
     digits = load_digits()
-    labels = torch.from_numpy(digits.target).long()
-    place_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
     pixels = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    chosen = (place_in_class % 5 == 0) == (split == "test")
-    return Images(pixels[chosen], labels[chosen], tuple(str(digit) for digit in range(10)))
+    return pixels, torch.from_numpy(digits.target).long()
 
 
 def _cifar10(folder: Path, split: Split) -> Images:
