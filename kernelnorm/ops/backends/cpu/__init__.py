@@ -38,7 +38,7 @@ centres_filters = False
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
-_TILE = 64
+_TILE = 256
 """The pixels that a loop handles at once, as in kernels.c."""
 
 _ELEMENTS_PER_THREAD = 1 << 14

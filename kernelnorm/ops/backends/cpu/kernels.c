@@ -22,7 +22,7 @@
 #define CLONES
 #endif
 
-#define TILE 64
+#define TILE 256
 #define FEW_CHANNELS 8 /* below, loops run along the pixels even where channels are adjacent */
 #define HASH_MULTIPLIER 0x7FEB352Du
 
@@ -57,7 +57,6 @@ typedef struct {
   const Call *call;
   Tile tile;
   const int64_t *sizes;
-  int by_line; /* no tile crosses the end of a line */
 } Job;
 
 static void (*run_team)(void (*)(void *), void *, unsigned, unsigned);
@@ -72,18 +71,18 @@ void kernelnorm_set_threads(void *parallel, void *number, void *size) {
 
 static void run_share(const Job *job, int64_t thread, int64_t team) {
   int64_t size = volume(job->sizes), all = job->call->samples * size;
-  int64_t width = job->by_line ? job->sizes[2] : size, end = all * (thread + 1) / team;
+  int64_t end = all * (thread + 1) / team;
   for (int64_t p = all * thread / team, count; p < end; p += count) {
     int64_t pixel = p % size;
-    count = least(TILE, least(width - pixel % width, end - p));
+    count = least(TILE, least(size - pixel, end - p));
     job->tile(job->call, p / size, pixel, count, thread);
   }
 }
 
 static void run_thread(void *job) { run_share(job, thread_number(), team_size()); }
 
-static void run(const Call *call, Tile tile, const int64_t *sizes, int by_line) {
-  Job job = {call, tile, sizes, by_line};
+static void run(const Call *call, Tile tile, const int64_t *sizes) {
+  Job job = {call, tile, sizes};
   if (call->threads > 1 && run_team)
     run_team(run_thread, &job, (unsigned)call->threads, 0);
   else
@@ -189,24 +188,24 @@ INLINE uint16_t store_bfloat16(float x) { /* rounds to nearest, ties to even */
 /* mu, rstd and, if asked for, offset and means of all windows of x.
  * workspace: three maps of the pixels, and `scratch` doubles per thread. */
 void kernelnorm_window_statistics(const Call *call) {
-  run(call, OF_DTYPE(pixel_tile), call->sizes, 0);
-  run(call, OF_DTYPE(window_tile), call->positions, 1);
+  run(call, OF_DTYPE(pixel_tile), call->sizes);
+  run(call, OF_DTYPE(window_tile), call->positions);
 }
 
 /* The output from the convolution x: in place with a ReLU, else to out, with the numerator in x. */
 void kernelnorm_epilogue(const Call *call) {
-  run(call, OF_DTYPE(epilogue_tile), call->positions, 0);
+  run(call, OF_DTYPE(epilogue_tile), call->positions);
 }
 
 /* out, pair, grad_bias and grad_sums from grad and x, the output or numerator.
  * workspace: 4 * channels doubles per thread. */
 void kernelnorm_epilogue_backward(const Call *call) {
   memset(call->workspace, 0, sizeof(double) * (size_t)(call->threads * 4 * call->channels));
-  run(call, OF_DTYPE(backward_tile), call->positions, 0);
+  run(call, OF_DTYPE(backward_tile), call->positions);
   OF_DTYPE(sum_threads)(call);
 }
 
 /* Adds to grad, in place. workspace: `scratch` doubles per thread. */
 void kernelnorm_statistics_backward(const Call *call) {
-  run(call, OF_DTYPE(through_tile), call->sizes, 1);
+  run(call, OF_DTYPE(through_tile), call->sizes);
 }

@@ -84,16 +84,26 @@ CLONES static void NAME(pixel_tile)(const Call *call, int64_t sample, int64_t pi
 
 /* ---- statistics of windows ---- */
 
+/* Sums of a map over `count` windows, which may lie on several lines. */
+static void NAME(window_sums)(const Call *call, const double *map, int64_t window, int64_t count,
+                              double *row, double *out) {
+  int64_t width = call->positions[2];
+  for (int64_t j = 0, part; j < count; j += part) {
+    int64_t first = (window + j) % width;
+    part = least(count - j, width - first);
+    box_sum(call, map, (window + j) / width, first, part, row, out + j);
+  }
+}
+
 static void NAME(window_tile)(const Call *call, int64_t sample, int64_t window, int64_t count,
                               int64_t thread) {
-  int64_t size = volume(call->sizes), map = call->samples * size, width = call->positions[2];
-  int64_t line = window / width, first = window % width;
+  int64_t size = volume(call->sizes), map = call->samples * size;
   int64_t place = sample * volume(call->positions) + window;
   const double *maps = call->workspace + sample * size;
   double mean[TILE], square[TILE], *row = call->workspace + 3 * map + thread * call->scratch;
   A *mu = (A *)call->mu + place, *rstd = (A *)call->rstd + place;
-  box_sum(call, maps, line, first, count, row, mean);
-  box_sum(call, maps + map, line, first, count, row, square);
+  NAME(window_sums)(call, maps, window, count, row, mean);
+  NAME(window_sums)(call, maps + map, window, count, row, square);
   for (int64_t j = 0; j < count; j++) {
     double m = mean[j] * call->mean, var = square[j] * call->square - m * m;
     mean[j] = m;
@@ -102,7 +112,7 @@ static void NAME(window_tile)(const Call *call, int64_t sample, int64_t window, 
   }
   if (!call->means) return;
   A *means = (A *)call->means + place, *offset = (A *)call->offset + place;
-  box_sum(call, maps + 2 * map, line, first, count, row, square);
+  NAME(window_sums)(call, maps + 2 * map, window, count, row, square);
   for (int64_t j = 0; j < count; j++) {
     double plain = square[j] / (double)volume(call->kernel);
     means[j] = (A)plain;
@@ -177,6 +187,20 @@ INLINE void NAME(backward_row)(const Call *call, const T *grad, const T *kept, T
   *product = with_kept, *dot = with_sums;
 }
 
+/* Scales g in place. */
+INLINE void NAME(backward_plane)(A *g, const A *y, int64_t count, const A *m, const A *r, A s, A b,
+                                 int relu, double *of_bias, double *of_sums, A *product, A *dot) {
+  A bias = 0, sums = 0;
+#pragma omp simd reduction(+ : bias, sums)
+  for (int64_t j = 0; j < count; j++) {
+    A value = relu && y[j] <= 0 ? 0 : g[j], scaled = value * r[j];
+    product[j] += scaled * (relu ? y[j] - b : y[j]), dot[j] += scaled * s;
+    bias += value, sums += LOAD(STORE(scaled)) * m[j];
+    g[j] = scaled;
+  }
+  *of_bias += bias, *of_sums += sums;
+}
+
 CLONES static void NAME(backward_tile)(const Call *call, int64_t sample, int64_t pixel,
                                        int64_t count, int64_t thread) {
   const Tensor *k_in = &call->x, *g_in = &call->grad, *z_out = &call->out;
@@ -202,19 +226,16 @@ CLONES static void NAME(backward_tile)(const Call *call, int64_t sample, int64_t
     for (int64_t k = 0; k < 2 * channels; k++) totals[k] += of_bias[k];
   } else {
     for (int64_t k = 0; k < channels; k++) {
-      A b = relu ? ((const A *)call->bias)[k] : 0, s = ((const A *)call->sums)[k];
-      A of_bias = 0, of_sums = 0;
+      A s = ((const A *)call->sums)[k], b = ((const A *)call->bias)[k];
       NAME(gather)(kept + k * k_in->channel, k_in->pixel, count, y);
       NAME(gather)(grad + k * g_in->channel, g_in->pixel, count, g);
-#pragma omp simd reduction(+ : of_bias, of_sums)
-      for (int64_t j = 0; j < count; j++) {
-        A value = relu && y[j] <= 0 ? 0 : g[j], scaled = value * r[j];
-        product[j] += scaled * (y[j] - b), dot[j] += scaled * s;
-        of_bias += value, of_sums += LOAD(STORE(scaled)) * m[j];
-        g[j] = scaled;
-      }
+      if (relu)
+        NAME(backward_plane)(g, y, count, m, r, s, b, 1, totals + k, totals + channels + k,
+                             product, dot);
+      else
+        NAME(backward_plane)(g, y, count, m, r, s, b, 0, totals + k, totals + channels + k,
+                             product, dot);
       NAME(scatter)(g, z_out->pixel, count, out + k * z_out->channel);
-      totals[k] += of_bias, totals[channels + k] += of_sums;
     }
   }
   A *of_mu = (A *)call->pair + 2 * sample * windows + pixel, *of_var = of_mu + windows;
@@ -279,10 +300,19 @@ INLINE void NAME(through_row)(T *grad, const T *x, int64_t channels, const uint3
   }
 }
 
+INLINE void NAME(through_plane)(A *grad, const A *x, int64_t count, const uint32_t *pixel_key,
+                                uint32_t key, int32_t threshold, int masked, const A *a,
+                                const A *b) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; j++) {
+    A keep = !masked || is_kept(pixel_key[j], key, threshold) ? 1 : 0;
+    grad[j] += keep * (a[j] + b[j] * x[j]);
+  }
+}
+
 CLONES static void NAME(through_tile)(const Call *call, int64_t sample, int64_t pixel,
                                       int64_t count, int64_t thread) {
   int64_t channels = call->channels, width = call->sizes[2], windows = volume(call->positions);
-  int64_t line = pixel / width, first = pixel % width;
   int32_t threshold = (int32_t)call->threshold;
   const uint32_t *channel_key = (const uint32_t *)call->keys;
   const A *pair = (const A *)call->pair + 2 * sample * windows;
@@ -290,8 +320,12 @@ CLONES static void NAME(through_tile)(const Call *call, int64_t sample, int64_t 
   T *grad = NAME(at)(&call->grad, sample, pixel);
   A a[TILE], b[TILE], *row = (A *)(call->workspace + thread * call->scratch);
   uint32_t key[TILE];
-  NAME(box_sum_transpose)(call, pair, line, first, count, row, a);
-  NAME(box_sum_transpose)(call, pair + windows, line, first, count, row, b);
+  for (int64_t j = 0, part; j < count; j += part) {
+    int64_t line = (pixel + j) / width, first = (pixel + j) % width;
+    part = least(count - j, width - first);
+    NAME(box_sum_transpose)(call, pair, line, first, part, row, a + j);
+    NAME(box_sum_transpose)(call, pair + windows, line, first, part, row, b + j);
+  }
   if (channel_key) pixel_keys(call, sample, pixel, count, key);
   if (call->x.channel == 1 && call->grad.channel == 1 && channels >= FEW_CHANNELS) {
     for (int64_t j = 0; j < count; j++, x += call->x.pixel, grad += call->grad.pixel)
@@ -305,11 +339,10 @@ CLONES static void NAME(through_tile)(const Call *call, int64_t sample, int64_t 
     A value[TILE], total[TILE];
     NAME(gather)(x, call->x.pixel, count, value);
     NAME(gather)(grad, call->grad.pixel, count, total);
-    for (int64_t j = 0; j < count; j++) value[j] = a[j] + b[j] * value[j];
     if (channel_key)
-      for (int64_t j = 0; j < count; j++)
-        value[j] *= is_kept(key[j], channel_key[c], threshold) ? 1 : 0;
-    for (int64_t j = 0; j < count; j++) total[j] += value[j];
+      NAME(through_plane)(total, value, count, key, channel_key[c], threshold, 1, a, b);
+    else
+      NAME(through_plane)(total, value, count, NULL, 0, 0, 0, a, b);
     NAME(scatter)(total, call->grad.pixel, count, grad);
   }
 }
