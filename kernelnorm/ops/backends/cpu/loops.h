@@ -178,7 +178,9 @@ INLINE void NAME(backward_row)(const Call *call, const T *grad, const T *kept, T
   A with_kept = 0, with_sums = 0;
 #pragma omp simd reduction(+ : with_kept, with_sums)
   for (int64_t k = 0; k < call->channels; k++) {
-    A y = LOAD(kept[k]), g = relu && y <= 0 ? 0 : LOAD(grad[k]), scaled = g * r;
+    A y = LOAD(kept[k]), g = LOAD(grad[k]);
+    g = relu && y <= 0 ? 0 : g;
+    A scaled = g * r;
     T rounded = STORE(scaled); /* what the convolution's backward sees */
     with_kept += scaled * (relu ? y - bias[k] : y), with_sums += scaled * sums[k];
     out[k] = rounded;
