@@ -39,7 +39,7 @@ def is_observed() -> bool:
 
 
 def _is_exporting() -> bool:
-    """``is_exporting()`` of ``torch.compiler``, which older compilers take for true at all times."""
+    """``torch.compiler.is_exporting()``, which older compilers always take for true."""
     return torch.compiler._is_exporting_flag
 
 
