@@ -1,5 +1,9 @@
 """Kernel normalized convolutional networks: normalisation that does not depend on the batch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from kernelnorm import functional, models
 from kernelnorm.functional import backend
 from kernelnorm.modules import (
@@ -12,6 +16,9 @@ from kernelnorm.modules import (
     set_evaluation,
 )
 
+if TYPE_CHECKING:
+    from kernelnorm.experiments.trained import load
+
 __all__ = [
     "KNConv1d",
     "KNConv2d",
@@ -21,8 +28,17 @@ __all__ = [
     "KernelNorm3d",
     "backend",
     "functional",
+    "load",
     "models",
     "set_evaluation",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":  # which needs the packages of kernelnorm[experiments]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kernelnorm.experiments.trained import load
+
+    return load

@@ -108,7 +108,7 @@ class TestFolderErrors:
 
     def test_no_test_folder(self, folder):
         (folder / "val").rename(folder / "validation")
-        with pytest.raises(DataError, match="pictures lacks the folder train, val or test"):
+        with pytest.raises(DataError, match="pictures lacks the folder val or test"):
             load_images(folder, "test")
 
     def test_unknown_class(self, folder):
@@ -118,7 +118,7 @@ class TestFolderErrors:
 
     def test_empty_class(self, folder):
         (folder / "train" / "wasps").mkdir()
-        with pytest.raises(DataError, match=r"class folder .*wasps has no images \(.bmp"):
+        with pytest.raises(DataError, match=r"class folder .*wasps has no images that can be read"):
             load_images(folder, "train")
 
     def test_no_classes(self, tmp_path):

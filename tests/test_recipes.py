@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from kernelnorm.experiments.recipes import (
     RECIPES,
     Recipe,
     RunConfig,
+    auto_lr,
     configure,
     paper,
-    paper_lr,
     recipe_for,
 )
 from kernelnorm.experiments.runs import RunError
@@ -68,29 +69,46 @@ def test_paper_tables_are_whole(case: str) -> None:
 def test_lr_is_table_4s(
     case: str, norm: str, batch_size: int, expected: tuple[object, ...]
 ) -> None:
-    assert paper_lr(RECIPES[case], norm, batch_size) == expected
+    assert auto_lr(RECIPES[case], norm, batch_size) == expected
 
 
-def test_lr_beside_the_table_is_the_nearest_and_says_so() -> None:
-    lr, source, exact = paper_lr(RECIPES["imagewoof-resnet18"], "instance", 4)
-    assert (lr, exact) == (0.005, False)
-    assert source == "Table 4(c), GroupNorm, batch size 16 (the nearest to instance, batch size 4)"
-    assert paper_lr(RECIPES["cifar10-vgg8"], "batch", 100).lr == 0.05  # 128 is nearer than 64
+def test_lr_beside_the_table_is_scaled_from_the_nearest_and_says_so() -> None:
+    lr, source, exact = auto_lr(RECIPES["imagewoof-resnet18"], "instance", 4)
+    assert (lr, exact) == (0.0018, False)
+    assert source == "0.005 (Table 4(c), GroupNorm, batch size 16) times (4/16)^0.75"
+    assert auto_lr(RECIPES["cifar10-vgg8"], "batch", 100).lr == 0.042  # from 128, the nearer one
+    assert auto_lr(RECIPES["cifar10-vgg8"], "batch", 512).lr == 0.084
+
+
+def test_the_exponent_is_the_best_of_three() -> None:
+    """By the largest error in each column of Table 4, in logarithms."""
+    errors = dict.fromkeys((0.5, 0.75, 1.0), 0)
+    for case in paper().values():
+        rows = case["learning_rate"]["rows"]
+        for column in ("batch", "group", "layer", "kernel"):
+            worst = {}
+            for exponent in errors:
+                left = [
+                    math.log2(row[column]) - exponent * math.log2(row["batch_size"]) for row in rows
+                ]
+                worst[exponent] = max(left) - min(left)
+            errors[min(worst, key=lambda exponent: worst[exponent])] += 1
+    assert max(errors, key=lambda exponent: errors[exponent]) == 0.75, errors
 
 
 @pytest.mark.parametrize(
     ("recipe", "source"),
     [
-        (recipe_for("digits-vgg8"), "as cifar10-vgg8's Table 4(a), GroupNorm, batch size 32"),
+        (recipe_for("digits-vgg8"), "Table 4(a), GroupNorm, batch size 32, for cifar10-vgg8"),
         (
             recipe_for(model="resnet18", dataset="photos"),
-            "as imagewoof-resnet18's Table 4(c), GroupNorm, batch size 32",
+            "Table 4(c), GroupNorm, batch size 32, for imagewoof-resnet18",
         ),
     ],
     ids=["digits", "photos"],
 )
 def test_lr_of_a_case_that_is_not_the_papers_is_not_exact(recipe: Recipe, source: str) -> None:
-    assert paper_lr(recipe, "group", 32)[1:] == (source, False)
+    assert auto_lr(recipe, "group", 32)[1:] == (source, False)
 
 
 def test_any_model_and_folder_take_the_recipe_of_the_family() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.experiments.evaluation import build_network
 from kernelnorm.experiments.recipes import configure, recipe_for
 from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.trained import build_network
 from kernelnorm.models import Rules, create_model
 from kernelnorm.models.resnet import BasicBlock, Bottleneck
 from kernelnorm.modules import KernelNorm2d, KNConv2d
@@ -232,5 +232,5 @@ def test_a_run_with_mistaken_rules_says_so():
     options = {"rules": {"heads": False}}
     recipe = recipe_for("imagewoof-resnet18")
     config = configure(recipe, norm="kernel", batch_size=2, model_options=options)
-    with pytest.raises(RunError, match="resnet18 cannot be made: unknown rule 'heads', choose"):
+    with pytest.raises(RunError, match="cannot build resnet18: unknown rule 'heads', choose"):
         build_network(config, num_classes=5, in_channels=3)

@@ -66,7 +66,7 @@ def run(configs: Sequence[RunConfig], root: Path, pool: Here) -> list[Status]:
 
 
 def without_times(root: Path) -> dict[str, list[Metrics]]:
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "startup_seconds")
     return {
         path.name: [
             {key: value for key, value in metrics.items() if key not in timed}

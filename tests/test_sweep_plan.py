@@ -64,7 +64,7 @@ def test_rules_are_variants_of_the_kernel_networks_alone() -> None:
         ({"norms": ["kernel"], "rules": [{}, {"dropout": 0.1}]}, "unknown rule 'dropout'"),
         ({"norms": ["kernel"], "rules": [{"head": False}]}, "rule head=False does nothing"),
         ({"model_options": {"rules": 3}, "norms": ["kernel"]}, "rules must be a mapping"),
-        ({"model_options": {"small_images": True}}, "vgg8 cannot be made: .*small_images"),
+        ({"model_options": {"small_images": True}}, "cannot build vgg8: .*small_images"),
     ],
 )
 def test_impossible_grids_are_errors(options: dict[str, Any], message: str) -> None:

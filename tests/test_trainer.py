@@ -57,7 +57,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def without_times(out: Path) -> list[dict[str, float]]:
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "startup_seconds")
     return [{k: v for k, v in m.items() if k not in timed} for m in RunFolder(out).read_metrics()]
 
 
@@ -89,7 +89,7 @@ def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
     assert [metrics["epoch"] for metrics in history] == [1, 2]
     assert set(history[0]) == {
         *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-        *("lr", "seconds", "images_per_second"),
+        *("lr", "seconds", "images_per_second", "startup_seconds"),
     }
     assert list((tmp_path / "tensorboard").iterdir())
     best = folder.load("best.ckpt")
@@ -448,7 +448,7 @@ def test_every_process_of_every_seed_draws_its_own() -> None:
 
 
 def test_unknown_model_option_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"vgg8 cannot be made: .*'depth'.* See --model-options"):
+    with pytest.raises(RunError, match=r"cannot build vgg8: .*'depth'.* See --model-options"):
         train(small(model_options={"depth": 3}), Launch(out=tmp_path))
 
 

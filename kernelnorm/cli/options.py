@@ -90,7 +90,7 @@ def add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
 
 def configure_run(arguments: Namespace, norm: str, batch_size: int) -> RunConfig:
     """Return the configuration of a run; tell if its learning rate is not quite the paper's."""
-    from kernelnorm.experiments.recipes import configure, paper_lr
+    from kernelnorm.experiments.recipes import auto_lr, configure
 
     recipe = recipe_of(arguments)
     auto = arguments.lr == "auto"
@@ -102,7 +102,7 @@ def configure_run(arguments: Namespace, norm: str, batch_size: int) -> RunConfig
         seed=arguments.seed,
         **choices(arguments),
     )
-    lr, source, exact = paper_lr(recipe, norm, batch_size)
+    lr, source, exact = auto_lr(recipe, norm, batch_size, config.optimizer)
     if auto and not exact:
         echo(f"--lr auto is {lr:g}: {source}")
     return config

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,13 @@ from torch import nn
 
 from kernelnorm import set_evaluation
 from kernelnorm.arguments import Evaluation
-from kernelnorm.experiments.data import Images, Preprocess, batches, load_images, read_image
+from kernelnorm.experiments.data import Images, Preprocess, batches, load_images
 from kernelnorm.experiments.launch import make_fabric, over_processes
 from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import RunError, RunFolder
-from kernelnorm.models import create_model
+from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.trained import Checkpoint, Trained, load
 
-__all__ = ["Score", "build_network", "describe", "evaluate", "load_split", "measure", "predict"]
+__all__ = ["Score", "describe", "evaluate", "load_split", "measure", "predict"]
 
 EVALUATIONS: tuple[Evaluation, ...] = get_args(Evaluation)
 TEST_BATCH_SIZE = 128
@@ -38,38 +38,27 @@ class Score:
     accuracy_spread: float = 0.0
 
 
-def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Make the untrained network of a run, in the memory layout that convolutions like.
-
-    Raises:
-        RunError: the model does not take the configuration's options.
-    """
-    try:
-        network = create_model(
-            config.model,
-            norm=config.norm,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            **config.model_options,
-        )
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{config.model} cannot be made: {error}. See --model-options") from error
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
 def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str | Path) -> Images:
     """Load the training or the test images of a run."""
-    images = load_images(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
-    return images if config.subset is None else images.subset(min(config.subset, len(images)))
+    return load_images(
+        config.dataset,
+        split,
+        data_dir=data_dir,
+        image_size=config.image_size,
+        subset=config.subset,
+    )
 
 
 def describe(**splits: Images) -> dict[str, Any]:
-    """Return the classes, the shape and the numbers of images, as ``config.yaml`` has them."""
+    """Return what ``config.yaml`` says about the images: classes, shape, numbers, fingerprints."""
     first = next(iter(splits.values()))
+    own_split = {"split": first.split} if first.split else {}
     return {
         "classes": list(first.classes),
         "image_shape": list(first.pixels.shape[1:]),
+        **own_split,
         **{f"{split}_images": len(images) for split, images in splits.items()},
+        **{f"{split}_fingerprint": images.fingerprint() for split, images in splits.items()},
     }
 
 
@@ -103,7 +92,7 @@ def evaluate(
     data_dir: str | Path = "data",
     dataset: str | Path | None = None,
     evaluations: Sequence[Evaluation] = EVALUATIONS,
-    checkpoint: str = "last",
+    checkpoint: Checkpoint = "last",
     accelerator: str = "auto",
     passes: int = 5,
 ) -> list[Score]:
@@ -123,21 +112,21 @@ def evaluate(
         RunError: the folder holds no such checkpoint, or a damaged one, or the images have changed.
         DataError: the test images are missing or damaged.
     """
-    config, content, network, fabric = _trained(run, checkpoint, accelerator)
+    trained, fabric = _trained(run, checkpoint, accelerator)
+    config, network = trained.config, trained.network.to(fabric.device)
     if dataset is not None:
         config = replace(config, dataset=str(dataset))
     images = load_split(config, "test", data_dir)
     RunFolder(run).check_data(describe(test=images))
-    preprocess = _preprocess(content)
     scores = []
     if config.norm != "kernel":
-        return [Score("-", *measure(network, images, preprocess, fabric))]
+        return [Score("-", *measure(network, images, trained.pixels, fabric))]
     for evaluation in evaluations:
         set_evaluation(network, evaluation)
         results = []
         for seed in range(passes if evaluation == "monte_carlo" else 1):
             torch.manual_seed(seed)
-            results.append(measure(network, images, preprocess, fabric))
+            results.append(measure(network, images, trained.pixels, fabric))
         losses, accuracies = zip(*results, strict=True)
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         loss, accuracy = statistics.fmean(losses), statistics.fmean(accuracies)
@@ -150,7 +139,7 @@ def predict(
     run: str | Path,
     images: Sequence[str | Path],
     *,
-    checkpoint: str = "best",
+    checkpoint: Checkpoint = "best",
     accelerator: str = "auto",
     top: int = 3,
 ) -> list[list[tuple[str, float]]]:
@@ -169,55 +158,24 @@ def predict(
             size than it must have.
         DataError: an image cannot be read.
     """
-    _, content, network, fabric = _trained(run, checkpoint, accelerator)
-    channels, height, width = content["image_shape"]
-    classes, preprocess = content["classes"], _preprocess(content)
-    network.eval()
+    trained, fabric = _trained(run, checkpoint, accelerator)
+    network = trained.network.to(fabric.device)
     predictions = []
     for image in images:
-        pixels = read_image(image, height if height == width else None, channels)
-        if pixels.shape[1:] != (height, width):
-            raise RunError(
-                f"the image {image} is {pixels.shape[2]} pixels wide and {pixels.shape[1]} high; "
-                f"the images of {run} are {width} by {height}: bring it to that size"
-            )
+        x = trained.preprocess(image).to(fabric.device)
         with fabric.autocast():
-            logits = network(preprocess(pixels[None].to(fabric.device)))[0]
+            logits = network(x)[0]
         probabilities = logits.float().softmax(0)
-        best = probabilities.topk(min(top, len(classes)))
+        best = probabilities.topk(min(top, len(trained.classes)))
         predictions.append(
             [
-                (classes[i], p)
+                (trained.classes[i], p)
                 for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
         )
     return predictions
 
 
-class _Trained(NamedTuple):
-    config: RunConfig
-    content: dict[str, Any]  # of config.yaml
-    network: nn.Module
-    fabric: Fabric
-
-
-def _trained(run: str | Path, checkpoint: str, accelerator: str) -> _Trained:
-    folder = RunFolder(run)
-    content = folder.read_config()
-    config = RunConfig.from_record(content["run"])
-    state = folder.load(f"{checkpoint}.ckpt")
-    if state is None:
-        raise RunError(f"{folder.path} has no {checkpoint}.ckpt yet: train it further")
-    network = build_network(
-        config, num_classes=len(content["classes"]), in_channels=content["image_shape"][0]
-    )
-    network.load_state_dict(state["model"])
-    fabric = make_fabric(accelerator, precision=config.precision)
-    return _Trained(config, content, network.to(fabric.device), fabric)
-
-
-def _preprocess(content: dict[str, Any]) -> Preprocess:
-    statistics_ = content["standardise"]
-    if statistics_ is None:
-        return Preprocess()
-    return Preprocess(mean=tuple(statistics_["mean"]), std=tuple(statistics_["std"]))
+def _trained(run: str | Path, checkpoint: Checkpoint, accelerator: str) -> tuple[Trained, Fabric]:
+    trained = load(run, checkpoint)
+    return trained, make_fabric(accelerator, precision=trained.config.precision)

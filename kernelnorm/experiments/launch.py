@@ -42,6 +42,8 @@ class Launch:
         tensorboard: write TensorBoard's files too, in the run's folder.
         checkpoint_minutes: the longest time between two checkpoints within an epoch.
         max_steps: pause after that many steps; without it the run goes on.
+        init_from: a run's folder or a file with the weights that training starts from, whose
+            fingerprint is the configuration's ``init_from``.
         verbose: print a line per epoch.
 
     Raises:
@@ -56,6 +58,7 @@ class Launch:
     tensorboard: bool = False
     checkpoint_minutes: float = 10.0
     max_steps: int | None = None
+    init_from: Path | None = None
     verbose: bool = True
 
     def __post_init__(self) -> None:

@@ -22,22 +22,28 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "OPTIMIZERS",
     "RECIPES",
-    "PaperLR",
+    "SCHEDULES",
+    "AutoLR",
     "Recipe",
     "RunConfig",
+    "auto_lr",
     "configure",
     "paper",
-    "paper_lr",
     "recipe_for",
 ]
+
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("steps", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How one network is trained on one dataset, whatever its normalisation and batch size.
 
-    The optimiser is SGD and the loss cross-entropy, for all of them.
+    The loss is cross-entropy for all of them.
 
     Args:
         case: the name of the case study, for people and for folders.
@@ -50,9 +56,13 @@ class Recipe:
         augment: random crop and horizontal flip of the training images.
         standardise: subtract a mean and divide by a deviation per colour. It applies to every
             normalisation except ``"kernel"``, whose first layer does it by itself (Section 5).
+        optimizer: ``"sgd"`` (the paper's) or ``"adamw"``.
         momentum: of SGD.
-        weight_decay: of SGD.
+        weight_decay: of the optimizer.
+        schedule: ``"steps"`` (the paper's, by ``lr_milestones``), or ``"cosine"``: the learning
+            rate falls along half a cosine to zero at the last epoch.
         lr_milestones: after that many epochs the learning rate is multiplied by 0.1.
+        warmup_epochs: in that many epochs at the start the learning rate rises linearly.
         lr_table: the case study in whose part of Table 4 ``--lr auto`` looks.
     """
 
@@ -68,6 +78,9 @@ class Recipe:
     weight_decay: float = 0.0
     lr_milestones: tuple[int, ...] = ()
     lr_table: str
+    optimizer: str = "sgd"
+    schedule: str = "steps"
+    warmup_epochs: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,7 @@ class RunConfig(Recipe):
         seed: of the initial weights, the order of the images, augmentation and dropout.
         subset: train and test on that many images only, the classes balanced; ``None`` is all.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
+        init_from: the fingerprint of the weights that training starts from; empty: random ones.
     """
 
     norm: str
@@ -91,10 +105,22 @@ class RunConfig(Recipe):
     seed: int = 0
     subset: int | None = None
     precision: str = "32-true"
+    init_from: str = ""
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the learning rate of an epoch, counted from 0."""
-        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.lr_milestones)
+    def lr_at(self, epoch: float, step: float = 0.0) -> float:
+        """Return the learning rate.
+
+        Args:
+            epoch: the time in epochs, from 0.
+            step: how much of an epoch the step takes that begins then.
+        """
+        lr = self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.lr_milestones)
+        if self.schedule == "cosine":
+            begun = max(0.0, epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            lr *= 0.5 * (1 + math.cos(math.pi * begun))
+        if epoch < self.warmup_epochs:
+            lr *= min(1.0, (epoch + step) / self.warmup_epochs)
+        return lr
 
     def finished(self, history: Sequence[Metrics]) -> bool:
         """Tell whether training ends here: all epochs done, or the paper's sign of convergence."""
@@ -133,12 +159,15 @@ class RunConfig(Recipe):
     def name(self) -> str:
         """The name of the run's folder: what people look for, and a hash of the fields.
 
-        Fields with their default value are left out, so that one more field renames no folder.
+        Fields with their default value are left out, so that one more field renames no folder. So
+        is the place of a folder of images: they may move.
         """
         defaults = self.defaults().items()
         chosen = {
             name: value for name, value in self.record().items() if (name, value) not in defaults
         }
+        if self.dataset not in _DATASETS:
+            del chosen["dataset"]
         digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         return f"{self.norm}-b{self.batch_size}-seed{self.seed}-{digest[:8]}"
 
@@ -228,7 +257,7 @@ def recipe_for(
 
 def _plain(dataset: str | Path) -> str:
     """Return ``photos/`` as ``photos``; but ``./digits`` is a folder and not ``digits``."""
-    plain = str(Path(dataset))
+    plain = str(Path(dataset).expanduser())
     return str(dataset) if plain in _DATASETS else plain
 
 
@@ -241,7 +270,7 @@ def configure(
         recipe: from :func:`recipe_for`.
         norm: one of :data:`kernelnorm.norms.NORMS`.
         batch_size: images a step.
-        lr: the learning rate; ``None`` takes :func:`paper_lr`.
+        lr: the learning rate; ``None`` takes :func:`auto_lr`.
         choices: other fields of :class:`RunConfig`; those of the recipe that are given replace it.
 
     Raises:
@@ -256,10 +285,21 @@ def configure(
         value = values.get(name)
         if value is not None and value < 1:
             raise RunError(f"{name} must be positive, got {value}")
-    if values["weight_decay"] < 0:
-        raise RunError(f"weight_decay must not be negative, got {values['weight_decay']}")
+    for name in ("weight_decay", "warmup_epochs"):
+        if not (values[name] >= 0 and math.isfinite(values[name])):
+            raise RunError(f"{name} must not be negative, got {values[name]}")
+    for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if values[name] not in allowed:
+            raise RunError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}")
+    if values["schedule"] == "cosine" and values["warmup_epochs"] >= values["epochs"]:
+        raise RunError(
+            f"warmup_epochs must be fewer than epochs, got {values['warmup_epochs']:g} of "
+            f"{values['epochs']}"
+        )
+    if not 0 <= values.get("seed", 0) < 1 << 63:
+        raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")
     if lr is None:
-        lr = paper_lr(recipe, norm, batch_size).lr
+        lr = auto_lr(recipe, norm, batch_size, values["optimizer"]).lr
     if not (lr > 0 and math.isfinite(lr)):
         raise RunError(f"the learning rate must be positive, got {lr}")
     return RunConfig(**values, lr=lr)
@@ -271,35 +311,38 @@ def paper() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
 
 
-class PaperLR(NamedTuple):
-    """A learning rate of the paper, and where it stands: exactly, or the nearest that there is.
-
-    It is exact for the paper's own cases only.
-    """
+class AutoLR(NamedTuple):
+    """A learning rate, and where it comes from; ``exact``: it is the paper's for this case."""
 
     lr: float
     source: str
     exact: bool
 
 
-def paper_lr(recipe: Recipe, norm: str, batch_size: int) -> PaperLR:
-    """Return the paper's learning rate for a case, a normalisation and a batch size.
+def auto_lr(recipe: Recipe, norm: str, batch_size: int, optimizer: str = "sgd") -> AutoLR:
+    r"""Return the learning rate of ``--lr auto``: the paper's (Table 4), or one made from it.
 
-    A batch size that the table does not have takes the row of the nearest one, in ratio; a
-    normalisation that it does not have takes the column of GroupNorm.
+    A batch size that the table does not have takes the rate of the nearest one, in ratio, times
+    :math:`(\text{batch size} / \text{nearest})^{0.75}`: of the exponents 0.5, 0.75 and 1 the one
+    that is nearest to most columns of the table. A normalisation that it does not have takes the
+    column of GroupNorm. AdamW takes PyTorch's default, 0.001.
 
     Example::
 
-        >>> paper_lr(RECIPES["cifar10-vgg8"], "kernel", 32)
-        PaperLR(lr=0.025, source='Table 4(a), KernelNorm, batch size 32', exact=True)
+        >>> auto_lr(RECIPES["cifar10-vgg8"], "kernel", 32)
+        AutoLR(lr=0.025, source='Table 4(a), KernelNorm, batch size 32', exact=True)
     """
+    if optimizer == "adamw":
+        return AutoLR(1e-3, "PyTorch's default for AdamW", exact=False)
     table = paper()[recipe.lr_table]["learning_rate"]
     row = min(table["rows"], key=lambda row: abs(math.log(row["batch_size"] / batch_size)))
     column = norm if norm in row else "group"
-    source = f"{table['table']}, {column.capitalize()}Norm, batch size {row['batch_size']}"
-    exact = column == norm and row["batch_size"] == batch_size
-    if not exact:
-        source += f" (the nearest to {norm}, batch size {batch_size})"
+    lr, nearest = row[column], row["batch_size"]
+    source = f"{table['table']}, {column.capitalize()}Norm, batch size {nearest}"
+    exact = column == norm and nearest == batch_size and recipe.case == recipe.lr_table
+    if nearest != batch_size:
+        lr = float(f"{lr * (batch_size / nearest) ** 0.75:.2g}")
+        source = f"{row[column]:g} ({source}) times ({batch_size}/{nearest})^0.75"
     if recipe.case != recipe.lr_table:
-        exact, source = False, f"as {recipe.lr_table}'s {source}"
-    return PaperLR(row[column], source, exact)
+        source += f", for {recipe.lr_table}"
+    return AutoLR(lr, source, exact)

@@ -36,6 +36,10 @@ __all__ = [
 Metrics = dict[str, float]
 """One line of ``metrics.jsonl``; accuracies are fractions."""
 
+_CHANGEABLE = ("dataset", "case", "epochs")
+"""What does not make it another run: images may move, which a fingerprint of them tells, and more
+epochs extend it."""
+
 _NEEDED = ("train_loss", "test_accuracy", "seconds")  # of every line, by what reads them
 
 
@@ -235,7 +239,7 @@ class RunFolder:
         write_whole(self.path / "failure.json", f"{json.dumps(failure)}\n".encode())
 
     def check(self, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        """Check that the folder is new, or of the run with this configuration.
+        """Check that nothing was trained in the folder, or the run with this configuration.
 
         Args:
             record: the configuration's fields.
@@ -244,22 +248,34 @@ class RunFolder:
         Raises:
             RunError: it is another run's, or holds a checkpoint of nobody knows what.
         """
+        if not (self.path / "last.ckpt").exists():
+            return  # nothing was trained
         if not (self.path / "config.yaml").exists():
-            if (self.path / "last.ckpt").exists():
-                raise RunError(
-                    f"{self.path} has a checkpoint but no config.yaml: give another --out"
-                )
-            return
+            raise RunError(f"{self.path} has a checkpoint but no config.yaml: give another --out")
         there = {**defaults, **self.read_config()["run"]}
         differing = [
             f"{key} is {there.get(key)!r} there and {record.get(key)!r} here"
             for key in {**record, **there}
-            if there.get(key) != record.get(key)
+            if there.get(key) != record.get(key) and key not in _CHANGEABLE
         ]
         if differing:
             raise RunError(
                 f"{self.path} holds another run: {'; '.join(differing)}. "
                 "Give another --out, or the options of that run to go on with it"
+            )
+        before, now = there.get("epochs"), record.get("epochs")
+        if before == now or not isinstance(before, int) or not isinstance(now, int):
+            return
+        if now < before:
+            raise RunError(
+                f"{self.path} holds a run of {before} epochs, and {now} are fewer: a run can be "
+                "extended only. Give another --out"
+            )
+        if record.get("schedule") == "cosine":
+            raise RunError(
+                f"{self.path} holds a run of {before} epochs whose learning rate has fallen to "
+                f"zero along a cosine: it cannot be extended. Give another --out, and "
+                f"--init-from {self.path}"
             )
 
     def check_data(self, found: Mapping[str, Any]) -> None:
@@ -269,10 +285,12 @@ class RunFolder:
             RunError: they have changed since the run was begun.
         """
         there = self.read_config()
-        changed = [
-            f"{key} was {there[key]!r} and is {value!r}"
-            for key, value in found.items()
-            if there.get(key, value) != value
+        differing = [key for key, value in found.items() if there.get(key, value) != value]
+        told = [key for key in differing if not key.endswith("_fingerprint")]
+        changed = [f"{key} was {there[key]!r} and is {found[key]!r}" for key in told] or [
+            f"the {key.replace('train', 'training').removesuffix('_fingerprint')} images are "
+            "others, or in another order"
+            for key in differing
         ]
         if changed:
             raise RunError(
@@ -320,9 +338,10 @@ class RunFolder:
                     writer.add_scalar(name, value, epoch)
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; its ``model`` in contiguous tensors, as other formats need them."""
+        state = {**state, "model": {name: x.contiguous() for name, x in state["model"].items()}}
         buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
+        torch.save(state, buffer)
         write_whole(self.path / name, buffer.getbuffer())
 
     def load(self, name: str) -> dict[str, Any] | None:

@@ -19,12 +19,24 @@ T = TypeVar("T")
 
 @dataclass
 class Sums:
-    """Running sums over the images of an epoch, of all processes."""
+    """Running sums over the images of an epoch, of all processes.
+
+    ``slow_images`` and ``slow_seconds`` are those of a process's first steps, in which it starts
+    up, fills caches and compiles.
+    """
 
     loss: float = 0.0
     correct: float = 0.0
     images: int = 0
     seconds: float = 0.0
+    slow_images: int = 0
+    slow_seconds: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """The speed without the first steps, if there are others."""
+        images, seconds = self.images - self.slow_images, self.seconds - self.slow_seconds
+        return images / seconds if images and seconds > 0 else self.images / self.seconds
 
 
 @dataclass

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning_fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernelnorm.experiments import state
-from kernelnorm.experiments.data import Augment, Preprocess, batches, steps_per_epoch
-from kernelnorm.experiments.evaluation import build_network, describe, load_split, measure
+from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, steps_per_epoch
+from kernelnorm.experiments.evaluation import describe, load_split, measure
 from kernelnorm.experiments.launch import (
     Launch,
     check_shares,
@@ -28,15 +28,20 @@ from kernelnorm.experiments.launch import (
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import DivergedError, Metrics, RunError, RunFolder
 from kernelnorm.experiments.state import Progress
+from kernelnorm.experiments.trained import build_network, read_weights, start_from
 
 __all__ = ["train"]
+
+_SLOW_LOOKS = 2
+"""A process starts up, fills its caches and compiles before it has looked at the loss so often."""
 
 
 def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
     """Train a network, or go on with its training, and return the run's folder.
 
-    A run that was stopped, in whichever way, goes on from its last checkpoint; on one CPU its
-    weights are then bit for bit those of a run that was not. A finished run is left as it is.
+    A stopped run resumes from its last checkpoint; on one CPU its weights are then bit for bit
+    those of a run that was not stopped. With more epochs than before a finished run is extended
+    likewise; otherwise it is left as it is.
 
     Args:
         config: what to train, from :func:`kernelnorm.experiments.recipes.configure`.
@@ -54,7 +59,8 @@ def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
     history = folder.read_metrics()
     if config.finished(history) and (folder.path / "last.ckpt").exists():
         if launch.verbose:
-            rank_zero_only(print)(f"{folder.path} is finished, after {len(history)} epochs.")
+            epochs = "1 epoch" if len(history) == 1 else f"{len(history)} epochs"
+            rank_zero_only(print)(f"{folder.path} is finished, after {epochs}.")
         return folder
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with folder.attempt(config.record()) if first else nullcontext():
@@ -73,6 +79,7 @@ class _Training:
         with fabric.rank_zero_first():  # the others find the data downloaded
             self.train_images = load_split(config, "train", launch.data_dir)
             self.test_images = load_split(config, "test", launch.data_dir)
+        _check_sizes(self.train_images, self.test_images)
         self.preprocess = Preprocess()
         if config.standardise and config.norm != "kernel":
             self.preprocess = Preprocess.standardise(self.train_images)
@@ -92,24 +99,32 @@ class _Training:
             num_classes=len(self.train_images.classes),
             in_channels=self.train_images.pixels.shape[1],
         )
+        self._start_from_weights()
         self.network = share(fabric, self.network, config.seed)
         if launch.compile:
             torch.compiler.reset()  # PyTorch does not compile the same function without end
             graphs = fabric.device.type == "cuda" and fabric.world_size == 1
             # Batches have two sizes, the last being smaller.
             self.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
-        self.model, self.optimizer = fabric.setup(
-            self.network,
-            torch.optim.SGD(
-                self.network.parameters(),
-                lr=config.lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-            ),
-        )
+        self.model, self.optimizer = fabric.setup(self.network, _optimizer(self.network, config))
         self.max_steps = math.inf if launch.max_steps is None else launch.max_steps
         # A look at the loss waits for the device: free on a CPU, and rare elsewhere.
         self.look_every = 1 if fabric.device.type == "cpu" else 32
+        self.looks = 0
+
+    def _start_from_weights(self) -> None:
+        config, source = self.config, self.launch.init_from
+        if not config.init_from or (self.folder.path / "last.ckpt").exists():
+            return
+        if source is None:
+            raise RunError("the weights to start from are missing: give --init-from")
+        weights = read_weights(source)
+        if weights.fingerprint() != config.init_from:
+            raise RunError(f"the weights in {source} have changed since the run was configured")
+        fresh = start_from(weights, self.network, len(self.train_images.classes))
+        if fresh and self.launch.verbose:
+            names = ", ".join(fresh)
+            self.fabric.print(f"begun from {source}, but for {names}: another number of classes")
 
     def run(self) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""
@@ -129,8 +144,6 @@ class _Training:
         """Take the steps of one epoch; tell whether it was to its end."""
         progress, config = self.progress, self.config
         epoch = len(progress.history)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(epoch)
         self.bar.set_description(
             f"{config.norm} b{config.batch_size} epoch {epoch + 1}/{config.epochs}"
         )
@@ -150,6 +163,8 @@ class _Training:
                 break
             if self.launch.compile:
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors are done with
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.lr_at(epoch + progress.step / self.steps, 1 / self.steps)
             logits = self._forward(x)
             loss = F.cross_entropy(logits, y)
             self.fabric.backward(loss)
@@ -193,10 +208,14 @@ class _Training:
             sums.correct += correct
             sums.images += images * world_size
             self.bar.update(images * world_size)
-        pending.clear()
         now = time.perf_counter()
         sums.seconds += now - self.clock
+        if self.looks < _SLOW_LOOKS:
+            sums.slow_seconds += now - self.clock
+            sums.slow_images += world_size * sum(images for _, images in pending)
+        self.looks += 1
         self.clock = now
+        pending.clear()
         self.bar.set_postfix(
             loss=f"{sums.loss / sums.images:.3f}",
             accuracy=f"{sums.correct / sums.images:.1%}",
@@ -230,9 +249,10 @@ class _Training:
             "train_accuracy": sums.correct / sums.images,
             "test_loss": loss,
             "test_accuracy": accuracy,
-            "lr": self.config.lr_at(len(history)),
-            "seconds": sums.seconds,
-            "images_per_second": sums.images / sums.seconds,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": sums.images / sums.images_per_second,
+            "images_per_second": sums.images_per_second,
+            "startup_seconds": max(0.0, sums.seconds - sums.images / sums.images_per_second),
         }
         is_best = all(accuracy > earlier["test_accuracy"] for earlier in history)
         self.progress = Progress(history=[*history, metrics])
@@ -261,7 +281,7 @@ class _Training:
             tqdm.write(
                 f"paused after {self.launch.max_steps} steps: train loss "
                 f"{sums.loss / sums.images:.4f}, accuracy {sums.correct / sums.images:.2%}, "
-                f"{sums.images / sums.seconds:,.0f} images/s. Without --max-steps it goes on."
+                f"{sums.images_per_second:,.0f} images/s. Without --max-steps it goes on."
             )
 
     def _save_if_due(self) -> None:
@@ -276,20 +296,31 @@ class _Training:
         self.intact = str(self.progress)
 
     def _write_config(self) -> None:
+        """Write what the run is, or what has changed of it since: the place of images, epochs."""
         found = describe(train=self.train_images, test=self.test_images)
+        content: dict[str, Any] = {}
         if (self.folder.path / "config.yaml").exists():
             self.folder.check_data(found)
-        begun = (self.folder.path / "last.ckpt").exists()
-        if self.fabric.is_global_zero and not begun:
+            content = self.folder.read_config()
+        record = self.config.record()
+        if (self.folder.path / "last.ckpt").exists():
+            before = content["run"]
+            if before == record:
+                return
+            if before["epochs"] != record["epochs"]:
+                extension = {"after": before["epochs"], "to": record["epochs"]}
+                content["extended"] = [*content.get("extended", []), extension]
+            content = {**content, "run": {**record, "case": before["case"]}}
+        else:
             mean, std = self.preprocess.mean, self.preprocess.std
-            self.folder.write_config(
-                {
-                    "run": self.config.record(),
-                    **found,
-                    "standardise": mean and std and {"mean": [*mean], "std": [*std]},
-                    "environment": environment(self.fabric),
-                }
-            )
+            content = {
+                "run": record,
+                **found,
+                "standardise": mean and std and {"mean": [*mean], "std": [*std]},
+                "environment": environment(self.fabric),
+            }
+        if self.fabric.is_global_zero:
+            self.folder.write_config(content)
 
     def _bar(self) -> tqdm[Any]:
         """Return the bar of the whole run, so that its time left is the run's."""
@@ -302,4 +333,23 @@ class _Training:
             dynamic_ncols=True,
             leave=False,
             disable=None if self.fabric.is_global_zero else True,  # None: off where no one looks
+        )
+
+
+def _optimizer(network: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    decay = config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=decay)
+    return torch.optim.SGD(
+        network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=decay
+    )
+
+
+def _check_sizes(train: Images, test: Images) -> None:
+    """Refuse test images of another size before anything is trained."""
+    sizes = [f"{images.pixels.shape[3]}x{images.pixels.shape[2]}" for images in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise RunError(
+            f"the training images are {sizes[0]} pixels in size, the test images {sizes[1]}: bring "
+            "them to one size with --image-size"
         )

@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +22,23 @@ from kernelnorm.experiments.data.images import DataError
 
 IN_MEMORY = 16 << 20  # bytes of pixels, decoded in a second or two; more are kept in a file
 FORMAT = 1  # of that file: to be counted up whenever the same images give other pixels
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow needs other programs for these
+TURNS = {  # what a camera's note on which way is up asks for
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of the image files that Pillow reads by itself, in lower case."""
+    known = Image.registered_extensions().items()
+    return frozenset(name for name, kind in known if kind in Image.OPEN and kind not in STUBS)
 
 
 def read_image(path: str | Path, image_size: int | None = None, channels: int = 3) -> Tensor:
@@ -47,13 +64,20 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
                 )
             if image_size is not None:
                 image.draft(None, (image_size, image_size))
-            ImageOps.exif_transpose(image, in_place=True)
-            picture = image.convert("L" if channels == 1 else "RGB")
+            picture = _upright(image).convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path}: {error}. Replace the file or remove it"
         ) from error
     return to_pixels(picture, image_size)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged note fails in many ways, and the picture may be whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_pixels(picture: Image.Image, image_size: int | None) -> Tensor:
@@ -64,13 +88,15 @@ def to_pixels(picture: Image.Image, image_size: int | None) -> Tensor:
     return rows.unsqueeze(0) if rows.ndim == 2 else rows.permute(2, 0, 1).contiguous()
 
 
-def decode(folder: Path, files: Sequence[Path], image_size: int | None, data_dir: Path) -> Tensor:
+def decode(
+    folder: Path, files: Sequence[Path], image_size: int | None, data_dir: Path, part: str
+) -> Tensor:
     """The images ``files``, all below ``folder``, as ``uint8`` of shape :math:`(N, 3, H, W)`.
 
     More than ``IN_MEMORY`` bytes are written to a file in ``data_dir/.cache``, or in the user's
-    cache folder where ``data_dir`` is read-only, and mapped into memory. The file's name stands for
-    the folder, the image size, ``FORMAT`` and each file's name, size and time: it is used again as
-    long as these are the same, and removed when they are not.
+    cache folder where that is read-only, and mapped into memory. The file's name stands for the
+    folder, the part of it, the image size, ``FORMAT`` and each file's name, size and time: it is
+    used again as long as these are the same, and removed when they are not.
     """
     shape = (len(files), *read_image(files[0], image_size).shape)
     needed = math.prod(shape)
@@ -80,14 +106,17 @@ def decode(folder: Path, files: Sequence[Path], image_size: int | None, data_dir
             row[...] = image
         return torch.from_numpy(pixels)
 
-    place = _digest([str(folder.resolve()), str(image_size)])
+    place = _digest([str(folder.resolve()), str(image_size), part])
     stamps = ((file.relative_to(folder), file.stat()) for file in files)
     lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stamps]
-    content = _digest([str(FORMAT), *lines])
-    cache = writable_home(data_dir) / ".cache"
-    target = cache / f"{place}-{content}.uint8"
+    name = f"{place}-{_digest([str(FORMAT), *lines])}.uint8"
+    cache = writable_home(data_dir, ".cache") / ".cache"
+    target = cache / name
+    for made in (data_dir / ".cache" / name, target):
+        if _is_whole(made, needed):
+            return _mapped(made, shape)
     with locked(target):
-        if not target.is_file() or target.stat().st_size != needed:
+        if not _is_whole(target, needed):  # made by the process that held the lock
             with replacing(target, needed) as temporary, temporary.open("wb") as output:
                 for image in _read_all(files, image_size, shape[1:]):
                     output.write(image.data)
@@ -95,7 +124,15 @@ def decode(folder: Path, files: Sequence[Path], image_size: int | None, data_dir
                 os.fsync(output.fileno())  # else a power cut may leave the name without the pixels
             for outdated in set(cache.glob(f"{place}-*.uint8")) - {target}:
                 outdated.unlink(missing_ok=True)
-    return torch.from_numpy(np.memmap(target, np.uint8, mode="c", shape=shape))
+    return _mapped(target, shape)
+
+
+def _is_whole(file: Path, needed: int) -> bool:
+    return file.is_file() and file.stat().st_size == needed and os.access(file, os.R_OK)
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.memmap(file, np.uint8, mode="c", shape=shape))
 
 
 def _read_all(
@@ -122,4 +159,4 @@ def _read_all(
 
 
 def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:16]

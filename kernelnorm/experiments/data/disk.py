@@ -20,11 +20,15 @@ if sys.platform != "win32":
     import fcntl
 
 
-def writable_home(data_dir: Path) -> Path:
-    """``data_dir`` if it can be written to, or made; else the user's cache folder."""
+def writable_home(data_dir: Path, subfolder: str = "") -> Path:
+    """``data_dir`` if it and its subfolder can be written to; else the user's cache folder.
+
+    A group's data folder may have been made by one of them, and be closed to the others.
+    """
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"the data folder {data_dir} is not a folder; name one, existing or new")
-    nearest = next(p for p in (data_dir, *data_dir.absolute().parents) if p.exists())
+    target = data_dir.absolute() / subfolder
+    nearest = next(p for p in (target, *target.parents) if p.exists())
     if os.access(nearest, os.W_OK):
         return data_dir
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernelnorm"

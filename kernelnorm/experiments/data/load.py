@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,16 +13,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from kernelnorm.experiments.data.decode import SUFFIXES, decode, to_pixels
-from kernelnorm.experiments.data.download import DATASETS, locate, subfolders
-from kernelnorm.experiments.data.images import DataError, Images
+from kernelnorm.experiments.data.decode import decode, to_pixels
+from kernelnorm.experiments.data.download import DATASETS, locate
+from kernelnorm.experiments.data.folder import Split, find_images
+from kernelnorm.experiments.data.images import DataError, Images, balanced
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
 CIFAR10_RECORDS = 10_000  # in each file
-Split = Literal["train", "test"]
 
 
 def load_images(
@@ -31,6 +31,7 @@ def load_images(
     *,
     data_dir: str | Path = "data",
     image_size: int | None = None,
+    subset: int | None = None,
     download: bool = True,
     url: str | None = None,
 ) -> Images:
@@ -46,7 +47,9 @@ def load_images(
             - ``"imagewoof"``: 3 x 192 x 192, 9,025 and 3,929 images; other counts than these are
               accepted, and told on the standard error stream;
             - a folder with ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*``. The
-              classes are those of ``train``, by name.
+              classes are those of ``train``, by name. Images may lie deeper;
+            - a folder with ``<class>/*``: a fifth of each class, chosen with a fixed seed, are
+              the test images.
         split: ``"train"`` or ``"test"``. The test images of a folder are those in ``val``; those in
             ``test`` count only where there is no ``val``, and stay unseen otherwise.
         data_dir: where the data is or goes: an archive as published, the same unpacked, or a folder
@@ -55,6 +58,7 @@ def load_images(
             (``~/.cache/kernelnorm``).
         image_size: height and width; see :func:`read_image` for how images get there. Default: the
             data set's own, as listed; the images of a folder must then all have one size.
+        subset: at most that many images, the first of each class; others are not decoded.
         download: whether a named data set that is not in ``data_dir`` may be downloaded.
         url: where to download it from; default: the environment variable
             ``KERNELNORM_<DATASET>_URL``, else the publisher. The md5 is checked in any case.
@@ -72,17 +76,22 @@ def load_images(
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
-    data_dir = Path(data_dir)
+    if subset is not None and subset < 1:
+        raise ValueError(f"subset must be at least 1, got {subset}")
+    data_dir = Path(data_dir).expanduser()
     if dataset == "digits":
-        return _resized(_digits(split), image_size)
+        return _resized(_first(_digits(split), subset), image_size)
     if dataset not in DATASETS:
-        return _folder(Path(dataset), split, image_size, data_dir)
+        return _folder(Path(dataset).expanduser(), split, image_size, subset, data_dir)
     folder = locate(str(dataset), data_dir, download=download, url=url)
     if folder.name == DATASETS["cifar10"].folder:
-        return _resized(_cifar10(folder, split), image_size)
-    return _folder(
-        folder, split, image_size or DATASETS[str(dataset)].image_size, data_dir, name=str(dataset)
-    )
+        return _resized(_first(_cifar10(folder, split), subset), image_size)
+    image_size = image_size or DATASETS[str(dataset)].image_size
+    return _folder(folder, split, image_size, subset, data_dir, name=str(dataset))
+
+
+def _first(images: Images, subset: int | None) -> Images:
+    return images if subset is None else images.subset(min(subset, len(images)))
 
 
 def _digits(split: Split) -> Images:
@@ -130,44 +139,27 @@ def _resized(images: Images, image_size: int | None) -> Images:
     for row, image in zip(pixels, bar, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
         row.copy_(to_pixels(picture, image_size))
-    return Images(pixels, images.labels, images.classes)
+    return replace(images, pixels=pixels)
 
 
 def _folder(
-    root: Path, split: Split, image_size: int | None, data_dir: Path, name: str | None = None
+    root: Path,
+    split: Split,
+    image_size: int | None,
+    subset: int | None,
+    data_dir: Path,
+    name: str | None = None,
 ) -> Images:
     """The images below ``root``, which should be the data set ``name``, if that is given."""
-    names = ("train",) if split == "train" else ("val", "test")  # the first that is there
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None or not (root / "train").is_dir():
-        problem = "lacks the folder train, val or test" if root.is_dir() else "is not a folder"
-        raise DataError(
-            f"{root} {problem}: a data set is digits, {', '.join(DATASETS)}, or a folder with "
-            "train/<class>/ and val/<class>/ or test/<class>/"
-        )
-    classes = subfolders(root / "train")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label in subfolders(folder):
-        if label not in classes:
-            raise DataError(
-                f"{folder} has a class {label!r} that {root / 'train'} has not: the classes are "
-                f"{', '.join(classes)}. Rename or remove it"
-            )
-        images = [file for file in sorted((folder / label).iterdir()) if _is_image(file)]
-        if not images:
-            raise DataError(
-                f"the class folder {folder / label} has no images ({', '.join(SUFFIXES)}). Fill it "
-                "or remove it"
-            )
-        files += images
-        labels += [classes.index(label)] * len(images)
-    if not files:
-        raise DataError(f"{folder} has no class folders: expected {folder / '<class>' / '*'}")
+    folder, files, labels, classes, own_split = find_images(root, split)
     if name is not None:
         _compare_with_published(name, split, folder, len(files), len(classes))
-    pixels = decode(folder, files, image_size, data_dir)
-    return Images(pixels, torch.tensor(labels), tuple(classes))
+    part = f"{own_split and split}{subset or ''}"
+    if subset is not None and subset < len(files):
+        chosen = balanced(labels, subset)
+        files, labels = [files[i] for i in chosen], labels[chosen]
+    pixels = decode(folder, files, image_size, data_dir, part)
+    return Images(pixels, labels, classes, own_split)
 
 
 def _compare_with_published(
@@ -182,7 +174,3 @@ def _compare_with_published(
             "unpacking it was interrupted, unpack it again",
             file=sys.stderr,
         )
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

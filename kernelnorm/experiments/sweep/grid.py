@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from kernelnorm.experiments.evaluation import build_network
 from kernelnorm.experiments.recipes import Recipe, RunConfig, configure
 from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.trained import build_network
 
 __all__ = ["make_grid"]
 
