@@ -78,7 +78,7 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
 def check_convolution(activation: str | None, padding_mode: str) -> None:
     """The arguments of KNConv that name a choice."""
     if activation not in (None, "relu"):
-        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+        raise ValueError(f"activation must be None, 'relu' or a layer's module, got {activation!r}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
 

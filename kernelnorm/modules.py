@@ -177,11 +177,15 @@ class _KNConv(nn.modules.conv._ConvNd):
         *,
         dropout_p: float = 0.1,
         eps: float = 1e-5,
-        activation: str | None = None,
+        activation: str | nn.Module | None = None,
         evaluation: Evaluation = "expected",
     ) -> None:
+        if type(activation) is nn.ReLU:
+            activation = "relu"
         arguments.check_normalization(dropout_p, eps, evaluation)
-        arguments.check_convolution(activation, padding_mode)
+        arguments.check_convolution(
+            None if isinstance(activation, nn.Module) else activation, padding_mode
+        )
         arguments.check_channels(in_channels, out_channels, groups)
         window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
         init: Any = super().__init__  # of nn.ConvNd, not of the base that the type checker sees
@@ -208,7 +212,9 @@ class _KNConv(nn.modules.conv._ConvNd):
         recorded: Tensor | None = observers.called_as_leaf(self, input)
         if recorded is not None:
             return recorded
-        return functional.kn_conv(
+        activation = self.activation
+        then = activation if isinstance(activation, nn.Module) else None
+        y = functional.kn_conv(
             input,
             self.weight,
             self.bias,
@@ -220,14 +226,16 @@ class _KNConv(nn.modules.conv._ConvNd):
             dropout_p=self.dropout_p,
             training=self.training,
             eps=self.eps,
-            activation=self.activation,
+            activation=activation if isinstance(activation, str) else None,
             evaluation=self.evaluation,
         )
+        return y if then is None else then(y)
 
     def extra_repr(self) -> str:
         """The arguments, as ``print(module)`` shows them."""
         convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        activation = "" if self.activation is None else f", activation={self.activation}"
+        named = isinstance(self.activation, str)  # a module is shown below this line
+        activation = f", activation={self.activation}" if named else ""
         return (
             f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
             f"{_shown_evaluation(self.evaluation)}"
@@ -285,9 +293,10 @@ class KNConv2d(_KNConv, nn.Conv2d):
             the convolution too, so its weights load
         dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
         eps: :math:`\epsilon`, added to the variance
-        activation: ``"relu"`` for a ReLU that costs no pass over the output and keeps nothing for
-            the backward, or ``None``. Like that of :class:`torch.nn.ReLU`, its output must not be
-            changed in place before the backward
+        activation: ``"relu"`` or an :class:`torch.nn.ReLU` for one that costs no pass over the
+            output and keeps nothing for the backward; its output must not be changed in place
+            before the backward, as that of :class:`torch.nn.ReLU`. Another module is applied to
+            the output as it is. Default: ``None``
         evaluation: ``"expected"``, ``"plain"`` or ``"monte_carlo"``; :func:`set_evaluation` changes
             it in a whole network
 

@@ -353,7 +353,7 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ({"dropout_p": -0.1}, ValueError, r"dropout_p must be .*got -0\.1"),
         ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be .*got nan"),
         ({"eps": 0.0}, ValueError, r"eps must be positive, got 0\.0"),
-        ({"activation": "gelu"}, ValueError, r"activation must be None or 'relu', got 'gelu'"),
+        ({"activation": "gelu"}, ValueError, r"activation must be None, .*got 'gelu'"),
         ({"evaluation": "mean"}, ValueError, r"evaluation must be one of .*got 'mean'"),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kernelnorm.experiments.recipes import RECIPES, configure
 from kernelnorm.experiments.report import figures, report, variant_figures
-from kernelnorm.experiments.report.plotting import legend
+from kernelnorm.experiments.report.plotting import curves, legend, same_span
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.style import line_style, png
 from kernelnorm.norms import NORMS
@@ -254,7 +254,8 @@ def test_best_rates_stand_beside_the_papers(tmp_path: Path) -> None:
     write_result(tmp_path, 85.0, lr=0.05, seed=0)
     write_run(tmp_path, [], lr=0.2, seed=0, failure=("diverged", "nan"))
     text = report(tmp_path).with_suffix(".md").read_text()
-    assert "| 32 | 0.05<br>paper 0.025 |" in text
+    assert "| 32 | 0.05 (the lowest tried)<br>paper 0.025 |" in text
+    assert "one beyond it may be better" in text
     assert row_of(text, "32", "KernelNorm", "0.05")[3:] == ["85.00", "85.00", "1 done", "best"]
     assert row_of(text, "32", "KernelNorm", "0.2")[3:] == ["-", "-", "1 diverged", ""]
 
@@ -421,6 +422,27 @@ def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> Non
             colors = picture.convert("RGB").getcolors(2**24)
             assert colors is not None
             assert len(colors) > 50  # lines are drawn
+
+
+def test_curves_are_the_mean_of_the_seeds_with_a_band() -> None:
+    axes = Figure().subplots()
+    curves(axes, [[1.0, 2.0, 3.0], [3.0, 8.0]], line_style("batch"))
+    (line,), (band,) = axes.get_lines(), axes.collections
+    assert [*line.get_xdata()] == [1, 2]
+    assert [*line.get_ydata()] == [2.0, 5.0]
+    box = band.get_datalim(axes.transData)
+    assert (box.y0, box.y1) == (1.0, 8.0)
+    alone = Figure().subplots()
+    curves(alone, [[1.0, 2.0]], line_style("batch"))
+    assert not alone.collections
+
+
+def test_axes_of_the_same_span() -> None:
+    panels = Figure().subplots(1, 3)
+    for panel, limits in zip(panels, ((20.0, 56.0), (83.0, 86.0), (40.0, 44.0)), strict=True):
+        panel.set_ylim(*limits)
+    same_span(panels)
+    assert [panel.get_ylim() for panel in panels] == [(20, 56), (64, 100), (24, 60)]
 
 
 @pytest.mark.parametrize("norms", [("batch", "group", "layer", "kernel"), NORMS])

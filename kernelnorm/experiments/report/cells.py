@@ -63,6 +63,14 @@ class Cell:
         return sum(record.state == "diverged" for record in self.records)
 
     @property
+    def edge(self) -> str:
+        """``"lowest"`` or ``"highest"`` if the best learning rate is at an end of those tried."""
+        rates = [rate.lr for rate in self.rates]
+        if len(rates) < 2 or self.lr not in (min(rates), max(rates)):
+            return ""
+        return "lowest" if self.lr == min(rates) else "highest"
+
+    @property
     def absence(self) -> str:
         """Why there is no accuracy."""
         states = Counter[str]()

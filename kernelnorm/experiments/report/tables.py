@@ -136,6 +136,8 @@ def _time(section: Section) -> Table:
 
 def _lr(section: Section) -> Table:
     note = "The rate with the best final accuracy of seed 0."
+    if any(cell.edge for cell in section.cells.values()):
+        note += " At an end of those tried, one beyond it may be better: try more with --lrs."
     if section.config.case in paper():
         note += " Below, the paper's."
     return _grid(section, "Table 4. Best learning rate", note, _lr_entry)
@@ -147,7 +149,8 @@ def _lr_entry(section: Section, cell: Cell) -> Entry:
     if cell.lr is None:
         return Entry(cell.absence, None, printed)
     alone = " (the only one tried)" if len(cell.rates) == 1 else ""
-    return Entry(f"{cell.lr:g}{alone}", cell.lr, printed)
+    edge = f" (the {cell.edge} tried)" if cell.edge else alone
+    return Entry(f"{cell.lr:g}{edge}", cell.lr, printed)
 
 
 def _rates(section: Section) -> Table:

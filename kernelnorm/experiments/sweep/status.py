@@ -79,7 +79,7 @@ def seconds_per_epoch(statuses: Sequence[Status], config: RunConfig) -> float | 
 
 
 def seconds_left(statuses: Sequence[Status], of: Sequence[Status]) -> tuple[float, int]:
-    """Estimate the time that some runs still need, one after the other.
+    """Estimate the time that some runs still need, one after the other, with that of starting.
 
     Args:
         statuses: those that times are taken from.
@@ -90,14 +90,20 @@ def seconds_left(statuses: Sequence[Status], of: Sequence[Status]) -> tuple[floa
     """
     total, unknown = 0.0, 0
     times: dict[tuple[str, int], float | None] = {}
+    starts = [
+        sum(metrics.get("startup_seconds", 0.0) for metrics in status.history)
+        for status in statuses
+        if status.history
+    ]
+    start = sum(starts) / len(starts) if starts else 0.0
     for status in of:
         config = status.config
         cell = config.norm, config.batch_size
         if cell not in times:
             times[cell] = seconds_per_epoch(statuses, config)
         seconds = times[cell]
-        if seconds is not None:
-            total += seconds * status.epochs_left
+        if seconds is not None and status.epochs_left:
+            total += seconds * status.epochs_left + start * (not status.history)
         elif status.epochs_left:
             unknown += 1
     return total, unknown
