@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from kernelnorm.cli import main
 from kernelnorm.experiments import bench as package
-from kernelnorm.experiments.bench import bench, make_plan, measure
+from kernelnorm.experiments.bench import BAR_FORMAT, bench, make_plan, measure
 from kernelnorm.experiments.bench.plan import Case, Plan, Row
-from kernelnorm.experiments.bench.report import TimeTable, draw, floor_lines, memory_lines
+from kernelnorm.experiments.bench.report import (
+    WIDTH,
+    TimeTable,
+    draw,
+    floor_lines,
+    memory_lines,
+)
 from kernelnorm.experiments.bench.results import Quartiles, Result, Variant
 from kernelnorm.experiments.runs import RunError
+from kernelnorm.norms import NORMS
 
 ROW = Row(Case("vgg8", 8, 2), "float32", "eager", "train")
 TINY: dict[str, Any] = {
@@ -30,7 +39,7 @@ TINY: dict[str, Any] = {
 
 
 def ignore(what: str, done: float) -> None:
-    """No one looks at the progress."""
+    """Ignores the progress."""
 
 
 def result(*variants: Variant) -> Result:
@@ -55,7 +64,7 @@ def hand_made() -> Result:
 def test_quartiles() -> None:
     assert Quartiles.of([5.0, 1.0, 4.0, 2.0, 3.0]) == (2.0, 3.0, 4.0)
     assert Quartiles.of([1.0, 3.0]) == (1.5, 2.0, 2.5)  # within the values
-    assert str(Quartiles(0.994, 1.0, 1.236)) == "1.00 (0.99-1.24)"
+    assert str(Quartiles(0.994, 1.0, 1.236)) == "1.00 ±0.12"
 
 
 def test_ratios_are_of_the_same_round_and_of_the_better_memory_formats() -> None:
@@ -97,19 +106,78 @@ def test_record_has_every_time_and_the_summary() -> None:
 def test_tables() -> None:
     norms = ["none", "batch", "group", "kernel"]
     table = TimeTable(make_plan(**{**TINY, "norms": norms}))
-    heading, (line, reason) = table.heading(), table.line(hand_made()).splitlines()
+    common, heading = table.heading().splitlines()
+    line, reason = table.line(hand_made()).splitlines()
+    assert common == "All rows: VGG8, 8×8, batch 2, float32, eager."
     assert len(heading) == len(line)
-    assert heading.split()[:4] == ["case", "pass", "dtype", "mode"]
-    assert words(line) == (
-        "vgg8 8px x 2 train float32 eager 2000 0.50 (0.38-0.50) failed 1.50 (1.25-1.75)"
-    )
+    assert words(heading) == "BatchNorm no normalisation GroupNorm KernelNorm"
+    assert words(line) == "train 2000 ms 0.50 ±0.06 failed 1.50 ±0.25"
     assert reason == "  GroupNorm, channels_last: failed: OutOfMemoryError: no more"
-    assert words(floor_lines([hand_made()], norms)[1]) == (
-        "vgg8 8px x 2 train float32 eager 1000 2.00 (2.00-3.00) failed 4.00 (3.50-4.00)"
-    )
-    assert words(memory_lines([hand_made()], norms)[1]) == (
-        "vgg8 8px x 2 train float32 eager kept 0.0 0.500 - 0.700"
-    )
+    case = "VGG8, 8×8, batch 2"
+    floor = floor_lines([hand_made()], norms)
+    assert words(floor[1]) == f"{case} 1000 ms 2.00 ±0.50 failed 4.00 ±0.25"
+    memory = memory_lines([hand_made()], norms)
+    assert memory[0].splitlines()[0] == "All rows: float32, eager, train, saved bytes."
+    assert words(memory[1]) == f"{case} 0.0 MB 0.500 - 0.700"
+
+
+def measured(plan: Plan) -> list[Result]:
+    """Every variant of a plan took 1.5 ms."""
+    return [
+        Result(row, [Variant(norm, "channels_last", [0.0015] * 3, 10) for norm in plan.norms])
+        for row in plan.rows
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quick": True}, {"dtypes": ["float32", "bfloat16"]}, {"passes": ["train"]}],
+)
+@pytest.mark.parametrize("norms", [("none", "batch", "group", "layer", "kernel"), NORMS])
+def test_tables_have_at_most_100_columns(options: dict[str, Any], norms: tuple[str, ...]) -> None:
+    plan = make_plan(**options, norms=norms, device="cpu")
+    results, table = measured(plan), TimeTable(plan)
+    times = [table.heading(), *map(table.line, results)]
+    for lines in (times, floor_lines(results, norms), memory_lines(results, norms)):
+        assert max(len(line) for block in lines for line in block.splitlines()) <= WIDTH == 100
+        if norms != NORMS:
+            assert sum("KernelNorm" in block for block in lines) == 1
+            assert all(line.endswith(" 1.00 ±0.00") for line in times[1:])
+
+
+def test_a_case_is_said_once_above_its_rows() -> None:
+    plan = make_plan(networks=["vgg8"], dtypes=["float32", "bfloat16"], device="cpu")
+    table = TimeTable(plan)
+    assert table.heading().splitlines()[0] == "All rows: eager."
+    lines = [
+        line.split("  ") for result in measured(plan) for line in table.line(result).split("\n")
+    ]
+    assert [line[0] or line[1] for line in lines[:6]] == [
+        "VGG8, 32×32, batch 2, float32",
+        "train",
+        "inference",
+        "VGG8, 32×32, batch 2, bfloat16",
+        "train",
+        "inference",
+    ]
+
+
+def test_the_bar_is_not_cut_at_80_columns() -> None:
+    what = ", DenseNet-121, 160×160, batch 32: warm-up local_context"
+    options = {"ncols": 80, "bar_format": BAR_FORMAT, "postfix": what[2:]}
+    line = tqdm.format_meter(5, 100, 400.0, **options)
+    assert line.endswith(f"left{what}")
+    assert len(line) <= 80
+
+
+def test_the_picture_names_the_rows_and_starts_at_the_data() -> None:
+    figure = draw(measured(make_plan(networks=["resnet18"], device="cpu")), ["batch", "kernel"])
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[:2] == [f"ResNet-18, 192×192, batch 2\n{p}" for p in ("train", "inference")]
+    assert axes.get_title() == "All rows: float32, eager"
+    assert axes.get_xlim() == (0.9, 1.1)
+    assert draw([hand_made()], ["none", "batch", "kernel"]).axes[0].get_xlim()[0] < 0.375
 
 
 def test_without_batch_norms_times_there_are_those_of_the_others() -> None:
@@ -126,12 +194,12 @@ def test_without_batch_norms_times_there_are_those_of_the_others() -> None:
 def test_plan_without_options() -> None:
     plan = make_plan()
     assert [str(row.case) for row in plan.rows][::2] == [
-        "vgg8 32px x 2",
-        "vgg8 32px x 32",
-        "resnet18 192px x 2",
-        "resnet18 192px x 32",
-        "densenet121 160px x 2",
-        "densenet121 160px x 32",
+        "VGG8, 32×32, batch 2",
+        "VGG8, 32×32, batch 32",
+        "ResNet-18, 192×192, batch 2",
+        "ResNet-18, 192×192, batch 32",
+        "DenseNet-121, 160×160, batch 2",
+        "DenseNet-121, 160×160, batch 32",
     ]
     assert [row.pass_ for row in plan.rows] == ["train", "inference"] * 6
     assert plan.norms == ("none", "batch", "group", "layer", "kernel")
@@ -141,10 +209,10 @@ def test_plan_without_options() -> None:
 def test_quick_plan() -> None:
     plan = make_plan(quick=True)
     assert [str(row.case) for row in plan.rows][::2] == [
-        "vgg8 32px x 2",
-        "vgg8 32px x 32",
-        "resnet18 96px x 4",
-        "densenet121 64px x 4",
+        "VGG8, 32×32, batch 2",
+        "VGG8, 32×32, batch 32",
+        "ResNet-18, 96×96, batch 4",
+        "DenseNet-121, 64×64, batch 4",
     ]
     assert (plan.rounds, plan.seconds) == (9, 4.0)
     assert make_plan(quick=True, rounds=3).rounds == 3
@@ -158,30 +226,43 @@ def test_sizes_follow_the_networks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("options", "message"),
     [
-        ("--networks=vgg9", "--networks: unknown 'vgg9', choose from: vgg8, resnet18"),
-        ("--networks=vgg8,vgg8", "--networks must have each name once, got vgg8,vgg8"),
-        ("--sizes=32,64", "--sizes must have a number for each of the 3 networks"),
-        ("--sizes=32,0,32", "--sizes must be at least 1, got 0"),
-        ("--batch-sizes=2,-1", "--batch-sizes must be at least 1, got -1"),
-        ("--norms=batch,weight", "--norms: unknown 'weight', choose from: batch, group"),
-        ("--norms=none,kernel", "--norms must have batch, which it compares with, got none,kernel"),
-        ("--passes=backward", "--passes: unknown 'backward', choose from: train, inference"),
-        ("--dtypes=float64", "--dtypes: unknown 'float64', choose from: float32, bfloat16"),
-        ("--dtypes=float16", "--dtypes float16 needs a CUDA device, got --device cpu"),
-        ("--modes=fast", "--modes: unknown 'fast', choose from: eager, compile, reduce-overhead"),
-        ("--modes=reduce-overhead", "--modes reduce-overhead needs a CUDA device"),
-        ("--memory-formats=last", "--memory-formats: unknown 'last', choose from: channels_last"),
-        ("--threads=0", "--threads must be at least 1, got 0"),
-        ("--rounds=1", "--rounds must be at least 2, got 1"),
-        ("--seconds=-1", "--seconds must be at least 0, got -1"),
+        ({"networks": ["vgg9"]}, "--networks: unknown 'vgg9', choose from: vgg8, resnet18"),
+        ({"networks": ["vgg8", "vgg8"]}, "--networks must have each name once, got vgg8,vgg8"),
+        ({"sizes": [32, 64]}, "--sizes must have a number for each of the 3 networks"),
+        ({"sizes": [32, 0, 32]}, "--sizes must be at least 1, got 0"),
+        ({"batch_sizes": [2, -1]}, "--batch-sizes must be at least 1, got -1"),
+        ({"norms": ["batch", "weight"]}, "--norms: unknown 'weight', choose from: batch, group"),
+        (
+            {"norms": ["none", "kernel"]},
+            "--norms must have batch, which it compares with, got none,kernel",
+        ),
+        ({"passes": ["backward"]}, "--passes: unknown 'backward', choose from: train, inference"),
+        ({"dtypes": ["float64"]}, "--dtypes: unknown 'float64', choose from: float32, bfloat16"),
+        ({"dtypes": ["float16"]}, "--dtypes float16 needs a CUDA device, got --device cpu"),
+        (
+            {"modes": ["fast"]},
+            "--modes: unknown 'fast', choose from: eager, compile, reduce-overhead",
+        ),
+        ({"modes": ["reduce-overhead"]}, "--modes reduce-overhead needs a CUDA device"),
+        (
+            {"memory_formats": ["last"]},
+            "--memory-formats: unknown 'last', choose from: channels_last",
+        ),
+        ({"threads": 0}, "--threads must be at least 1, got 0"),
+        ({"rounds": 1}, "--rounds must be at least 2, got 1"),
+        ({"seconds": -1}, "--seconds must be at least 0, got -1"),
     ],
 )
-def test_options_are_checked_before_any_work(option: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(["bench", "--device=cpu", f"--out={tmp_path / 'out'}", option])
-    assert str(error.value.code).startswith(f"kernelnorm: {message}")
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=f"^{re.escape(message)}"):
+        make_plan(device="cpu", **options)
+
+
+def test_a_wrong_option_creates_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--modes: unknown 'fast'"):
+        main(["bench", "--device=cpu", f"--out={tmp_path / 'out'}", "--modes=fast"])
     assert not (tmp_path / "out").exists()
 
 
@@ -210,7 +291,7 @@ def test_what_is_not_a_number_or_a_device(
 
 def test_out_must_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="file cannot be made: File exists"):
+    with pytest.raises(RunError, match=r"cannot create the folder .*file: a file has this name"):
         bench(make_plan(**TINY), tmp_path / "file")
 
 
@@ -225,9 +306,10 @@ def test_command(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["bench", *options, "--dtypes=float32,bfloat16", "--threads=1", f"--out={out}"])
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
-    assert "threads: 1" in printed.splitlines()[0]
-    assert printed.count("\nvgg8 8px x 2  train") == 6  # two data types, three tables
-    assert printed.count("\nvgg8 8px x 2  inference") == 4  # which keeps nothing
+    assert "threads: 1" in printed.split("\n\n")[0].replace("\n", " ")
+    assert printed.count("\n  train  ") == 4  # two data types, two tables
+    assert printed.count("\n  inference  ") == 4
+    assert printed.count("\nbfloat16  ") == 1  # the table of the memory has no inference
     assert str(out / "bench.json") in printed
     with Image.open(out / "bench.png") as picture:
         assert picture.width > 1000

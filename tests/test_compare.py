@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from tqdm import tqdm
 
 from kernelnorm.cli import main
-from kernelnorm.experiments.compare import Row, compare
+from kernelnorm.experiments.compare import Row, _draw, compare
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
 from kernelnorm.experiments.runs import RunError, RunFolder
-from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.style import LABELS, line_style, network_label, plain_log
 from kernelnorm.experiments.trainer import train
 from kernelnorm.norms import NORMS
 
@@ -90,7 +93,7 @@ def test_a_run_that_cannot_be_trained_is_a_row_with_the_reason(
 def test_what_has_ended_is_written_down_when_it_is_stopped(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop_at_kernel(config: RunConfig, launch: Launch) -> RunFolder:
+    def stop_at_kernel(config: RunConfig, launch: Launch, on_epoch: Any) -> RunFolder:
         if config.norm == "kernel":
             raise KeyboardInterrupt
         return train(config, launch)
@@ -108,8 +111,74 @@ def test_what_has_ended_is_written_down_when_it_is_stopped(
 def test_final_accuracy_is_never_the_best_one() -> None:
     epoch = {"train_loss": 0.5, "seconds": 2.0}
     history = [{**epoch, "test_accuracy": a} for a in (0.99, 0.5, 0.5, 0.5, 0.5, 0.6)]
-    cells = Row(small("batch", 10), history).cells()
+    cells = Row(replace(small("batch", 10), lr=0.005), history).cells()
     assert cells == ("BatchNorm", "10", "0.005", "6", "0.5000", "52.00%", "2.00")
+
+
+def test_a_bar_counts_the_epochs_of_all_runs(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bar(tqdm):
+        seen: ClassVar[list[tuple[str, float, float]]] = []
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            self.seen.append((self.desc, self.n, self.total))
+            return None
+
+        def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
+            self.desc = desc or ""
+
+    monkeypatch.setattr("kernelnorm.experiments.compare.tqdm", Bar)
+    unfinished = small("group", 10)
+    train(unfinished, Launch(out=tmp_path / unfinished.name, max_steps=7, verbose=False))
+    assert len(RunFolder(tmp_path / unfinished.name).read_metrics()) == 1
+    compare([unfinished, replace(small("none", 10), lr=1e8), small("batch", 10)], tmp_path)
+    counted = [seen for i, seen in enumerate(Bar.seen) if seen not in Bar.seen[:i]]
+    assert counted == [
+        ("run 1 of 3", 2, 6),
+        ("run 2 of 3", 4, 6),  # the one that diverges
+        ("run 3 of 3", 5, 6),
+        ("run 3 of 3", 6, 6),
+    ]
+
+
+def test_the_picture_shows_the_mean_of_the_last_five_epochs_over_those_epochs() -> None:
+    accuracies = (0.9, 0.1, 0.5, 0.5, 0.5, 0.5, 0.6)
+    history = [
+        {"epoch": float(epoch), "train_loss": 2 / epoch, "test_accuracy": accuracy, "seconds": 1.0}
+        for epoch, accuracy in enumerate(accuracies, 1)
+    ]
+    loss, accuracy = _draw([Row(small("batch", 10), history)]).axes
+    (dashed,) = (line for line in accuracy.get_lines() if line.get_linestyle() == "--")
+    assert [*dashed.get_xdata()] == [2.7, 7.3]
+    assert [*dashed.get_ydata()] == [pytest.approx(52.0)] * 2
+    assert "dashed: mean of the last five epochs" in accuracy.get_ylabel()
+    assert loss.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.3, 2.4, ["0.5", "1", "2"]),
+        (1.1, 1.4, ["1.1", "1.2", "1.3", "1.4"]),
+        (0.0005, 0.05, ["0.001", "0.003", "0.01", "0.03"]),
+        (0.00001, 0.2, ["0.00001", "0.0001", "0.001", "0.01", "0.1"]),
+    ],
+)
+def test_log_axes_have_plain_decimals(low: float, high: float, labels: list[str]) -> None:
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.plot([low, high])
+    plain_log(axes.yaxis)
+    bottom, top = axes.get_ylim()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    assert [label.get_text() for tick, label in ticks if bottom <= tick <= top] == labels
+
+
+def test_networks_have_names_for_people() -> None:
+    names = [network_label(name) for name in ("vgg8", "resnet50", "densenet121", "other3")]
+    assert names == ["VGG8", "ResNet-50", "DenseNet-121", "other3"]
 
 
 def test_every_norm_has_its_own_look() -> None:

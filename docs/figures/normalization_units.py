@@ -1,7 +1,7 @@
-"""Draws normalization_units.png: which outputs of each layer move when one input element does.
+"""Draws normalization_units.png: which outputs of each layer change with one input element.
 
-Nothing is drawn from a definition: each layer runs on an input and on the same input with one
-element moved, and the outputs that differ are filled. Needs matplotlib.
+The picture is computed: each layer runs on an input and on the same input with one element changed,
+and the outputs that differ are filled. Needs matplotlib.
 """
 
 from pathlib import Path
@@ -16,27 +16,27 @@ from kernelnorm import KernelNorm2d
 from kernelnorm.norms import LocalContextNorm2d, PositionalNorm2d
 
 SHAPE = SAMPLES, CHANNELS, SIZE, _ = (2, 4, 7, 7)
-ELEMENT = (0, 1, 3, 2)  # the one that is moved: sample, channel, row, column
+ELEMENT = (0, 1, 3, 2)  # the one that is changed: sample, channel, row, column
 WINDOW, STRIDE = 3, 2
 LAYERS = {
-    "Input": (nn.Identity(), "one element (×) is moved; filled: what moves with it"),
-    "BatchNorm": (nn.BatchNorm2d(CHANNELS), "unit (n, h, w)"),
-    "LayerNorm": (nn.GroupNorm(1, CHANNELS), "unit (c, h, w)"),
-    "InstanceNorm": (nn.InstanceNorm2d(CHANNELS), "unit (h, w)"),
-    "GroupNorm": (nn.GroupNorm(2, CHANNELS), "unit (2, h, w)"),
-    "PositionalNorm": (PositionalNorm2d(CHANNELS), "unit (c,)"),
-    "LocalContextNorm": (LocalContextNorm2d(CHANNELS, 2, WINDOW), "unit (2, 3, 3)"),
     "KernelNorm": (
         KernelNorm2d(WINDOW, STRIDE, dropout_p=0.0),
-        "unit (c, 3, 3), stride 2; 7 × 7 becomes 9 × 9",
+        "unit (c, 3, 3), stride 2: windows overlap",
     ),
+    "BatchNorm": (nn.BatchNorm2d(CHANNELS), "unit (n, h, w)"),
+    "LayerNorm": (nn.GroupNorm(1, CHANNELS), "unit (c, h, w)"),
+    "GroupNorm": (nn.GroupNorm(2, CHANNELS), "unit (2, h, w)"),
+    "InstanceNorm": (nn.InstanceNorm2d(CHANNELS), "unit (h, w)"),
+    "PositionalNorm": (PositionalNorm2d(CHANNELS), "unit (c,)"),
+    "LocalContextNorm": (LocalContextNorm2d(CHANNELS, 2, WINDOW), "unit (2, 3, 3)"),
 }
+LARGE = 3  # so many layers are in the upper row
 COLORS = ListedColormap(["white", "#7aa6d6"])
-PITCH = 10.5  # from one map to the next, in cells
+GAP = 1  # between two maps, in cells
 
 
 def moved_outputs(layer: nn.Module) -> Tensor:
-    """Returns where the output differs when the element does."""
+    """Returns where the output differs if the element does."""
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moved = x.clone()
     moved[ELEMENT] += 1
@@ -45,14 +45,14 @@ def moved_outputs(layer: nn.Module) -> Tensor:
 
 
 def copies(layer: nn.Module) -> Tensor:
-    """Returns where the output is the element itself, normalised: the peaks of a single peak."""
+    """Returns where the output is the normalised element itself: the peaks of its output."""
     x = torch.zeros(SHAPE, dtype=torch.float64)
     x[ELEMENT] = 1
     y: Tensor = layer(x)
     return y > 0.99 * y.max()
 
 
-def draw_map(ax: Axes, x: float, y: float, moved: Tensor, marked: Tensor) -> None:
+def draw_map(ax: Axes, x: int, y: int, moved: Tensor, marked: Tensor, font: float) -> None:
     """Draws one channel of one sample with its upper left corner at ``(x, y)``."""
     size = len(moved)
     corners = torch.arange(size + 1)
@@ -63,35 +63,45 @@ def draw_map(ax: Axes, x: float, y: float, moved: Tensor, marked: Tensor) -> Non
         ax.plot([x + corner] * 2, [y, y + size], color="0.15", lw=1.0)
         ax.plot([x, x + size], [y + corner] * 2, color="0.15", lw=1.0)
     for row, column in marked.nonzero().tolist():
-        ax.plot(x + column + 0.5, y + row + 0.5, "x", color="black", ms=4.5, mew=1.5)
+        ax.plot(x + column + 0.5, y + row + 0.5, "x", color="black", ms=0.6 * font, mew=0.2 * font)
 
 
-def draw_layer(ax: Axes, name: str) -> None:
+def draw_layer(ax: Axes, name: str, font: float) -> None:
     """Draws all maps of a layer's output: a row for each sample, a column for each channel."""
     layer, unit = LAYERS[name]
     layer = layer.double().train()
     with torch.no_grad():
         moved, marked = moved_outputs(layer), copies(layer)
-    size = moved.shape[-1]
+    pitch = moved.shape[-1] + GAP
     for sample in range(SAMPLES):
         for channel in range(CHANNELS):
             at = (sample, channel)
-            draw_map(ax, channel * PITCH, sample * PITCH, moved[at], marked[at])
+            draw_map(ax, channel * pitch, sample * pitch, moved[at], marked[at], font)
             if sample == 0:
-                ax.text(channel * PITCH + size / 2, -0.5, f"channel {channel + 1}", ha="center")
-        row_label = f"sample {sample + 1}"
-        ax.text(-0.6, sample * PITCH + size / 2, row_label, ha="right", va="center", rotation=90)
-    ax.set_title(f"$\\bf{{{name}}}$   {unit}", loc="left", fontsize=9.5, pad=8)
-    ax.set(xlim=(-2, CHANNELS * PITCH), ylim=(SAMPLES * PITCH - 1, -1), aspect="equal", anchor="NW")
+                middle = channel * pitch + (pitch - GAP) / 2
+                ax.text(middle, -0.5, f"channel {channel + 1}", ha="center", fontsize=font)
+        if ax.get_subplotspec().is_first_col():
+            place = {"ha": "right", "va": "center", "rotation": 90, "fontsize": font}
+            ax.text(-0.6, sample * pitch + (pitch - GAP) / 2, f"sample {sample + 1}", **place)
+    ax.set_title(f"$\\bf{{{name}}}$\n{unit}", loc="left", fontsize=font + 1.5, pad=font + 7)
+    ax.set(aspect="equal", anchor="NW")
     ax.axis("off")
+    ax.invert_yaxis()
 
 
 def main() -> None:
     """Writes the picture beside this file."""
-    plt.rcParams.update({"font.size": 8})
-    figure, axes = plt.subplots(4, 2, figsize=(9, 9.4), layout="constrained")
-    for ax, name in zip(axes.flat, LAYERS, strict=True):
-        draw_layer(ax, name)
+    names = [*LAYERS]
+    figure = plt.figure(figsize=(9, 4.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2.6, 1.6))
+    for ax, name in zip(upper.subplots(1, LARGE, width_ratios=(9, 7, 7)), names, strict=False):
+        draw_layer(ax, name, font=8)
+    for ax, name in zip(lower.subplots(1, len(names) - LARGE), names[LARGE:], strict=True):
+        draw_layer(ax, name, font=6.5)
+    upper.suptitle(
+        "× one input element that is changed; filled: the outputs that change with it", fontsize=10
+    )
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=150, metadata={"Software": None})
 
 

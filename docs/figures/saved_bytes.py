@@ -1,4 +1,4 @@
-"""Draws saved_bytes.png: what a training step keeps for its backward, by network and norm."""
+"""Draws saved_bytes.png: the bytes that a training step stores for its backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from kernelnorm.experiments.bench import CASE_STUDIES, saved_bytes
-from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.style import LABELS, line_style, network_label
 from kernelnorm.models import create_model
 
 NORMS = ("batch", "group", "layer", "kernel")
@@ -34,10 +34,11 @@ def main() -> None:
                 edgecolor="white", label=label,
             )  # fmt: skip
             axes.annotate(f"{megabytes:.1f}", (place, megabytes / whole), ha="center", va="bottom")
-    axes.set_xticks(range(len(CASE_STUDIES)), [f"{n}, {s}x{s}" for n, s in CASE_STUDIES.items()])
-    axes.set_ylabel("kept, BatchNorm = 1")
+    names = [f"{network_label(name)}, {size}×{size}" for name, size in CASE_STUDIES.items()]
+    axes.set_xticks(range(len(CASE_STUDIES)), names)
+    axes.set_ylabel("stored, BatchNorm = 1")
     axes.set_ylim(0, 1.2)
-    axes.set_title("Kept for the backward (on the bars: MB an image, float32)", fontsize=10)
+    axes.set_title("Stored for the backward pass (on the bars: MB per image, float32)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(NORMS))
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)

@@ -1,4 +1,4 @@
-"""Normalisations side by side: what is missing is trained, then a table and a picture."""
+"""Compare normalisations: train the missing runs, then write a table and a picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.distributed import is_torchelastic_launched
+from tqdm import tqdm
 
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import RunConfig
@@ -20,10 +21,18 @@ from kernelnorm.experiments.runs import (
     DivergedError,
     Metrics,
     RunError,
+    RunFolder,
     final_accuracy,
     write_whole,
 )
-from kernelnorm.experiments.style import LABELS, line_style, png
+from kernelnorm.experiments.style import (
+    LABELS,
+    MEAN_LABEL,
+    line_style,
+    mean_line,
+    plain_log,
+    png,
+)
 from kernelnorm.experiments.trainer import train
 
 __all__ = ["Row", "compare"]
@@ -55,7 +64,7 @@ class Row:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the row as JSON knows it."""
+        """Return the row as an object for JSON."""
         return {
             "folder": self.config.name,
             "run": self.config.record(),
@@ -68,9 +77,10 @@ class Row:
 def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = None) -> list[Row]:
     """Train the runs that are missing or unfinished, and compare all of them.
 
-    The table grows by a row as each run ends, on the screen and in ``comparison.md`` and
-    ``comparison.json`` in ``out``; ``comparison.png`` is drawn at the end. A run that diverges, or
-    cannot be trained, is a row with the reason below it; the others go on.
+    Each run that ends adds a row to the table, on the screen and in ``comparison.md`` and
+    ``comparison.json`` in ``out``; ``comparison.png`` is drawn at the end. A progress bar counts
+    the epochs of all runs. A run that diverges, or cannot be trained, is a row with the reason
+    below it; the other runs are still trained.
 
     Args:
         configs: the runs, in the order of the table.
@@ -78,30 +88,65 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
         launch: how the runs are executed; its ``out`` is not used.
     """
     launch = launch or Launch()
-    echo = rank_zero_only(print)
     widths = [
         max(len(LABELS[config.norm]) for config in configs),
         *(max(len(heading), 7) for heading in _HEADINGS[1:]),
     ]
-    echo(_line(_HEADINGS, widths), flush=True)
-    rows = []
-    for config in configs:
-        try:
-            folder = train(config, replace(launch, out=out / config.name, verbose=False))
-            row = Row(config, folder.read_metrics())
-        except RunError as error:
-            # Of several processes, the others may not have had it, and would wait for this one.
-            if is_torchelastic_launched() and not isinstance(error, DivergedError):
-                raise
-            row = Row(config, [], str(error))
-        rows.append(row)
-        echo(_line(row.cells(), widths), flush=True)
-        if row.failure:
-            echo(f"  {row.failure}", flush=True)
-        rank_zero_only(_write)(rows, out)
+    _echo(_line(_HEADINGS, widths))
+    rows: list[Row] = []
+    epochs = [_epochs_done(config, out) for config in configs]
+    with _bar(configs, sum(epochs)) as bar:
+        for config, done in zip(configs, epochs, strict=True):
+            bar.set_description(f"run {len(rows) + 1} of {len(configs)}")
+            end = bar.n + config.epochs - done
+            own = replace(launch, out=out / config.name, verbose=False)
+            try:
+                folder = train(config, own, bar.update)
+                row = Row(config, folder.read_metrics())
+            except RunError as error:
+                # Other processes may not have this error, and would wait for this process.
+                if is_torchelastic_launched() and not isinstance(error, DivergedError):
+                    raise
+                row = Row(config, [], str(error))
+            rows.append(row)
+            bar.update(end - bar.n)  # it may have converged, or failed
+            _echo(_line(row.cells(), widths))
+            if row.failure:
+                _echo(f"  {row.failure}")
+            rank_zero_only(_write)(rows, out)
     rank_zero_only(_write_picture)(rows, out)
-    echo(f"\n{_CAPTION}\nTable:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
+    _echo(f"\n{_CAPTION}\nTable:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
     return rows
+
+
+@rank_zero_only
+def _echo(text: str) -> None:
+    """Print above the progress bars."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
+def _epochs_done(config: RunConfig, out: Path) -> int:
+    """Return the finished epochs of a run; all of them if it has converged."""
+    try:
+        history = RunFolder(out / config.name).read_metrics()
+    except RunError:  # train reports it
+        return 0
+    return config.epochs if config.finished(history) else len(history)
+
+
+def _bar(configs: Sequence[RunConfig], done: int) -> tqdm[Any]:
+    """Return the bar over the epochs of all runs; the trainer's bar of one run is below it."""
+    return tqdm(
+        total=sum(config.epochs for config in configs),
+        initial=done,
+        unit=" epochs",
+        smoothing=0,
+        dynamic_ncols=True,
+        leave=False,
+        # None: only on a terminal
+        disable=True if rank_zero_only.rank else None,  # type: ignore[attr-defined]
+    )
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -146,10 +191,10 @@ def _draw(rows: Sequence[Row]) -> Figure:
             top.plot(epochs, [metrics["train_loss"] for metrics in row.history], **style)
             accuracies = [100 * metrics["test_accuracy"] for metrics in row.history]
             bottom.plot(epochs, accuracies, **style)
-            final = 100 * final_accuracy(row.history)
-            bottom.axhline(final, color=style["color"], linestyle="--", linewidth=0.8)
+            mean_line(bottom, len(epochs), 100 * final_accuracy(row.history), style)
+    plain_log(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylabel("test accuracy, % (dashed: final)")
+    axes[1, 0].set_ylabel(f"test accuracy, %\n({MEAN_LABEL})")
     lines = {line.get_label(): line for top in axes[0] for line in top.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     return figure

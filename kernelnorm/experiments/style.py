@@ -1,4 +1,4 @@
-"""How figures are drawn: each normalisation has the same colour and marker in all of them."""
+"""The common style of all figures: a colour and a marker per normalisation, and their names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["LABELS", "line_style", "png"]
+__all__ = ["LABELS", "MEAN_LABEL", "line_style", "mean_line", "network_label", "plain_log", "png"]
 
 LABELS = {
     "batch": "BatchNorm",
@@ -21,8 +23,12 @@ LABELS = {
     "kernel": "KernelNorm",
 }
 
+MEAN_LABEL = "dashed: mean of the last five epochs"
+
+_NETWORKS = {"vgg": "VGG", "resnet": "ResNet-", "densenet": "DenseNet-"}
+
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers for black and white. Lines
-# are solid, as a dashed one is a final accuracy.
+# are solid, as a dashed one is the mean of the last epochs.
 _STYLES = {
     "batch": ("#0072B2", "o"),
     "group": ("#E69F00", "s"),
@@ -39,6 +45,30 @@ def line_style(norm: str) -> dict[str, Any]:
     """Return the keyword arguments of :meth:`matplotlib.axes.Axes.plot` for a normalisation."""
     color, marker = _STYLES[norm]
     return {"label": LABELS[norm], "color": color, "marker": marker, "markersize": 5}
+
+
+def network_label(network: str) -> str:
+    """Return the name of a network for people: ``"DenseNet-121"`` for ``"densenet121"``."""
+    family = network.rstrip("0123456789")
+    return _NETWORKS.get(family, family) + network[len(family) :]
+
+
+def mean_line(axes: Axes, epochs: int, mean: float, style: dict[str, Any]) -> None:
+    """Draw the mean of the last five of these epochs, dashed, over those epochs."""
+    ends = (max(1, epochs - 4) - 0.3, epochs + 0.3)
+    axes.plot(ends, (mean, mean), color=style["color"], linestyle="--", linewidth=1.2)
+
+
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis, whose data are drawn, with plain decimals such as 0.5, 1, 2."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    steps = (1, 2, 5) if high / low < 30 else (1, 3) if high / low < 300 else (1,)
+    even = MaxNLocator(5, steps=[1, 2, 5, 10])
+    axis.set_major_locator(even if high / low < 5 else LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.9f}".rstrip("0").rstrip(".")))
 
 
 def png(figure: Figure) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ _SLOW_LOOKS = 2
 """A process starts up, fills its caches and compiles before it has looked at the loss so often."""
 
 
-def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
+def train(
+    config: RunConfig, launch: Launch | None = None, on_epoch: Callable[[], object] | None = None
+) -> RunFolder:
     """Train a network, or go on with its training, and return the run's folder.
 
     A stopped run resumes from its last checkpoint; on one CPU its weights are then bit for bit
@@ -46,6 +49,7 @@ def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
     Args:
         config: what to train, from :func:`kernelnorm.experiments.recipes.configure`.
         launch: where and how.
+        on_epoch: is called as each epoch ends.
 
     Raises:
         DivergedError: the loss or a weight is not finite.
@@ -64,7 +68,7 @@ def train(config: RunConfig, launch: Launch | None = None) -> RunFolder:
         return folder
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with folder.attempt(config.record()) if first else nullcontext():
-        _Training(config, launch, folder).run()
+        _Training(config, launch, folder).run(on_epoch)
     return folder
 
 
@@ -126,7 +130,7 @@ class _Training:
             names = ", ".join(fresh)
             self.fabric.print(f"begun from {source}, but for {names}: another number of classes")
 
-    def run(self) -> None:
+    def run(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""
         self._write_config()
         self.progress = state.restore(self.folder, self.fabric, self.network, self.optimizer)
@@ -139,6 +143,8 @@ class _Training:
                     self._pause()
                     return
                 self._end_epoch()
+                if on_epoch is not None:
+                    on_epoch()
 
     def _train_epoch(self) -> bool:
         """Take the steps of one epoch; tell whether it was to its end."""
@@ -328,8 +334,7 @@ class _Training:
         return tqdm(
             total=self.config.epochs * images,
             initial=len(progress.history) * images + progress.sums.images,
-            unit=" images",
-            unit_scale=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
             dynamic_ncols=True,
             leave=False,
             disable=None if self.fabric.is_global_zero else True,  # None: off where no one looks

@@ -1,24 +1,24 @@
 """Time and memory of the normalisations side by side, in tables, a file and a picture.
 
-``bench.json`` has what was measured, for others to compute with:
+``bench.json`` has all measurements:
 
 ``kernelnorm``, ``machine``
-    the package's version; PyTorch's version, the device in words, cores, threads, whether float32
-    products are rounded to TF32, as on CUDA they are, and the backend of the kernel layers.
+    the package's version; PyTorch's version, the device's name, cores, threads, whether float32
+    products are rounded to TF32 (they are on CUDA), and the backend of the kernel layers.
 ``results``
     a list with an object for each row of the table:
 
     ``network``, ``image_size``, ``batch_size``, ``dtype``, ``mode``, ``pass``
-        what was measured.
+        the row.
     ``variants``
         one for each norm and memory format: ``norm``, ``memory_format``, ``seconds`` (of a step,
-        one number a round; the i-th numbers of all variants are of the same round),
-        ``saved_bytes`` (kept for the backward), ``peak_bytes`` (on CUDA, the most that a step
-        allocated), ``failure`` (why there are no times, or an empty string).
+        one number per round; the i-th numbers of all variants are of the same round),
+        ``saved_bytes`` (stored for the backward pass), ``peak_bytes`` (on CUDA, the peak of the
+        memory that a step allocates), ``failure`` (why there are no times, or an empty string).
     ``summary``
         for each norm that has times, in its faster ``memory_format``: the quartiles ``[low, median,
-        high]`` of ``seconds``, and ``to_batch`` and ``to_none``, of the ratios to another norm's
-        time of the same round, or null.
+        high]`` of ``seconds``, and of ``to_batch`` and ``to_none``, the ratios to the time of
+        BatchNorm and of the network without normalisation in the same round, or null.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,12 +38,15 @@ from tqdm import tqdm
 import kernelnorm
 from kernelnorm.experiments.bench.measure import measure_row, saved_bytes
 from kernelnorm.experiments.bench.plan import CASE_STUDIES, Plan, make_plan
-from kernelnorm.experiments.bench.report import TimeTable, draw, floor_lines, memory_lines
+from kernelnorm.experiments.bench.report import WIDTH, TimeTable, draw, floor_lines, memory_lines
 from kernelnorm.experiments.bench.results import Result
 from kernelnorm.experiments.runs import RunError, write_whole
 from kernelnorm.experiments.style import png
 
 __all__ = ["CASE_STUDIES", "Plan", "bench", "make_plan", "saved_bytes"]
+
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {remaining} left{postfix}"
+"""Leaves room for the longest case and norm in 80 columns."""
 
 
 def bench(plan: Plan, out: Path) -> list[Result]:
@@ -51,7 +55,7 @@ def bench(plan: Plan, out: Path) -> list[Result]:
     The table of times grows by a line as each row ends, and so do the two files.
 
     Args:
-        plan: what is measured.
+        plan: the rows to measure, from :func:`make_plan`.
         out: the folder of the two files.
 
     Raises:
@@ -61,12 +65,13 @@ def bench(plan: Plan, out: Path) -> list[Result]:
     results: list[Result] = []
     with _settings(plan):
         machine = _machine(plan)
-        print(_phrase(machine))
+        print(textwrap.fill(_phrase(machine), WIDTH))
         table = TimeTable(plan)
-        print(f"\nTime of a step: ratios to BatchNorm's, median (quartiles)\n{table.heading()}")
+        print("\nTime of a step: ratio to BatchNorm's, median ± half the interquartile range")
+        print(table.heading())
         with tqdm(
             total=len(plan.rows),
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+            bar_format=BAR_FORMAT,
             smoothing=0,
             dynamic_ncols=True,
             leave=False,
@@ -83,28 +88,31 @@ def bench(plan: Plan, out: Path) -> list[Result]:
                 tqdm.write(table.line(result))
                 _write(results, plan, machine, out)
     if floor := floor_lines(results, plan.norms):
-        print("\nTime of a step: ratios to the floor, the network without a normalisation")
+        print("\nTime of a step: ratio to the network without normalisation")
         print("\n".join(floor))
     if memory := memory_lines(results, plan.norms):
-        print("\nMemory: ratios to BatchNorm's; kept is what autograd saves for the backward")
+        print(
+            "\nMemory: ratio to BatchNorm's (saved: for the backward pass; peak: of a whole step)"
+        )
         print("\n".join(memory))
     print(f"\nTimes:   {out / 'bench.json'}\nPicture: {out / 'bench.png'}")
     return results
 
 
 def _check_folder(out: Path) -> None:
-    """Not after minutes of measuring."""
+    """Create the folder, so that a wrong one is refused before minutes of measuring."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out {out} cannot be made: {error.strerror}") from error
+        reason = "a file has this name" if out.is_file() else error.strerror
+        raise RunError(f"--out: cannot create the folder {out}: {reason}") from error
     if not os.access(out, os.W_OK):
-        raise RunError(f"--out {out} must be a folder that can be written to")
+        raise RunError(f"--out: cannot write to the folder {out}. Choose another one")
 
 
 @contextmanager
 def _settings(plan: Plan) -> Iterator[None]:
-    """Set the threads and, on CUDA, TF32; afterwards they are as they were."""
+    """Set the threads and, on CUDA, TF32; restore both at the end."""
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     try:
@@ -139,7 +147,7 @@ def _processor() -> str:
 
 
 def _phrase(machine: dict[str, Any]) -> str:
-    """Return the machine in words."""
+    """Return a line about the machine."""
     tf32 = ", float32 products in TF32" if machine["tf32"] else ""
     return (
         f"kernelnorm {kernelnorm.__version__}, PyTorch {machine['torch']}, {machine['device']}, "

@@ -1,7 +1,7 @@
-"""Time and memory of the variants of one row, interleaved so that what disturbs one disturbs all.
+"""Time and memory of the variants of one row.
 
-Each network is warmed up. Then, round by round, every variant is timed once, in an order that is
-drawn anew, so that none always comes after the same other.
+Each network is warmed up. Then each round times every variant once, in a new random order, so that
+a disturbance of the machine affects all variants alike.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["measure_row", "saved_bytes"]
 
 _LEAST_ROUNDS = 3
 _SHORTEST = 0.01
-"""A time is that of as many steps as the fastest variant does in so many seconds."""
+"""Minimum seconds of one timing: it repeats the step until the fastest variant takes as long."""
 
 Step = Callable[[], None]
 
 
 def saved_bytes(network: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a training step keeps between its forward and its backward.
+    """Return the bytes that a training step stores for its backward pass.
 
-    Each storage that autograd saves is counted once, and the parameters are left out. The count
-    does not depend on the machine.
+    Each storage that autograd saves is counted once; parameters are not counted. The count does
+    not depend on the machine.
     """
     parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, int] = {}
@@ -53,18 +53,18 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
 def measure_row(row: Row, plan: Plan, progress: Callable[[str, float], None]) -> Result:
     """Measure the norms of the plan, in each of its memory formats.
 
-    A variant that fails says why, and the others go on.
+    A variant that fails records the reason; the others are still measured.
 
     Args:
-        row: what is measured.
-        plan: on which device, and for how long.
-        progress: called with what is being done, and the fraction of the row that is done.
+        row: the network, its input and how it runs.
+        plan: the norms, memory formats, device and limits.
+        progress: called with a phrase for the progress bar, and the finished fraction of the row.
     """
     variants = [Variant(norm, format_) for norm in plan.norms for format_ in plan.memory_formats]
     steps: dict[int, Step] = {}
     fastest = math.inf
     for i, variant in enumerate(variants):
-        progress(f"warming up {variant.norm}", 0.0)
+        progress(f"warm-up {variant.norm}", 0.0)
         with _failing(variant):
             steps[i], seconds = _warm_up(row, variant, plan.device)
             fastest = min(fastest, seconds)
@@ -72,7 +72,7 @@ def measure_row(row: Row, plan: Plan, progress: Callable[[str, float], None]) ->
     generator, start = random.Random(0), time.perf_counter()
     for done in range(plan.rounds):
         share = max(done / plan.rounds, (time.perf_counter() - start) / (plan.seconds or 1e-9))
-        progress("timing", min(1.0, share))
+        progress("timing", min(1.0, round(share, 2)))
         if share >= 1 and done >= _LEAST_ROUNDS:
             break
         for i in generator.sample([*steps], len(steps)):
@@ -88,7 +88,7 @@ def measure_row(row: Row, plan: Plan, progress: Callable[[str, float], None]) ->
 
 @contextlib.contextmanager
 def _failing(variant: Variant) -> Iterator[None]:
-    """Turn an exception into the variant's failure, whatever it is: other variants may do."""
+    """Record any exception as the variant's failure, as other variants may work."""
     try:
         yield
     except Exception as error:
@@ -97,7 +97,7 @@ def _failing(variant: Variant) -> Iterator[None]:
 
 
 def _warm_up(row: Row, variant: Variant, device: torch.device) -> tuple[Step, float]:
-    """Return a step, and how long the last one took; count the memory that it takes.
+    """Return a step and the seconds that it takes; record its memory in the variant.
 
     The first steps compile, choose algorithms and record CUDA graphs.
     """
@@ -126,7 +126,7 @@ def _warm_up(row: Row, variant: Variant, device: torch.device) -> tuple[Step, fl
 
 def _training_step(row: Row, network: nn.Module, x: Tensor) -> Step:
     y = torch.randint(0, 10, (len(x),), device=x.device)
-    # With a rate of 0, a step costs what any does, and the weights stay what they are.
+    # A learning rate of 0 costs the same time and leaves the weights unchanged.
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
 
     def step() -> None:
@@ -161,7 +161,7 @@ def _autocast(row: Row, x: Tensor) -> torch.autocast:
 
 
 def _time(step: Step, repeats: int, device: torch.device) -> float:
-    """Return the seconds of a step, the mean of some without a break."""
+    """Return the seconds of a step, the mean over consecutive repeats."""
     _synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What is to be measured: the rows of the table, and what is the same for all of them."""
+"""What the bench measures: the rows of the table, and the settings that all rows share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import product
 import torch
 
 from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.style import network_label
 from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS
 
@@ -32,7 +33,8 @@ class Case:
     batch_size: int
 
     def __str__(self) -> str:
-        return f"{self.network} {self.image_size}px x {self.batch_size}"
+        size = self.image_size
+        return f"{network_label(self.network)}, {size}×{size}, batch {self.batch_size}"
 
 
 _QUICK = (
@@ -45,7 +47,7 @@ _QUICK = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: the norms and memory formats in it are measured in turn.
+    """One row of the table; its norms and memory formats are measured in turn.
 
     Args:
         case: the network and its input.
@@ -65,13 +67,13 @@ class Plan:
     """What is measured; :func:`make_plan` makes one of the command's options.
 
     Args:
-        rows: in the order in which they are measured.
-        norms: of each row, ``"batch"`` among them.
-        memory_formats: of each norm.
+        rows: the rows, in the order in which they are measured.
+        norms: the norms of each row; ``"batch"`` is always one of them.
+        memory_formats: the memory formats in which each norm is measured.
         device: the CPU, or a GPU.
-        threads: of PyTorch on the CPU; ``None`` leaves it as it is.
-        rounds: the most in a row; in each, every variant is measured once.
-        seconds: a row ends when they have passed, but not before three rounds.
+        threads: PyTorch's CPU threads; ``None`` leaves the setting unchanged.
+        rounds: the maximum number of rounds of a row; a round measures every variant once.
+        seconds: the time limit of a row, which has at least three rounds.
     """
 
     rows: Sequence[Row]

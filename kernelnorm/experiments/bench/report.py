@@ -1,4 +1,4 @@
-"""What was measured, as tables for the screen, and as a picture."""
+"""The measurements as tables for the screen, and as a picture."""
 
 from __future__ import annotations
 
@@ -10,65 +10,59 @@ from kernelnorm.experiments.bench.plan import Plan, Row
 from kernelnorm.experiments.bench.results import Quartiles, Result
 from kernelnorm.experiments.style import LABELS, line_style
 
-__all__ = ["TimeTable", "draw", "floor_lines", "memory_lines"]
+__all__ = ["WIDTH", "TimeTable", "draw", "floor_lines", "memory_lines"]
 
-_HEAD = ("case", "pass", "dtype", "mode")
+WIDTH = 100
+"""The maximum number of columns of a line."""
 
 
 class TimeTable:
-    """The ratios to BatchNorm, line by line as they are measured.
+    """The ratios to BatchNorm's time, line by line as they are measured.
 
     Args:
-        plan: what will be measured.
+        plan: the rows and norms of the table.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.norms = [norm for norm in plan.norms if norm != "batch"]
-        self.head = [*_HEAD, "BatchNorm ms", *(LABELS[norm] for norm in self.norms)]
         rows = [_names(row) for row in plan.rows]
-        width = len("0.00 (0.00-0.00)")
-        self.widths = [
-            *(max(map(len, column)) for column in zip(_HEAD, *rows, strict=True)),
-            *(max(width, len(heading)) for heading in self.head[4:]),
-        ]
+        self.table = _Table(rows, ["BatchNorm", *(LABELS[norm] for norm in self.norms)])
 
     def heading(self) -> str:
-        """Return the first line."""
-        return _line(self.head, self.widths)
+        """Return the lines above the first result."""
+        return self.table.heading()
 
     def line(self, result: Result) -> str:
         """Return a result's line, and one for each norm that failed."""
-        batch = result.best("batch")
-        cells = [_milliseconds(result, "batch") if batch else "failed"]
+        cells = [_milliseconds(result, "batch")]
         for norm in self.norms:
             ratio = result.ratio(norm, "batch")
-            alone = f"{_milliseconds(result, norm)} ms" if result.best(norm) else "failed"
-            cells.append(str(ratio) if ratio else alone)
-        return "\n".join([_line([*_names(result.row), *cells], self.widths), *_failures(result)])
+            cells.append(str(ratio) if ratio else _milliseconds(result, norm))
+        return "\n".join([self.table.line(_names(result.row), cells), *_failures(result)])
 
 
 def floor_lines(results: Sequence[Result], norms: Sequence[str]) -> list[str]:
-    """Return the table of ratios to the floor: the network without a normalisation."""
+    """Return the table of ratios to the time of the network without normalisation."""
     others = [norm for norm in norms if norm != "none"]
-    table = [[*_HEAD, "floor ms", *(LABELS[norm] for norm in others)]]
+    rows = []
     for result in results:
         if result.best("none"):
             ratios = (result.ratio(norm, "none") or "failed" for norm in others)
-            table.append([*_names(result.row), _milliseconds(result, "none"), *map(str, ratios)])
-    return _lines(table)
+            rows.append((_names(result.row), [_milliseconds(result, "none"), *map(str, ratios)]))
+    return _lines(rows, [LABELS["none"], *(LABELS[norm] for norm in others)])
 
 
 def memory_lines(results: Sequence[Result], norms: Sequence[str]) -> list[str]:
-    """Return the table of the bytes kept for the backward and, on CUDA, of the peak of a step."""
+    """Return the table of the bytes saved for the backward and, on CUDA, of the peak of a step."""
     others = [norm for norm in norms if norm != "batch"]
-    table = [[*_HEAD, "memory", "BatchNorm MB", *(LABELS[norm] for norm in others)]]
+    rows = []
     for result in results:
-        for what, name in (("saved_bytes", "kept"), ("peak_bytes", "peak")):
+        for what, name in (("saved_bytes", "saved bytes"), ("peak_bytes", "peak bytes")):
             sizes = {norm: getattr(result.best(norm), what, None) for norm in norms}
             if whole := sizes["batch"]:
                 ratios = (f"{size / whole:.3f}" if (size := sizes[n]) else "-" for n in others)
-                table.append([*_names(result.row), name, f"{whole / 1e6:.1f}", *ratios])
-    return _lines(table)
+                rows.append(([*_names(result.row), name], [f"{whole / 1e6:.1f} MB", *ratios]))
+    return _lines(rows, ["BatchNorm", *(LABELS[norm] for norm in others)])
 
 
 def draw(results: Sequence[Result], norms: Sequence[str]) -> Figure:
@@ -77,7 +71,7 @@ def draw(results: Sequence[Result], norms: Sequence[str]) -> Figure:
     Norms differ in marker and place as well as in colour.
     """
     others = [norm for norm in norms if norm != "batch"]
-    figure = Figure(figsize=(8.0, 1.6 + 0.75 * len(results)), layout="constrained")
+    figure = Figure(figsize=(8.0, 1.4 + 0.55 * len(results)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(1.0, color="black", linewidth=1, label=LABELS["batch"])
     for i, norm in enumerate(others):
@@ -95,24 +89,87 @@ def draw(results: Sequence[Result], norms: Sequence[str]) -> Figure:
         )
     for row in range(1, len(results)):
         axes.axhline(row - 0.5, color="0.85", linewidth=0.8)
-    labels = [f"{result.row.case}\n{', '.join(_names(result.row)[1:])}" for result in results]
-    axes.set_yticks(range(len(results)), labels, fontsize=8)
+    rows = [_names(result.row) for result in results]
+    varying, common = _compare(rows)
+    labels = ["\n".join([names[0], ", ".join(names[i] for i in varying if i)]) for names in rows]
+    axes.set_yticks(range(len(results)), map(str.strip, labels), fontsize=8)
     axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_xlim(left=min(0.5, axes.get_xlim()[0]))
-    axes.set_xlabel("time, BatchNorm = 1 (median and quartiles of the rounds)")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.9), max(high, 1.1))  # do not magnify differences of a percent
+    axes.set_xlabel("time of a step, BatchNorm = 1 (median and quartiles of the rounds)")
+    if common:
+        axes.set_title(f"All rows: {', '.join(common)}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5)
     return figure
 
 
+class _Table:
+    """A table of at most :data:`WIDTH` columns.
+
+    The names that all rows share are in its heading. The last of the other names labels the line
+    of a row; the names before it are on a line above, where they change.
+
+    Args:
+        rows: the names of each row, in the order of the lines.
+        columns: the headings of the cells.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
+        self.varying, self.common = _compare(rows)
+        self.indent = "  " if len(self.varying) > 1 else ""
+        self.label_width = max(len(self.indent + row[self.varying[-1]]) for row in rows)
+        self.columns = columns
+        self.widths = [max(len(column), len("0.00 ±0.00")) for column in columns]
+        self.group = ""
+
+    def heading(self) -> str:
+        common = [f"All rows: {', '.join(self.common)}."] if self.common else []
+        return "\n".join([*common, self._line("", self.columns)])
+
+    def line(self, names: Sequence[str], cells: Sequence[str]) -> str:
+        *groups, label = (names[i] for i in self.varying)
+        before, self.group = self.group, ", ".join(groups)
+        above = [self.group] if self.group != before else []
+        return "\n".join([*above, self._line(self.indent + label, cells)])
+
+    def _line(self, label: str, cells: Sequence[str]) -> str:
+        """Return one line, or more lines where the cells do not fit on one."""
+        lines = [label.ljust(self.label_width)]
+        for cell, width in zip(cells, self.widths, strict=True):
+            if len(lines[-1]) + 2 + width > WIDTH:
+                lines.append(" " * self.label_width)
+            lines[-1] += f"  {cell:>{width}}"
+        return "\n".join(lines)
+
+
+def _lines(
+    rows: Sequence[tuple[Sequence[str], Sequence[str]]], columns: Sequence[str]
+) -> list[str]:
+    """Return a table as lines; an empty list if it has no rows."""
+    if not rows:
+        return []
+    table = _Table([names for names, _ in rows], columns)
+    return [table.heading(), *(table.line(names, cells) for names, cells in rows)]
+
+
+def _compare(rows: Sequence[Sequence[str]]) -> tuple[list[int], list[str]]:
+    """Return the places of the names that differ between rows (of one row: 0), and the others."""
+    columns = [*zip(*rows, strict=True)]
+    varying = [i for i, column in enumerate(columns) if len({*column}) > 1] or [0]
+    return varying, [column[0] for i, column in enumerate(columns) if i not in varying]
+
+
 def _names(row: Row) -> list[str]:
-    return [str(row.case), row.pass_, row.dtype, row.mode]
+    return [str(row.case), row.dtype, row.mode, row.pass_]
 
 
 def _milliseconds(result: Result, norm: str) -> str:
     best = result.best(norm)
-    assert best is not None
-    return f"{1e3 * Quartiles.of(best.seconds).median:.4g}"
+    if best is None:
+        return "failed"
+    median = 1e3 * Quartiles.of(best.seconds).median
+    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"
 
 
 def _failures(result: Result) -> list[str]:
@@ -121,16 +178,3 @@ def _failures(result: Result) -> list[str]:
         for variant in result.variants
         if variant.failure
     ]
-
-
-def _lines(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table, or nothing where it has only a heading."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [_line(cells, widths) for cells in table] if len(table) > 1 else []
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(
-        cell.ljust(width) if i < len(_HEAD) else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )

@@ -1,4 +1,4 @@
-"""What was measured, and the statistics of it."""
+"""The measured times and bytes of a row, and their statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["Quartiles", "Result", "Variant"]
 
 
 class Quartiles(NamedTuple):
-    """A quarter of the values is below ``low``, a quarter above ``high``."""
+    """A quarter of the values is below ``low``, a quarter above ``high``.
+
+    As text it is the median and half the interquartile range.
+    """
 
     low: float
     median: float
@@ -21,11 +24,11 @@ class Quartiles(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """Return those of at least two values; between two neighbours they are interpolated."""
+        """Return the quartiles of two or more values, interpolated between neighbours."""
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return f"{self.median:.2f} ±{(self.high - self.low) / 2:.2f}"
 
 
 @dataclass
@@ -35,12 +38,12 @@ class Variant:
     Args:
         norm: one of :data:`kernelnorm.norms.NORMS`.
         memory_format: of the network and its input.
-        seconds: of a step, by round; the i-th of all variants were measured beside each other.
-        saved_bytes: kept between forward and backward, by :func:`.measure.saved_bytes`; ``None``
-            for inference, and with CUDA graphs, which keep memory of their own.
-        peak_bytes: on CUDA, the most that a step had allocated beyond what there was before it
-            (weights, momentum); ``None`` with CUDA graphs.
-        failure: why there are no times.
+        seconds: the time of a step in each round; the i-th times of all variants share a round.
+        saved_bytes: the bytes saved for the backward pass, by :func:`.measure.saved_bytes`;
+            ``None`` for inference, and with CUDA graphs, which have memory of their own.
+        peak_bytes: on CUDA, the peak of the memory that a step allocates, without weights and
+            momentum; ``None`` with CUDA graphs.
+        failure: why there are no times, or an empty string.
     """
 
     norm: str
@@ -61,7 +64,7 @@ class Result:
     def best(self, norm: str) -> Variant | None:
         """Return the variant of the norm in the memory format with the lowest median time.
 
-        There is none where the norm failed in all of them, or was not measured.
+        ``None`` if the norm failed in all formats, or was not measured.
         """
         timed = [v for v in self.variants if v.norm == norm and v.seconds]
         return min(timed, key=lambda v: statistics.median(v.seconds), default=None)
@@ -69,7 +72,7 @@ class Result:
     def ratio(self, norm: str, to: str) -> Quartiles | None:
         """Return the quartiles, over the rounds, of the ratio of two norms' times.
 
-        Each norm is in its best memory format. There is none where either failed.
+        Each norm is in its faster memory format. ``None`` if either norm has no times.
         """
         a, b = self.best(norm), self.best(to)
         if a is None or b is None:
@@ -77,7 +80,7 @@ class Result:
         return Quartiles.of([x / y for x, y in zip(a.seconds, b.seconds, strict=True)])
 
     def record(self) -> dict[str, Any]:
-        """Return the result as JSON knows it."""
+        """Return the result as an object for JSON."""
         summary = {}
         for norm in dict.fromkeys(variant.norm for variant in self.variants):
             if best := self.best(norm):

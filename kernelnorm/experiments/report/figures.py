@@ -16,18 +16,26 @@ from kernelnorm.experiments.report.plotting import (
     epoch_axes,
     legend,
     nearest,
+    same_span,
     tidy,
 )
 from kernelnorm.experiments.report.reference import paper_accuracy
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.report.variant_figures import draw_ablations, draw_dropout
-from kernelnorm.experiments.style import LABELS, line_style, png
+from kernelnorm.experiments.style import (
+    LABELS,
+    MEAN_LABEL,
+    line_style,
+    mean_line,
+    plain_log,
+    png,
+)
 
 __all__ = ["section_pictures"]
 
 
 def section_pictures(section: Section) -> dict[str, Picture]:
-    """Return those figures that there are runs for, by what they are about."""
+    """Return the figures of a section by name; those without runs are left out."""
     makers: dict[str, Callable[[Section], Picture | None]] = {
         "figure-3": _against_batch_size,
         "figure-4": _against_epoch,
@@ -65,18 +73,20 @@ def _against_batch_size(section: Section) -> Picture | None:
                 sizes, means, spreads = zip(*values, strict=True)
                 style = {**line_style(norm), "linestyle": "--", "alpha": 0.65}
                 panels[1].errorbar(sizes, means, yerr=spreads, capsize=3, **style)
-        panels[1].set_title("the paper" if alike else "the paper, at its own scale")
+        panels[1].set_title("the paper")
     all_sizes = {*section.batch_sizes}
     if in_paper:
         all_sizes |= {row["batch_size"] for row in paper()[case]["accuracy"]["rows"]}
     for panel in panels:
         batch_size_axis(panel, sorted(all_sizes))
         tidy(panel)
+    if not alike:
+        same_span(panels)
     panels[0].set_ylabel("test accuracy, %")
     legend(figure, panels)
-    spread = "Bars are sample deviations over seeds."
-    beside = " Beside it the paper's Table 1, dashed." if in_paper else ""
-    scales = " The two accuracy axes differ." if in_paper and not alike else ""
+    spread = "Error bars are sample deviations over seeds."
+    beside = " Dashed: the paper's Table 1." if in_paper else ""
+    scales = " Both vertical axes span the same number of points." if in_paper and not alike else ""
     return Picture(
         "Figure 3. Accuracy against batch size",
         f"Test accuracy against batch size, {_names(section.norms)}; the numbers are in Table 1.",
@@ -101,15 +111,16 @@ def _against_epoch(section: Section) -> Picture | None:
         done = [record for record in cell.records if record.state == "done"]
         curves(left, [record.train_losses for record in done], style)
         curves(right, [record.test_accuracies for record in done], style)
-        right.axhline(cell.accuracy.mean, color=style["color"], linestyle="--", linewidth=0.9)
+        mean_line(right, max(len(record.seconds) for record in done), cell.accuracy.mean, style)
         if theirs := paper_accuracy(section.config.case, norm, size):
             finals.append(f"{LABELS[norm]} {theirs[0]:.2f}")
     left.set_yscale("log")
+    plain_log(left.yaxis)
     left.set_ylabel("training loss")
-    right.set_ylabel("test accuracy, % (dashed: final)")
+    right.set_ylabel(f"test accuracy, %\n({MEAN_LABEL})")
     epoch_axes((left, right))
     legend(figure, (left, right))
-    note = "One seed of each in full colour, the others pale; dashed the mean final accuracy."
+    note = "Mean over the seeds; band: from the lowest to the highest seed."
     if finals:
         note += f" The paper's final accuracies, in %: {', '.join(finals)}."
     return Picture(
@@ -132,6 +143,7 @@ def _against_rate(section: Section) -> Picture | None:
     for panel, size in zip(panels.flat, sizes, strict=False):
         panel.set_title(f"batch size {size}", fontsize=10)
         panel.set_xscale("log")
+        panel.margins(x=0.12)  # space between the tick labels of neighbouring panels
         for cell in tried:
             if cell.batch_size != size:
                 continue
@@ -155,14 +167,15 @@ def _against_rate(section: Section) -> Picture | None:
     for panel in panels.flat[max(0, len(sizes) - columns) : len(sizes)]:  # none below it
         panel.set_xlabel("learning rate")
         panel.tick_params(labelbottom=True)
+    plain_log(panels[0, 0].xaxis)
     figure.supylabel("test accuracy, %", fontsize=10)
     legend(figure, panels.flat)
     return Picture(
         "Accuracy against learning rate",
         "Final test accuracy against learning rate, a panel for each batch size; the numbers are "
         "in the table of the learning rates.",
-        "Of the tuning's seed. A ring is the best rate; hollow marks at the lower edge are rates "
-        "whose runs all diverged.",
+        "Runs with the tuning seed. A ring marks the best learning rate; hollow marks at the lower "
+        "edge are learning rates whose runs all diverged.",
         png(figure),
     )
 

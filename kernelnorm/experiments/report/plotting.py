@@ -1,10 +1,11 @@
-"""How the report's figures are drawn: what they have in common."""
+"""Functions that all figures of the report share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ __all__ = [
     "epoch_axes",
     "legend",
     "nearest",
+    "same_span",
     "tidy",
 ]
 
@@ -30,13 +32,13 @@ _CURVES_BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a PNG, with what has to be said about it.
+    """A figure as a PNG, with its texts.
 
     Args:
-        title: above it.
-        alt: what it shows, for those who do not see it.
-        note: below it.
-        png: the file.
+        title: the heading.
+        alt: the text for readers who do not see the picture.
+        note: the caption.
+        png: the file's content.
     """
 
     title: str
@@ -46,23 +48,26 @@ class Picture:
 
 
 def bar(accuracy: Estimate) -> float:
-    """Return the length of an error bar; a single run has none, rather than one of no length."""
+    """Return the length of an error bar; NaN for a single run, which has none."""
     return math.nan if accuracy.deviation is None else accuracy.deviation
 
 
 def curves(axes: Axes, curves: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
-    """Draw a run's curve, and those of its other seeds in a pale colour."""
-    for number, curve in enumerate(curves):
-        epochs = range(1, len(curve) + 1)
-        if number:
-            pale = {"color": style["color"], "linestyle": style.get("linestyle", "-")}
-            axes.plot(epochs, curve, linewidth=0.8, alpha=0.3, **pale)
-        else:
-            axes.plot(epochs, curve, **style, markevery=1 + len(curve) // 12, linewidth=1.4)
+    """Draw the mean of the curves of all seeds, and a band from the lowest to the highest.
+
+    Curves of different lengths are drawn up to the end of the shortest.
+    """
+    values = [*zip(*curves, strict=False)]
+    epochs = range(1, len(values) + 1)
+    means = [fmean(seeds) for seeds in values]
+    axes.plot(epochs, means, **style, markevery=1 + len(values) // 12, linewidth=1.4)
+    if len(curves) > 1:
+        lowest, highest = [*map(min, values)], [*map(max, values)]
+        axes.fill_between(epochs, lowest, highest, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def nearest(sizes: Sequence[int]) -> int:
-    """Return the batch size nearest to 32, in ratio: that of the paper's curves."""
+    """Return the batch size nearest to 32, in ratio; the paper's curves have batch size 32."""
     return min(sizes, key=lambda size: abs(math.log(size / _CURVES_BATCH_SIZE)))
 
 
@@ -74,6 +79,15 @@ def batch_size_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xlabel("batch size")
+
+
+def same_span(panels: Sequence[Axes]) -> None:
+    """Give all vertical axes the same length in percentage points, each around its own values."""
+    limits = [panel.get_ylim() for panel in panels]
+    span = max(high - low for low, high in limits)
+    for panel, (low, high) in zip(panels, limits, strict=True):
+        top = min((low + high + span) / 2, max(high, 100))
+        panel.set_ylim(top - span, top)
 
 
 def epoch_axes(panels: Sequence[Axes]) -> None:
@@ -92,7 +106,7 @@ def tidy(axes: Axes) -> None:
 
 
 def legend(figure: Figure, panels: Iterable[Axes], width: float = 2.0) -> None:
-    """Put one legend below all panels, with each name once, in columns of a width in inches."""
+    """Put one legend below all panels, with columns of ``width`` inches; it has each name once."""
     entries: dict[str, Any] = {}
     order = [*LABELS.values()]
     for panel in panels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 from matplotlib.figure import Figure
 
@@ -16,19 +16,16 @@ from kernelnorm.experiments.report.plotting import (
     tidy,
 )
 from kernelnorm.experiments.report.sections import Section
-from kernelnorm.experiments.report.variants import Variant
 from kernelnorm.experiments.style import line_style, png
 
 __all__ = ["draw_ablations", "draw_dropout"]
 
-# Variants are in greys: a colour is a normalisation's.
-_DASHES = ("--", "-.", ":")
-_GREYS = ("#000000", "#4D4D4D", "#808080", "#A6A6A6")
-_MARKERS = ("o", "s", "^", "D", "v")
+# Variants are in grey: a colour is a normalisation's.
+_VARIANT = {"color": "0.25", "marker": "o", "markersize": 5}
 
 
 def draw_dropout(section: Section) -> Picture | None:
-    """Draw the accuracy per epoch with and without dropout on the statistics."""
+    """Draw the accuracy per epoch: a panel for each dropout, beside the paper's rules."""
     variants = [variant for variant in section.variants if variant.of_dropout and variant.records]
     changed = [variant for variant in variants if variant.name]
     if not changed:
@@ -37,20 +34,34 @@ def draw_dropout(section: Section) -> Picture | None:
     lrs = [variant.lr for variant in changed if variant.batch_size == size]
     lr = max(lrs, key=lrs.count)
     shown = [v for v in variants if (v.batch_size, v.lr) == (size, lr)]
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for number, variant in enumerate(sorted(shown, key=lambda v: v.name == "")):
-        style = _variant_style(number, variant)
-        curves(axes, [record.test_accuracies for record in variant.records], style)
-    axes.set_ylabel("test accuracy, %")
-    epoch_axes((axes,))
-    legend(figure, (axes,), width=3.5)
+    changed = [variant for variant in shown if variant.name]
+    columns = min(3, len(changed))
+    rows = math.ceil(len(changed) / columns)
+    figure = Figure(figsize=(max(5.5, 3.1 * columns), 0.8 + 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for panel, variant in zip(panels.flat, changed, strict=False):
+        for other in shown:
+            if other.name in ("", variant.name):
+                style = _VARIANT if other.name else line_style("kernel")
+                label = "dropout as in the title" if other.name else other.label
+                values = [record.test_accuracies for record in other.records]
+                curves(panel, values, {**style, "label": label})
+        panel.set_title(variant.label, fontsize=9)
+    epoch_axes([*panels.flat])
+    for panel in panels.flat[: len(changed) - columns]:  # another panel is below
+        panel.set_xlabel("")
+    for panel in panels.flat[max(0, len(changed) - columns) : len(changed)]:
+        panel.tick_params(labelbottom=True)
+    for panel in panels.flat[len(changed) :]:
+        panel.set_axis_off()
+    figure.supylabel("test accuracy, %", fontsize=10)
+    legend(figure, panels.flat, width=2.7)
     return Picture(
         "Figure 5. The regularising effect of dropout on the statistics",
         "Test accuracy per epoch of kernel networks with and without dropout on the statistics.",
-        f"Batch size {size}, learning rate {lr:g}; one seed in full colour, the others pale. The "
-        "paper's is ResNet-18 on Imagewoof at 192 pixels, batch size 32, learning rate 0.01, no "
-        "augmentation; it prints no numbers to set beside.",
+        f"Batch size {size}, learning rate {lr:g}. Mean over the seeds; band: from the lowest to "
+        "the highest seed. The paper's figure shows ResNet-18 on Imagewoof at 192 pixels, batch "
+        "size 32, learning rate 0.01, no augmentation; the paper prints no numbers for it.",
         png(figure),
     )
 
@@ -96,16 +107,3 @@ def draw_ablations(section: Section) -> Picture | None:
         "Mean and sample deviation; each seed is a tick.",
         png(figure),
     )
-
-
-def _variant_style(number: int, variant: Variant) -> dict[str, Any]:
-    """Return grey, dashes and marker; the paper's rules have KernelNorm's own."""
-    if not variant.name:
-        return {**line_style("kernel"), "label": variant.label}
-    return {
-        "label": variant.label,
-        "color": _GREYS[number % len(_GREYS)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
-        "markersize": 5,
-    }
