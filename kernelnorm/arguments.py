@@ -75,10 +75,18 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
         raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 
 
-def check_convolution(activation: str | None, padding_mode: str) -> None:
-    """The arguments of KNConv that name a choice."""
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation must be None, 'relu' or a layer's module, got {activation!r}")
+LEAST_SLOPE = 1e-3
+"""The output of a flatter LeakyReLU would tell too little about its input."""
+
+
+def check_convolution(activation: str | None, negative_slope: float, padding_mode: str) -> None:
+    """The arguments of KNConv about its activation and its padding."""
+    if activation not in (None, "relu", "leaky_relu"):
+        raise ValueError(
+            f"activation must be None, 'relu', 'leaky_relu' or a layer's module, got {activation!r}"
+        )
+    if not LEAST_SLOPE <= negative_slope <= 1:
+        raise ValueError(f"negative_slope must be from {LEAST_SLOPE} to 1, got {negative_slope}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
 

@@ -66,7 +66,7 @@ def kernel_norm(
     x = input if input.dim() == d + 2 else input.unsqueeze(0)
     arguments.check_windows_fit(observers.sizes(x)[2:], geometry)
     p, masked = _dropout(dropout_p, training, evaluation)
-    settings = Settings(geometry, 1, p, masked, eps, relu=False)
+    settings = Settings(geometry, 1, p, masked, eps, None)
     with knconv.without_autocast(x):
         x_hat = (_normalize_masked if masked else _normalize)(x.to(compute_dtype(x)), settings)
     return (x_hat if input.dim() == d + 2 else x_hat.squeeze(0)).to(input.dtype)
@@ -121,12 +121,14 @@ def kn_conv(
     training: bool = True,
     eps: float = 1e-5,
     activation: str | None = None,
+    negative_slope: float = 0.01,
     evaluation: Evaluation = "expected",
 ) -> Tensor:
     r"""Convolves windows that are normalised by their own mean and variance.
 
     See :class:`~kernelnorm.KNConv2d` for the formula and the arguments. There are as many spatial
-    dimensions as ``weight`` has.
+    dimensions as ``weight`` has. ``activation`` is ``None``, ``"relu"`` or ``"leaky_relu"``, with
+    ``negative_slope`` from 0.001 to 1.
 
     Shape:
         - input: :math:`(N, C, L_1, ..., L_d)` or :math:`(C, L_1, ..., L_d)` with :math:`d` of 1, 2
@@ -149,7 +151,7 @@ def kn_conv(
     arguments.check_same_device(input, weight, bias)
     plan = _plan_for(
         input, weight, bias, stride, padding, dilation, groups, padding_mode,
-        dropout_p, training, eps, activation, evaluation,
+        dropout_p, training, eps, activation, negative_slope, evaluation,
     )  # fmt: skip
     x = input if plan.batched else input.unsqueeze(0)
     if plan.sides:
@@ -215,6 +217,7 @@ def _plan(
     training: bool,
     eps: float,
     activation: str | None,
+    negative_slope: float,
     evaluation: Evaluation,
 ) -> Plan:
     d = len(weight) - 2
@@ -223,7 +226,7 @@ def _plan(
     arguments.check_filters(shape, weight, weight_dtype, bias, groups)
     geometry = arguments.geometry(d, tuple(weight[2:]), stride, padding, dilation)
     arguments.check_normalization(dropout_p, eps, evaluation)
-    arguments.check_convolution(activation, padding_mode)
+    arguments.check_convolution(activation, negative_slope, padding_mode)
 
     pads, sizes = arguments.pads(geometry, padding), list(shape[-d:])
     sides: tuple[int, ...] = ()
@@ -236,7 +239,8 @@ def _plan(
     arguments.check_windows_fit(sizes, geometry)
 
     p, masked = _dropout(dropout_p, training, evaluation)
-    settings = Settings(geometry, groups, p, masked, eps, activation == "relu")
+    slope = {None: None, "relu": 0.0, "leaky_relu": negative_slope}[activation]
+    settings = Settings(geometry, groups, p, masked, eps, slope)
     mode = arguments.PADDING_MODES[padding_mode]
     return Plan(len(shape) == d + 2, sides, mode, settings)
 

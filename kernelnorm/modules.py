@@ -184,7 +184,7 @@ class _KNConv(nn.modules.conv._ConvNd):
             activation = "relu"
         arguments.check_normalization(dropout_p, eps, evaluation)
         arguments.check_convolution(
-            None if isinstance(activation, nn.Module) else activation, padding_mode
+            None if isinstance(activation, nn.Module) else activation, 0.01, padding_mode
         )
         arguments.check_channels(in_channels, out_channels, groups)
         window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
@@ -212,8 +212,7 @@ class _KNConv(nn.modules.conv._ConvNd):
         recorded: Tensor | None = observers.called_as_leaf(self, input)
         if recorded is not None:
             return recorded
-        activation = self.activation
-        then = activation if isinstance(activation, nn.Module) else None
+        fused, slope = _fused(self.activation)
         y = functional.kn_conv(
             input,
             self.weight,
@@ -226,10 +225,11 @@ class _KNConv(nn.modules.conv._ConvNd):
             dropout_p=self.dropout_p,
             training=self.training,
             eps=self.eps,
-            activation=activation if isinstance(activation, str) else None,
+            activation=fused,
+            negative_slope=slope,
             evaluation=self.evaluation,
         )
-        return y if then is None else then(y)
+        return self.activation(y) if isinstance(self.activation, nn.Module) and not fused else y
 
     def extra_repr(self) -> str:
         """The arguments, as ``print(module)`` shows them."""
@@ -240,6 +240,14 @@ class _KNConv(nn.modules.conv._ConvNd):
             f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
             f"{_shown_evaluation(self.evaluation)}"
         )
+
+
+def _fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
+    """The activation that a KNConv computes together with its output, and its slope."""
+    slope = 0.01
+    if type(activation) is nn.LeakyReLU and arguments.LEAST_SLOPE <= activation.negative_slope <= 1:
+        return "leaky_relu", activation.negative_slope
+    return (None if isinstance(activation, nn.Module) else activation), slope
 
 
 class KNConv1d(_KNConv, nn.Conv1d):
@@ -293,8 +301,8 @@ class KNConv2d(_KNConv, nn.Conv2d):
             the convolution too, so its weights load
         dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
         eps: :math:`\epsilon`, added to the variance
-        activation: ``"relu"`` or an :class:`torch.nn.ReLU` for one that costs no pass over the
-            output and keeps nothing for the backward; its output must not be changed in place
+        activation: ``"relu"``, ``"leaky_relu"`` or a module. A ReLU or LeakyReLU costs no pass over
+            the output and keeps nothing for the backward; its output must not be changed in place
             before the backward, as that of :class:`torch.nn.ReLU`. Another module is applied to
             the output as it is. Default: ``None``
         evaluation: ``"expected"``, ``"plain"`` or ``"monte_carlo"``; :func:`set_evaluation` changes

@@ -60,15 +60,15 @@ def launch_all(dtype: torch.dtype, lay: Callable[[Tensor], Tensor], masked: bool
     x, y, grad = (lay(torch.ones(SHAPE, dtype=dtype)) for _ in range(3))
     one, vector = torch.ones(N, 1, H, W, dtype=wide), torch.ones(C, dtype=wide)
     pair, keys = torch.ones(N, 2, H, W, dtype=wide), draw_keys(SHAPE, x.device) if masked else None
-    settings = Settings(Geometry((3, 3), (1, 1), (1, 1), (1, 1)), 1, 0.1, masked, 1e-5, False)
+    settings = Settings(Geometry((3, 3), (1, 1), (1, 1), (1, 1)), 1, 0.1, masked, 1e-5, None)
     backend.window_statistics(x, keys, settings, with_means=False)
     backend.statistics_backward(grad, x, pair, keys, settings)
     if masked:
         return  # the others know of no mask
-    for bias, relu in product((vector, None), (True, False)):
+    for bias, slope in product((vector, None), (None, 0.0, 0.2)):
         for terms in (1, 2):
-            backend.epilogue(y, [(one, vector)] * terms, one, bias, relu)
-        backend.epilogue_backward(grad, y, Statistics(one, one), vector, bias, relu, (1.0, 1.0))
+            backend.epilogue(y, [(one, vector)] * terms, one, bias, slope)
+        backend.epilogue_backward(grad, y, Statistics(one, one), vector, bias, slope, (1.0, 1.0))
 
 
 def describe(kernel: Any) -> tuple[int, ...]:

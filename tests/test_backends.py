@@ -207,6 +207,13 @@ DTYPE = st.sampled_from([0, 1, 2, 3])
 LAYOUT, ANY_LAYOUT = st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS + EXPANDED)
 SEED, TILE = st.integers(0, 2**31), st.sampled_from([128, 4096])
 P = st.sampled_from([0.0, 0.3])
+SLOPE = st.sampled_from([None, 0.0, 0.2])  # of no activation, of a ReLU and of a LeakyReLU
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+}
+ACTIVATION = st.sampled_from([*ACTIVATIONS])
 
 
 def dtype_of(backend: Subject, index: int) -> torch.dtype:
@@ -229,7 +236,7 @@ class Random:
 def test_window_statistics(backend, case: Case, dtype, p, masked, with_means, tile):
     dtype = dtype_of(backend, dtype)
     x, keys = case.input(dtype, backend.device), case.keys(backend.device) if masked else None
-    options = Settings(case.geometry, case.groups, p, masked, EPS, relu=False)
+    options = Settings(case.geometry, case.groups, p, masked, EPS, slope=None)
     expected = eager.window_statistics(x.double(), keys, options, with_means)
     with backend.running(tile):
         actual = backend.window_statistics(x, keys, options, with_means)
@@ -243,9 +250,9 @@ def test_window_statistics(backend, case: Case, dtype, p, masked, with_means, ti
 
 @on_random_cases(
     LARGE, DTYPE, LAYOUT, st.integers(1, 2), st.sampled_from([1, 1, 2, 3]), st.booleans(),
-    st.booleans(), SEED, TILE,
+    SLOPE, SEED, TILE,
 )  # fmt: skip
-def test_epilogue(backend, shape, dtype, layout, terms, groups, with_bias, relu, seed, tile):
+def test_epilogue(backend, shape, dtype, layout, terms, groups, with_bias, slope, seed, tile):
     n, channels, *spatial = shape
     groups = groups if channels % groups == 0 else 1
     dtype, random = dtype_of(backend, dtype), Random(backend, seed)
@@ -257,23 +264,23 @@ def test_epilogue(backend, shape, dtype, layout, terms, groups, with_bias, relu,
     ]
     rstd = random.randn(n, 1, *spatial, dtype=wide)
     bias = random.randn(channels, dtype=dtype) if with_bias else None
-    y, numerator = eager.epilogue(*double([z, terms, rstd, bias]), relu)
+    y, numerator = eager.epilogue(*double([z, terms, rstd, bias]), slope)
     memory = z.data_ptr()
     with backend.running(tile):
-        actual = backend.epilogue(z, terms, rstd, bias, relu)
+        actual = backend.epilogue(z, terms, rstd, bias, slope)
     assert_same(actual[0], y, dtype)
-    assert (actual[1] is None) == relu
+    assert (actual[1] is None) == (slope is not None)
     if numerator is not None:
         assert_same(actual[1], numerator, dtype)
     if groups == 1 and layout != "transposed":
-        assert actual[0 if relu else 1].data_ptr() == memory
+        assert actual[1 if slope is None else 0].data_ptr() == memory
         assert_neighbours_are_untouched(z)
 
 
 @on_random_cases(
-    LARGE, DTYPE, LAYOUT, ANY_LAYOUT, st.booleans(), st.booleans(), SEED, TILE
+    LARGE, DTYPE, LAYOUT, ANY_LAYOUT, st.booleans(), SLOPE, SEED, TILE
 )  # fmt: skip
-def test_epilogue_backward(backend, shape, dtype, layout, of_grad, with_bias, relu, seed, tile):
+def test_epilogue_backward(backend, shape, dtype, layout, of_grad, with_bias, slope, seed, tile):
     n, channels, *spatial = shape
     dtype, random = dtype_of(backend, dtype), Random(backend, seed)
     kept = laid_out(random.randn(*shape, dtype=dtype), layout)
@@ -287,9 +294,9 @@ def test_epilogue_backward(backend, shape, dtype, layout, of_grad, with_bias, re
     exact = [
         Statistics(*double(statistics[:2])) if a is statistics else double(a) for a in arguments
     ]
-    expected = eager.epilogue_backward(*exact, relu, factors)
+    expected = eager.epilogue_backward(*exact, slope, factors)
     with backend.running(tile):
-        grad_z, pair, *vectors = backend.epilogue_backward(*arguments, relu, factors)
+        grad_z, pair, *vectors = backend.epilogue_backward(*arguments, slope, factors)
     assert_same(grad_z, expected[0], dtype)
     assert_same(pair, expected[1], wide, 1e-5 * (wide == torch.float32))
     assert_same(vectors[0], expected[2], wide)
@@ -302,7 +309,7 @@ def test_epilogue_backward(backend, shape, dtype, layout, of_grad, with_bias, re
 def test_statistics_backward(backend, case: Case, dtype, layout, p, masked, tile):
     dtype = dtype_of(backend, dtype)
     x, keys = case.input(dtype, backend.device), case.keys(backend.device) if masked else None
-    options = Settings(case.geometry, case.groups, p, masked, EPS, relu=False)
+    options = Settings(case.geometry, case.groups, p, masked, EPS, slope=None)
     grad = laid_out(case.randn(*x.shape, dtype=dtype, device=backend.device), layout)
     positions = [case.geometry.positions(i, size) for i, size in enumerate(case.sizes)]
     pair = case.randn(len(x), 2, *positions, dtype=compute_dtype(x), device=backend.device)
@@ -317,10 +324,10 @@ def test_statistics_backward(backend, case: Case, dtype, layout, p, masked, tile
 
 
 @on_random_cases(
-    CASE, DTYPE, ANY_LAYOUT, P, st.booleans(), st.booleans(), st.booleans(),
+    CASE, DTYPE, ANY_LAYOUT, P, st.booleans(), SLOPE, st.booleans(),
     st.tuples(st.booleans(), st.booleans(), st.booleans()), TILE, )  # fmt: skip
-def test_layer(backend, case: Case, dtype, of_grad, p, masked, relu, with_bias, needs, tile):
-    options = Settings(case.geometry, case.groups, p, masked and p > 0, EPS, relu)
+def test_layer(backend, case: Case, dtype, of_grad, p, masked, slope, with_bias, needs, tile):
+    options = Settings(case.geometry, case.groups, p, masked and p > 0, EPS, slope)
     check_layer(backend, case, dtype_of(backend, dtype), options, of_grad, with_bias, needs, tile)
 
 
@@ -349,7 +356,7 @@ def check_layer(
             assert_same(a, b, of, unit)
 
     grad = laid_out(case.randn(*result.y.shape, dtype=dtype, device=subject.device), layout_of_grad)
-    saved = [result.y if options.relu else result.numerator, *result[2:]]
+    saved = [result.numerator if options.slope is None else result.y, *result[2:]]
     before = grad.clone()
     with subject.running(tile):
         results = knconv.backward(grad, *inputs, keys, saved, options, needs)
@@ -380,7 +387,7 @@ def check_layer(
 def test_strides_that_leave_a_remainder(backend, length: int, layout: str):
     geometry = Geometry((2,), (3,), (1,), (1,))
     case = Case(geometry, (length,), 2, 1, 16, 8, layout, seed=length)
-    options = Settings(geometry, 1, 0.0, False, EPS, relu=False)
+    options = Settings(geometry, 1, 0.0, False, EPS, slope=None)
     x, (weight, bias) = case.input(device=backend.device), case.filters(device=backend.device)
     with backend.running():
         y, numerator, *small = knconv.forward(backend, x, weight, bias, None, options)
@@ -398,7 +405,7 @@ PROBABILITIES = [1 / 65536, 0.1, 65535 / 65536]
 
 
 def masked(d: int, p: float) -> Settings:
-    return Settings(POINT[d], 1, p, True, EPS, relu=False)
+    return Settings(POINT[d], 1, p, True, EPS, slope=None)
 
 
 @pytest.mark.parametrize("shape", MASKED_SHAPES)
@@ -466,14 +473,14 @@ def test_not_a_number_stays_one(backend, channels: int, layout: str, with_bias: 
         zero = torch.zeros(channels, dtype=one.dtype, device=backend.device)
         bias = zero.to(dtype) if with_bias else None
         with backend.running():
-            y, _ = backend.epilogue(z.clone(), [(0 * one, zero)], one, bias, True)
+            y, _ = backend.epilogue(z.clone(), [(0 * one, zero)], one, bias, 0.0)
         assert torch.equal(y.nan_to_num(7), z.relu().nan_to_num(7))
         kept = z.clone().requires_grad_()
         (expected,) = torch.autograd.grad(kept.relu(), kept, torch.ones_like(z))
         statistics = Statistics(0 * one, one)
         with backend.running():
             grad_z, *_ = backend.epilogue_backward(
-                torch.ones_like(z), z, statistics, zero, bias, True, (1.0, 1.0)
+                torch.ones_like(z), z, statistics, zero, bias, 0.0, (1.0, 1.0)
             )
         assert torch.equal(grad_z, expected)
 
@@ -483,7 +490,7 @@ def test_not_a_number_stays_one(backend, channels: int, layout: str, with_bias: 
 @pytest.mark.parametrize("channels", [2, 9])
 def test_a_pixel_that_is_not_finite_spoils_its_windows_only(backend, value: float, channels: int):
     geometry = Geometry((3, 2), (2, 1), (1, 0), (1, 1))
-    options = Settings(geometry, 1, 0.0, False, EPS, relu=True)
+    options = Settings(geometry, 1, 0.0, False, EPS, slope=0.0)
     weight = torch.randn(4, channels, 3, 2, device=backend.device)
     for layout in ("contiguous", "channels_last"):
         x = torch.randn(2, channels, 9, 8, device=backend.device)
@@ -500,9 +507,7 @@ def test_a_pixel_that_is_not_finite_spoils_its_windows_only(backend, value: floa
         assert y.isfinite()[:, :1][finite].all()
 
 
-@on_random_cases(
-    CASE, P, st.booleans(), st.sampled_from([None, "relu"]), st.booleans(), examples=100
-)
+@on_random_cases(CASE, P, st.booleans(), ACTIVATION, st.booleans(), examples=100)
 def test_layer_agrees_with_equation_4(backend, case: Case, p, with_bias, activation, plain):
     x = case.input(device=backend.device).requires_grad_()
     inputs = [x, *(t.requires_grad_() for t in case.filters(device=backend.device))]
@@ -519,7 +524,7 @@ def test_layer_agrees_with_equation_4(backend, case: Case, p, with_bias, activat
             evaluation="plain",
         )  # fmt: skip
         expected = reference.kn_conv(*arguments, *geometry, mask)
-        expected = expected.relu() if activation else expected
+        expected = ACTIVATIONS[activation](expected)
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
         grad = torch.randn_like(expected)
         gradients = torch.autograd.grad(y, inputs, grad)
@@ -527,7 +532,7 @@ def test_layer_agrees_with_equation_4(backend, case: Case, p, with_bias, activat
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()))
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(backend, activation):
     def layer(*inputs: Tensor) -> Tensor:
         torch.manual_seed(1)
@@ -583,7 +588,7 @@ def test_bfloat16_rounds_to_nearest_and_ties_to_even(backend):
         one = torch.ones(1, 1, z.shape[2], device=backend.device)
         ones = torch.ones(z.shape[1], device=backend.device)
         terms = [(one, -values) if shape[1] == -1 else (-values.view(one.shape), ones)]
-        y, _ = backend.epilogue(z, terms, one, None, False)
+        y, _ = backend.epilogue(z, terms, one, None, None)
         expected = values.to(torch.bfloat16)
         assert torch.equal(y.flatten().nan_to_num(7), expected.nan_to_num(7))
 
@@ -606,7 +611,7 @@ def test_threads_share_the_work(device, three_threads, layout: str, masked: bool
         pytest.skip("the C kernels are for CPUs")
     geometry = Geometry((3, 3), (1, 2), (1, 1), (1, 1))
     case = Case(geometry, (70, 67), 2, 1, 12, 16, layout, seed=5)
-    options = Settings(geometry, 1, 0.1, masked, 1e-5, relu=True)
+    options = Settings(geometry, 1, 0.1, masked, 1e-5, slope=0.0)
     x, (weight, bias) = case.input(torch.float32), case.filters(torch.float32)
     assert x.numel() > 4 * cpu._ELEMENTS_PER_THREAD
     keys = case.keys() if masked else None
@@ -628,17 +633,17 @@ def arguments_of_primitives() -> dict[str, dict[str, Any]]:
     """Arguments that the C kernels take, by the name of the primitive and of the argument."""
     geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
     shape, one, vector = (2, 4, 6, 5), torch.ones(2, 1, 6, 5), torch.ones(4)
-    x, options = torch.randn(shape), Settings(geometry, 1, 0.1, True, EPS, relu=False)
+    x, options = torch.randn(shape), Settings(geometry, 1, 0.1, True, EPS, slope=None)
     keys = draw_keys(shape, x.device)
     return {
         "window_statistics": {"x": x, "keys": keys, "settings": options, "with_means": True},
         "epilogue": {
             "z": x.clone(), "terms": [(one, vector)] * 2, "rstd": one, "bias": vector,
-            "relu": False,
+            "slope": None,
         },
         "epilogue_backward": {
             "grad": x, "kept": x, "statistics": Statistics(one, one), "filter_sums": vector,
-            "bias": vector, "relu": True, "factors": (1.0, 1.0),
+            "bias": vector, "slope": 0.0, "factors": (1.0, 1.0),
         },
         "statistics_backward": {
             "grad": x.clone(), "x": x, "pair": torch.ones(2, 2, 6, 5), "keys": keys,

@@ -354,6 +354,7 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be .*got nan"),
         ({"eps": 0.0}, ValueError, r"eps must be positive, got 0\.0"),
         ({"activation": "gelu"}, ValueError, r"activation must be None, .*got 'gelu'"),
+        ({"negative_slope": 0.0}, ValueError, r"negative_slope must be from 0.001 to 1, got 0.0"),
         ({"evaluation": "mean"}, ValueError, r"evaluation must be one of .*got 'mean'"),
     ],
 )

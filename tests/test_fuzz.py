@@ -52,8 +52,9 @@ def test_small_layers(request: pytest.FixtureRequest, device: torch.device, para
     choose = random.Random(seed)
     for i in range(count):
         case, p = random_case(choose), choose.choice([0.0, 0.3])
-        masked, relu, with_bias, *needs = (choose.random() < 0.6 for _ in range(6))
-        options = Settings(case.geometry, case.groups, p, masked and p > 0, EPS, relu)
+        masked, with_bias, *needs = (choose.random() < 0.6 for _ in range(5))
+        slope = choose.choice([None, 0.0, 0.0, 0.2])
+        options = Settings(case.geometry, case.groups, p, masked and p > 0, EPS, slope)
         dtype, of_grad = choose.choice(DTYPES["cpu"]), choose.choice(LAYOUTS + EXPANDED)
         try:
             check_layer(Subject(param, device), case, dtype, options, of_grad, with_bias, needs)

@@ -36,14 +36,25 @@ def test_kn_conv_is_one_call_to_the_function(cls, conv, sizes, training):
     assert y.shape == conv(4, 6, 3, 2, 2, 2, 2)(x).shape
 
 
-@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.Mish(), nn.PReLU()])
+@pytest.mark.parametrize(
+    "activation", [nn.LeakyReLU(0.1), nn.LeakyReLU(1e-9), nn.LeakyReLU(-1), nn.Mish(), nn.PReLU()]
+)
 def test_any_module_is_an_activation(activation):
     layer = kn.KNConv2d(3, 4, 3, dropout_p=0, activation=activation)
     x = torch.randn(2, 3, 5, 6)
     expected = functional.kn_conv(x, layer.weight, layer.bias, dropout_p=0)
-    assert torch.equal(layer(x), activation(expected))
+    torch.testing.assert_close(layer(x), activation(expected))
     assert str(activation) in str(layer)
     assert {*activation.parameters()} <= {*layer.parameters()}
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", nn.LeakyReLU()])
+def test_a_leaky_relu_keeps_nothing_of_its_own(activation):
+    layer = kn.KNConv2d(3, 4, 3, activation=activation)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        y = layer(torch.randn(2, 3, 5, 6))
+    assert [x.data_ptr() for x in kept if x.shape == y.shape] == [y.data_ptr()]
 
 
 def test_a_relu_module_is_fused():
@@ -152,7 +163,7 @@ def test_set_evaluation_reaches_every_layer():
         (lambda: kn.KNConv2d(3, 8, 3, padding_mode="x"), "padding_mode must be one of .*got 'x'"),
         (lambda: kn.KNConv2d(3, 8, 3, dropout_p=1), "dropout_p must be at least 0 and below 1"),
         (lambda: kn.KNConv2d(3, 8, 3, eps=0), "eps must be positive, got 0"),
-        (lambda: kn.KNConv2d(3, 8, 3, activation="x"), "activation must be None, 'relu' or"),
+        (lambda: kn.KNConv2d(3, 8, 3, activation="x"), "activation must be None, 'relu', "),
         (lambda: kn.KNConv2d(3, 8, 3, evaluation="x"), "evaluation must be one of"),
         (lambda: kn.KernelNorm2d(0), "kernel_size must be an integer of at least 1"),
         (lambda: kn.KernelNorm2d(3, 1, "same"), "padding must be an integer .* got 'same'"),

@@ -386,7 +386,7 @@ def test_the_operators_keep_their_promises(layout, dtype, masked, relu, bias):
     x = laid_out(torch.randn(2, 6, 5, 7), layout).to(dtype).detach()
     inputs = [x, torch.randn(4, 3, 3, 3).to(dtype), torch.randn(4).to(dtype) if bias else None]
     keys = draw_keys(x.shape, CPU) if masked else None
-    options = [3, 3], [1, 2], [1, 0], [1, 1], 2, 0.1, masked, 1e-5, relu
+    options = [3, 3], [1, 2], [1, 0], [1, 1], 2, 0.1, masked, 1e-5, relu, 0.2 * masked
     y, numerator, *small = KNConv(*inputs, keys, *options)
     saved = [y if relu else numerator, *small]
     needs = [True, True, bias]

@@ -62,8 +62,8 @@ def kn_conv(
 class Forward(NamedTuple):
     """The output of a forward pass, and what its backward pass needs.
 
-    ``numerator`` is ``None`` with a ReLU, which lets the backward pass take ``y`` instead. Without
-    one the caller may change ``y`` in place, as a residual addition does.
+    ``numerator`` is ``None`` with an activation, since the backward pass can tell it from ``y``.
+    Without one the caller may change ``y`` in place, as a residual addition does.
     """
 
     y: Tensor
@@ -102,7 +102,7 @@ def forward(
         sums = weight.sum(elements, dtype=dtype)
         filters, terms = weight, [(statistics.mu, sums)]
     z = backend.convolution(x, filters, settings)
-    y, numerator = backend.epilogue(z, terms, statistics.rstd, bias, settings.relu)
+    y, numerator = backend.epilogue(z, terms, statistics.rstd, bias, settings.slope)
     return Forward(y, numerator, statistics.mu, statistics.rstd, sums)
 
 
@@ -119,14 +119,14 @@ def backward(
     """The gradients of the input, the weight and the bias, each ``None`` if not needed.
 
     Args:
-        saved: the numerator or, with a ReLU, the output; then mu, rstd and filter sums
+        saved: the numerator or, with an activation, the output; then mu, rstd and filter sums
     """
     kept, mu, rstd, sums = saved
     needs_x, needs_weight, needs_bias = needs
     backend = backend_for(x) if observers.has_storage(grad) else eager
     factors = constants(settings, x.shape[1])
     grad_z, pair, grad_bias, grad_sums = backend.epilogue_backward(
-        grad, kept, Statistics(mu, rstd), sums, bias, settings.relu,
+        grad, kept, Statistics(mu, rstd), sums, bias, settings.slope,
         (factors.grad_mean, factors.grad_var),
     )  # fmt: skip
     filters = weight if weight.dtype == x.dtype else weight.to(x.dtype)
@@ -216,19 +216,21 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 _OPTIONS = (
     "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "float p, bool masked, float eps, bool relu"
+    "float p, bool masked, float eps, bool activation, float slope"
 )
 
 
 def _flat(settings: Settings) -> tuple[Any, ...]:
     """The settings as the schema of an operator has them."""
-    geometry, *options = settings
-    return *map(list, geometry), *options
+    geometry, *options, slope = settings
+    return *map(list, geometry), *options, slope is not None, slope or 0.0
 
 
 def _settings(options: Sequence[Any]) -> Settings:
     """The reverse of :func:`_flat`."""
-    return Settings(Geometry(*map(tuple, options[:4])), *options[4:])
+    *geometry, groups, p, masked, eps, activation, slope = options
+    window = Geometry(*map(tuple, geometry))
+    return Settings(window, groups, p, masked, eps, slope if activation else None)
 
 
 @torch.library.custom_op(
@@ -250,7 +252,7 @@ def _kn_conv(
 def _(x: Tensor, weight: Tensor, bias: Any, keys: Any, *options: Any) -> tuple[Tensor, ...]:
     settings = _settings(options)
     y = eager.convolution(x, weight.to(x.dtype), settings)
-    numerator = y.new_empty(0) if settings.relu else torch.empty_like(y)
+    numerator = torch.empty_like(y) if settings.slope is None else y.new_empty(0)
     mu = y.new_empty((y.shape[0], 1, *y.shape[2:]), dtype=compute_dtype(x))
     return y, numerator, mu, torch.empty_like(mu), mu.new_empty(weight.shape[0])
 
@@ -289,19 +291,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     y, numerator, *rest = output
     ctx.mark_non_differentiable(numerator, *rest)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, y if ctx.settings.relu else numerator, *rest)
+    ctx.save_for_backward(*tensors, numerator if ctx.settings.slope is None else y, *rest)
 
 
 def _operator_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     *inputs, kept, mu, rstd, sums = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:3]]
     gradients = torch.ops.kernelnorm.kn_conv_backward(
         grad, *inputs, [kept, mu, rstd, sums], needs, *_flat(ctx.settings)
     )
     wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *[None] * 10
+    return *wanted, *[None] * 11
 
 
 _kn_conv.register_autograd(_operator_backward, setup_context=_setup_context)

@@ -16,7 +16,8 @@ class Settings(NamedTuple):
     """The options of a KNConv.
 
     Without a mask (``masked=False``) the statistics are those that masks with probability ``p``
-    give on average, which are the plain ones for ``p = 0``.
+    give on average, which are the plain ones for ``p = 0``. ``slope`` is that of the activation for
+    negative numbers: 0 for a ReLU, more for a LeakyReLU, ``None`` without one.
     """
 
     geometry: Geometry
@@ -24,7 +25,7 @@ class Settings(NamedTuple):
     p: float
     masked: bool
     eps: float
-    relu: bool
+    slope: float | None
 
 
 class Constants(NamedTuple):

@@ -55,9 +55,9 @@ class Backend(Protocol):
         terms: list[tuple[Tensor, Tensor]],
         rstd: Tensor,
         bias: Tensor | None,
-        relu: bool,
+        slope: float | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and without a ReLU the numerator. Overwrites ``z``."""
+        """The output, and without an activation the numerator. Overwrites ``z``."""
 
     def epilogue_backward(
         self,
@@ -66,7 +66,7 @@ class Backend(Protocol):
         statistics: Statistics,
         filter_sums: Tensor,
         bias: Tensor | None,
-        relu: bool,
+        slope: float | None,
         factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of the convolution, of the statistics, of the bias and of the filter sums."""

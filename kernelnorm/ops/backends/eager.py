@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernelnorm.ops.backends import Statistics, compute_dtype
@@ -106,9 +107,9 @@ def epilogue(
     terms: list[tuple[Tensor, Tensor]],
     rstd: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    slope: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""The output from the convolution :math:`z`, and the numerator if there is no ReLU.
+    r"""The output from the convolution :math:`z`, and the numerator if there is no activation.
 
     .. math::
         \text{numerator}_k = z_k - \sum_i \text{map}_i \text{vector}_{i,k} \qquad
@@ -130,9 +131,9 @@ def epilogue(
     y = numerator * rstd
     if bias is not None:
         y = y + _as_channels(bias, z).to(rstd.dtype)
-    if relu:
-        y = y.relu()
-    return y.to(z.dtype), None if relu else numerator.to(z.dtype)
+    if slope is not None:
+        y = F.leaky_relu(y, slope) if slope else y.relu()
+    return y.to(z.dtype), numerator.to(z.dtype) if slope is None else None
 
 
 def epilogue_backward(
@@ -141,12 +142,12 @@ def epilogue_backward(
     statistics: Statistics,
     filter_sums: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    slope: float | None,
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The gradient of the convolution's result, and the sums over it.
 
-    With :math:`g` the gradient where the ReLU was on and zero where it was off:
+    With :math:`g` the gradient before the activation:
 
     .. math::
         \text{grad\_z} = g \, \text{rstd} \quad
@@ -154,8 +155,8 @@ def epilogue_backward(
         \text{grad\_mu} = -\text{rstd} \sum_k g_k S_k - 2 \mu \, \text{grad\_var}
 
     Args:
-        kept: the numerator; with a ReLU the output :math:`y` instead, since the numerator is
-            :math:`(y - b) / \text{rstd}` wherever :math:`g` is not zero
+        kept: the numerator; with an activation the output :math:`y` instead, which tells the
+            numerator wherever :math:`g` is not zero
         factors: of the gradients of the mean and of the variance in ``pair``
 
     Returns:
@@ -165,14 +166,16 @@ def epilogue_backward(
         weight.
     """
     mu, rstd = statistics.mu, statistics.rstd
-    if relu:
-        grad = grad.masked_fill(kept <= 0, 0)
+    if slope is not None:
+        grad = torch.where(kept <= 0, grad * slope if slope else 0, grad)
     g, kept = grad.to(rstd.dtype), kept.to(rstd.dtype)
     scaled = g * rstd
-    if relu and bias is not None:
+    if slope:
+        kept = torch.where(kept < 0, kept / slope, kept)
+    if slope is not None and bias is not None:
         kept = kept - _as_channels(bias, kept).to(rstd.dtype)
-    product = (scaled * kept).sum(1, keepdim=True)  # with a ReLU, kept is numerator times rstd
-    grad_var = -0.5 * rstd * (product if relu else product * rstd)
+    product = (scaled * kept).sum(1, keepdim=True)  # of y, which is numerator times rstd
+    grad_var = -0.5 * rstd * (product * rstd if slope is None else product)
     grad_mu = -(scaled * _as_channels(filter_sums, kept)).sum(1, keepdim=True) - 2 * mu * grad_var
     pair = torch.cat([grad_mu * factors[0], grad_var * factors[1]], 1)
     grad_z = scaled.to(grad.dtype)

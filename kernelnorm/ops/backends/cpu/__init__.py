@@ -75,14 +75,14 @@ def epilogue(
     terms: list[tuple[Tensor, Tensor]],
     rstd: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    slope: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue`."""
     if any(map_.shape[1] > 1 for map_, _ in terms):
-        return eager.epilogue(z, terms, rstd, bias, relu)
+        return eager.epilogue(z, terms, rstd, bias, slope)
     z, dtype = writable(z), compute_dtype(z)
-    y = None if relu else torch.empty_like(z)
-    call = _outputs(z, relu)
+    y = torch.empty_like(z) if slope is None else None
+    call = _outputs(z, slope)
     terms = [(_flat(map_, dtype), _flat(vector, dtype)) for map_, vector in terms]
     rstd, bias = _flat(rstd, dtype), _bias(bias, z)
     call.x = _large(z, z)
@@ -102,12 +102,12 @@ def epilogue_backward(
     statistics: Statistics,
     filter_sums: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    slope: float | None,
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue_backward`."""
     grad, kept, dtype = collapsible(grad), collapsible(kept), compute_dtype(kept)
-    call, channels = _outputs(kept, relu), kept.shape[1]
+    call, channels = _outputs(kept, slope), kept.shape[1]
     mu, rstd = _flat(statistics.mu, dtype), _flat(statistics.rstd, dtype)
     filter_sums, bias = _flat(filter_sums, dtype), _bias(bias, kept)
     grad_z = writable(torch.empty_like(kept))
@@ -198,11 +198,12 @@ def _windows(x: Tensor, settings: Settings) -> Call:
     return Call.from_buffer_copy(template)
 
 
-def _outputs(z: Tensor, relu: bool) -> Call:
+def _outputs(z: Tensor, slope: float | None) -> Call:
     """A call over the outputs ``z``."""
     template = _template(z.dtype, z.shape, torch.get_num_threads())
     call = Call.from_buffer_copy(template)
-    call.relu = relu
+    call.activation = 0 if slope is None else 2 if slope else 1
+    call.slope = slope or 0
     return call
 
 

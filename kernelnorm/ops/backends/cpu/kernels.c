@@ -24,6 +24,8 @@
 
 #define TILE 256
 #define FEW_CHANNELS 8 /* below, loops run along the pixels even where channels are adjacent */
+enum { NONE, RELU, LEAKY }; /* activations */
+
 #define HASH_MULTIPLIER 0x7FEB352Du
 
 typedef struct {
@@ -34,9 +36,9 @@ typedef struct {
 /* The arguments of all functions; library.py has the same fields. Dimensions are aligned to the
  * right: an image is (1, height, width). Maps and vectors are contiguous. */
 typedef struct {
-  int64_t dtype, threads, dims, samples, channels, scratch, relu, threshold;
+  int64_t dtype, threads, dims, samples, channels, scratch, activation, threshold;
   int64_t sizes[3], positions[3], kernel[3], stride[3], padding[3], dilation[3];
-  double mean, square, eps, grad_mean, grad_var; /* see settings.Constants */
+  double mean, square, eps, grad_mean, grad_var, slope; /* see settings.py */
   Tensor x, grad, out;
   const int32_t *keys;
   void *mu, *rstd, *offset, *means;              /* maps */
@@ -192,7 +194,8 @@ void kernelnorm_window_statistics(const Call *call) {
   run(call, OF_DTYPE(window_tile), call->positions);
 }
 
-/* The output from the convolution x: in place with a ReLU, else to out, with the numerator in x. */
+/* The output from the convolution x: in place with an activation, else to out, with the numerator
+ * in x. */
 void kernelnorm_epilogue(const Call *call) {
   run(call, OF_DTYPE(epilogue_tile), call->positions);
 }

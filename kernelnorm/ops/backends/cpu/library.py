@@ -37,9 +37,11 @@ class Call(ctypes.Structure):
     """The arguments of all functions; the C struct of the same name."""
 
     _fields_ = [
-        *_fields(ctypes.c_int64, "dtype threads dims samples channels scratch relu threshold"),
+        *_fields(
+            ctypes.c_int64, "dtype threads dims samples channels scratch activation threshold"
+        ),
         *_fields(ctypes.c_int64 * 3, "sizes positions kernel stride padding dilation"),
-        *_fields(ctypes.c_double, "mean square eps grad_mean grad_var"),
+        *_fields(ctypes.c_double, "mean square eps grad_mean grad_var slope"),
         *_fields(Tensor, "x grad out"),
         *_fields(ctypes.c_void_p, "keys mu rstd offset means sums rest bias pair"),
         *_fields(ctypes.c_void_p, "grad_bias grad_sums workspace"),

@@ -122,36 +122,40 @@ static void NAME(window_tile)(const Call *call, int64_t sample, int64_t window, 
 
 /* ---- epilogue ---- */
 
-INLINE void NAME(epilogue_row)(const Call *call, T *in, T *out, int64_t place, int relu,
+INLINE A NAME(activated)(A x, int activation, A slope) { /* keeps NaN */
+  return activation != NONE && x < 0 ? (activation == LEAKY ? x * slope : 0) : x;
+}
+
+INLINE void NAME(epilogue_row)(const Call *call, T *in, T *out, int64_t place, int activation,
                                int second) {
   const A *sums = call->sums, *rest = call->rest, *bias = call->bias;
   A m = ((const A *)call->mu)[place], r = ((const A *)call->rstd)[place];
-  A m2 = second ? ((const A *)call->means)[place] : 0;
+  A m2 = second ? ((const A *)call->means)[place] : 0, slope = (A)call->slope;
 #pragma omp simd
   for (int64_t k = 0; k < call->channels; k++) {
     A numerator = LOAD(in[k]) - m * sums[k] - (second ? m2 * rest[k] : 0);
     A y = numerator * r + bias[k];
-    if (!relu) in[k] = STORE(numerator);
-    out[k] = STORE(relu && y < 0 ? 0 : y); /* keeps NaN */
+    if (activation == NONE) in[k] = STORE(numerator);
+    out[k] = STORE(NAME(activated)(y, activation, slope));
   }
 }
 
 CLONES static void NAME(epilogue_tile)(const Call *call, int64_t sample, int64_t pixel,
                                        int64_t count, int64_t thread) {
-  const Tensor *z = &call->x, *y = call->relu ? &call->x : &call->out;
+  const Tensor *z = &call->x, *y = call->activation == NONE ? &call->out : &call->x;
   int64_t place = sample * volume(call->positions) + pixel;
   T *in = NAME(at)(z, sample, pixel), *out = NAME(at)(y, sample, pixel);
   (void)thread;
   if (z->channel == 1 && y->channel == 1 && call->channels >= FEW_CHANNELS) {
     for (int64_t j = 0; j < count; j++, place++, in += z->pixel, out += y->pixel)
-      if (call->relu && !call->means)
-        NAME(epilogue_row)(call, in, out, place, 1, 0);
-      else if (call->relu)
-        NAME(epilogue_row)(call, in, out, place, 1, 1);
-      else if (!call->means)
-        NAME(epilogue_row)(call, in, out, place, 0, 0);
-      else
-        NAME(epilogue_row)(call, in, out, place, 0, 1);
+      switch (2 * call->activation + !!call->means) {
+        case 2 * NONE: NAME(epilogue_row)(call, in, out, place, NONE, 0); break;
+        case 2 * NONE + 1: NAME(epilogue_row)(call, in, out, place, NONE, 1); break;
+        case 2 * RELU: NAME(epilogue_row)(call, in, out, place, RELU, 0); break;
+        case 2 * RELU + 1: NAME(epilogue_row)(call, in, out, place, RELU, 1); break;
+        case 2 * LEAKY: NAME(epilogue_row)(call, in, out, place, LEAKY, 0); break;
+        default: NAME(epilogue_row)(call, in, out, place, LEAKY, 1);
+      }
     return;
   }
   const A *m = (const A *)call->mu + place, *r = (const A *)call->rstd + place;
@@ -161,10 +165,10 @@ CLONES static void NAME(epilogue_tile)(const Call *call, int64_t sample, int64_t
     A s2 = call->means ? ((const A *)call->rest)[k] : 0;
     NAME(gather)(in, z->pixel, count, value);
     for (int64_t j = 0; j < count; j++) value[j] -= m[j] * s + m2[j] * s2;
-    if (!call->relu) NAME(scatter)(value, z->pixel, count, in);
+    if (call->activation == NONE) NAME(scatter)(value, z->pixel, count, in);
     for (int64_t j = 0; j < count; j++) {
       A v = value[j] * r[j] + b;
-      value[j] = call->relu && v < 0 ? 0 : v;
+      value[j] = NAME(activated)(v, (int)call->activation, (A)call->slope);
     }
     NAME(scatter)(value, y->pixel, count, out);
   }
@@ -172,17 +176,24 @@ CLONES static void NAME(epilogue_tile)(const Call *call, int64_t sample, int64_t
 
 /* ---- backward of the epilogue ---- */
 
+/* The gradient before the activation; y becomes what the activation was applied to. */
+INLINE A NAME(before)(A grad, A *y, int activation, A slope) {
+  A kept = *y;
+  if (activation == LEAKY) *y = kept < 0 ? kept / slope : kept;
+  return activation != NONE && kept <= 0 ? (activation == LEAKY ? grad * slope : 0) : grad;
+}
+
 INLINE void NAME(backward_row)(const Call *call, const T *grad, const T *kept, T *out, A m, A r,
-                               int relu, A *of_bias, A *of_sums, A *product, A *dot) {
+                               int activation, A *of_bias, A *of_sums, A *product, A *dot) {
   const A *sums = call->sums, *bias = call->bias;
-  A with_kept = 0, with_sums = 0;
+  A with_kept = 0, with_sums = 0, slope = (A)call->slope;
 #pragma omp simd reduction(+ : with_kept, with_sums)
   for (int64_t k = 0; k < call->channels; k++) {
     A y = LOAD(kept[k]), g = LOAD(grad[k]);
-    g = relu && y <= 0 ? 0 : g;
+    g = NAME(before)(g, &y, activation, slope);
     A scaled = g * r;
     T rounded = STORE(scaled); /* what the convolution's backward sees */
-    with_kept += scaled * (relu ? y - bias[k] : y), with_sums += scaled * sums[k];
+    with_kept += scaled * (activation == NONE ? y : y - bias[k]), with_sums += scaled * sums[k];
     out[k] = rounded;
     of_bias[k] += g, of_sums[k] += LOAD(rounded) * m;
   }
@@ -190,13 +201,14 @@ INLINE void NAME(backward_row)(const Call *call, const T *grad, const T *kept, T
 }
 
 /* Scales g in place. */
-INLINE void NAME(backward_plane)(A *g, const A *y, int64_t count, const A *m, const A *r, A s, A b,
-                                 int relu, double *of_bias, double *of_sums, A *product, A *dot) {
+INLINE void NAME(backward_plane)(A *g, const A *kept, int64_t count, const A *m, const A *r, A s,
+                                 A b, int activation, A slope, double *of_bias, double *of_sums,
+                                 A *product, A *dot) {
   A bias = 0, sums = 0;
 #pragma omp simd reduction(+ : bias, sums)
   for (int64_t j = 0; j < count; j++) {
-    A value = relu && y[j] <= 0 ? 0 : g[j], scaled = value * r[j];
-    product[j] += scaled * (relu ? y[j] - b : y[j]), dot[j] += scaled * s;
+    A y = kept[j], value = NAME(before)(g[j], &y, activation, slope), scaled = value * r[j];
+    product[j] += scaled * (activation == NONE ? y : y - b), dot[j] += scaled * s;
     bias += value, sums += LOAD(STORE(scaled)) * m[j];
     g[j] = scaled;
   }
@@ -206,23 +218,31 @@ INLINE void NAME(backward_plane)(A *g, const A *y, int64_t count, const A *m, co
 CLONES static void NAME(backward_tile)(const Call *call, int64_t sample, int64_t pixel,
                                        int64_t count, int64_t thread) {
   const Tensor *k_in = &call->x, *g_in = &call->grad, *z_out = &call->out;
-  int64_t channels = call->channels, windows = volume(call->positions), relu = call->relu;
+  int64_t channels = call->channels, windows = volume(call->positions);
   const T *kept = NAME(at)(k_in, sample, pixel), *grad = NAME(at)(g_in, sample, pixel);
   T *out = NAME(at)(z_out, sample, pixel);
   const A *m = (const A *)call->mu + sample * windows + pixel;
   const A *r = (const A *)call->rstd + sample * windows + pixel;
   double *totals = call->workspace + thread * 4 * channels;
-  A product[TILE] = {0}, dot[TILE] = {0}, y[TILE], g[TILE];
+  A product[TILE] = {0}, dot[TILE] = {0}, y[TILE], g[TILE], slope = (A)call->slope;
   if (k_in->channel == 1 && g_in->channel == 1 && z_out->channel == 1 && channels >= FEW_CHANNELS) {
     A *of_bias = (A *)(totals + 2 * channels), *of_sums = of_bias + channels;
     memset(of_bias, 0, sizeof(A) * 2 * (size_t)channels);
     for (int64_t j = 0; j < count; j++) {
-      if (relu)
-        NAME(backward_row)(call, grad, kept, out, m[j], r[j], 1, of_bias, of_sums, product + j,
-                           dot + j);
-      else
-        NAME(backward_row)(call, grad, kept, out, m[j], r[j], 0, of_bias, of_sums, product + j,
-                           dot + j);
+      switch (call->activation) {
+        case NONE:
+          NAME(backward_row)(call, grad, kept, out, m[j], r[j], NONE, of_bias, of_sums, product + j,
+                             dot + j);
+          break;
+        case RELU:
+          NAME(backward_row)(call, grad, kept, out, m[j], r[j], RELU, of_bias, of_sums, product + j,
+                             dot + j);
+          break;
+        case LEAKY:
+          NAME(backward_row)(call, grad, kept, out, m[j], r[j], LEAKY, of_bias, of_sums, product + j,
+                             dot + j);
+          break;
+      }
       grad += g_in->pixel, kept += k_in->pixel, out += z_out->pixel;
     }
     for (int64_t k = 0; k < 2 * channels; k++) totals[k] += of_bias[k];
@@ -231,18 +251,26 @@ CLONES static void NAME(backward_tile)(const Call *call, int64_t sample, int64_t
       A s = ((const A *)call->sums)[k], b = ((const A *)call->bias)[k];
       NAME(gather)(kept + k * k_in->channel, k_in->pixel, count, y);
       NAME(gather)(grad + k * g_in->channel, g_in->pixel, count, g);
-      if (relu)
-        NAME(backward_plane)(g, y, count, m, r, s, b, 1, totals + k, totals + channels + k,
-                             product, dot);
-      else
-        NAME(backward_plane)(g, y, count, m, r, s, b, 0, totals + k, totals + channels + k,
-                             product, dot);
+      switch (call->activation) {
+        case NONE:
+          NAME(backward_plane)(g, y, count, m, r, s, b, NONE, slope, totals + k,
+                               totals + channels + k, product, dot);
+          break;
+        case RELU:
+          NAME(backward_plane)(g, y, count, m, r, s, b, RELU, slope, totals + k,
+                               totals + channels + k, product, dot);
+          break;
+        case LEAKY:
+          NAME(backward_plane)(g, y, count, m, r, s, b, LEAKY, slope, totals + k,
+                               totals + channels + k, product, dot);
+          break;
+      }
       NAME(scatter)(g, z_out->pixel, count, out + k * z_out->channel);
     }
   }
   A *of_mu = (A *)call->pair + 2 * sample * windows + pixel, *of_var = of_mu + windows;
   for (int64_t j = 0; j < count; j++) {
-    A grad_var = (A)-0.5 * r[j] * (relu ? product[j] : product[j] * r[j]);
+    A grad_var = (A)-0.5 * r[j] * (call->activation == NONE ? product[j] * r[j] : product[j]);
     of_mu[j] = (A)((-dot[j] - 2 * m[j] * grad_var) * call->grad_mean);
     of_var[j] = (A)(grad_var * call->grad_var);
   }

@@ -100,18 +100,18 @@ def epilogue(
     terms: list[tuple[Tensor, Tensor]],
     rstd: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    slope: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue`."""
     if any(map_.shape[1] > 1 for map_, _ in terms):
-        return eager.epilogue(z, terms, rstd, bias, relu)
+        return eager.epilogue(z, terms, rstd, bias, slope)
     z = collapsible(z)
-    y = z if relu else torch.empty_like(z)
+    y = torch.empty_like(z) if slope is None else z
     flat = [t.contiguous() for term in terms for t in term]
     missing = [None] * (4 - len(flat))
     bias = None if bias is None else bias.contiguous()
-    _launch(kernels.epilogue, [z, y], *flat, *missing, rstd.contiguous(), bias, RELU=relu)
-    return y, None if relu else z
+    _launch(kernels.epilogue, [z, y], *flat, *missing, rstd.contiguous(), bias, SLOPE=slope)
+    return y, z if slope is None else None
 
 
 def epilogue_backward(
@@ -120,7 +120,7 @@ def epilogue_backward(
     statistics: Statistics,
     filter_sums: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    slope: float | None,
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue_backward`."""
@@ -134,7 +134,7 @@ def epilogue_backward(
     _launch(
         kernels.epilogue_backward, large, rstd, mu, filter_sums.contiguous(),
         None if bias is None else bias.contiguous(), *map(_bits, factors), pair, parts,
-        prod(kept.shape[2:]), RELU=relu,
+        prod(kept.shape[2:]), SLOPE=slope,
     )  # fmt: skip
     grad_bias, grad_sums = parts.sum(1).unbind()
     return grad_z, pair, grad_bias, grad_sums
@@ -157,7 +157,7 @@ def statistics_backward(
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Compiles a kernel once: Triton needs a recent GPU and a C compiler."""
     pair = torch.zeros(1, 2, 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
-    window = Settings(Geometry((1,), (1,), (0,), (1,)), 1, 0.0, False, 1.0, False)
+    window = Settings(Geometry((1,), (1,), (0,), (1,)), 1, 0.0, False, 1.0, None)
     x = torch.ones(1, 1, 1, device=device, dtype=dtype)
     try:
         statistics_backward(x.clone(), x, pair, None, window)
@@ -167,7 +167,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **constants: int) -> None:
+def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **constants: Any) -> None:
     """Runs a kernel over tensors of one shape, and over its other arguments."""
     programs, strides, sizes = _tiles(large[0].shape, *(x.stride() for x in large))
     layout = [item for x, of_x in zip(large, strides, strict=True) for item in (x, *of_x)]

@@ -160,9 +160,9 @@ def epilogue(
     z, z_n, z_p, z_c, y, y_n, y_p, y_c,
     map_1, vector_1, map_2, vector_2, rstd, bias,
     size, pixels, channels,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """Without a ReLU it leaves the numerator in ``z``."""
+    """Without an activation, ``SLOPE`` being ``None``, it leaves the numerator in ``z``."""
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
     z += sample * z_n + pixel * z_p
     y += sample * y_n + pixel * y_p
@@ -182,10 +182,12 @@ def epilogue(
         output = numerator * scale[:, None]
         if bias is not None:
             output += tl.load(bias + channel, valid, 0).to(scale.dtype)[None, :]
-        if RELU:
+        if SLOPE is None:
+            tl.store(at, numerator, inside)
+        elif SLOPE == 0:
             output = tl.where(output < 0, 0, output)  # unlike a maximum, it keeps NaN
         else:
-            tl.store(at, numerator, inside)
+            output = tl.where(output < 0, output * SLOPE, output)
         tl.store(y[:, None] + channel[None, :] * y_c, output, inside)
 
 
@@ -196,7 +198,7 @@ def epilogue_backward(
     grad_z, grad_z_n, grad_z_p, grad_z_c,
     rstd, mu, filter_sums, bias, grad_mean_factor, grad_var_factor, pair, parts,
     volume, size, pixels, channels,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Each program writes its own part of the sums over pixels."""
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
@@ -216,8 +218,12 @@ def epilogue_backward(
         inside = exists[:, None] & valid[None, :]
         k = tl.load(kept[:, None] + channel[None, :] * kept_c, inside, 0).to(scale.dtype)
         g = tl.load(grad[:, None] + channel[None, :] * grad_c, inside, 0).to(scale.dtype)
-        if RELU:
-            g = tl.where(k <= 0, 0, g)
+        if SLOPE is not None:
+            if SLOPE == 0:
+                g = tl.where(k <= 0, 0, g)
+            else:
+                g = tl.where(k <= 0, g * SLOPE, g)
+                k = tl.where(k < 0, k / SLOPE, k)
             if bias is not None:
                 of_bias = tl.load(bias + channel, valid, 0).to(scale.dtype)
                 with_bias += tl.sum(g * of_bias[None, :], 1)
@@ -228,7 +234,7 @@ def epilogue_backward(
         tl.store(part + channel, tl.sum(g, 0), valid)
         tl.store(other_part + channel, tl.sum(of_z.to(scale.dtype) * mean[:, None], 0), valid)
     grad_rstd = with_kept
-    if RELU:
+    if SLOPE is not None:
         grad_rstd = (with_kept - with_bias) / scale
     grad_var = -0.5 * scale * scale * scale * grad_rstd
     grad_mean = -scale * with_sums - 2 * mean * grad_var
