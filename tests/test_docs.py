@@ -1,4 +1,4 @@
-"""Every command that the documents name exists, with its options."""
+"""Every command that the documents name exists, with its options; the README's code runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from kernelnorm.cli import COMMANDS
+from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.recipes import configure, recipe_for
+from kernelnorm.experiments.trainer import train
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,3 +42,23 @@ def test_commands_exist(
 def test_every_command_is_named() -> None:
     named = {line.split("kernelnorm ")[1].split()[0] for _, line in LINES}
     assert named == {*COMMANDS}
+
+
+def test_the_python_code_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(6):
+            shade = (20 * i, 100 * (label == "dog"), 0)
+            Image.new("RGB", (8, 8), shade).save(tmp_path / "photos" / label / f"{i}.png")
+    Image.new("RGB", (30, 20)).save("cat.jpg")
+    recipe = recipe_for(model="vgg8", dataset="photos")
+    options = {"model_options": {"width": 0.25}, "image_size": 8, "epochs": 1}
+    config = configure(recipe, norm="kernel", batch_size=4, lr=0.01, **options)
+    train(config, Launch(out=Path("runs/photos"), verbose=False))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})
+    assert capsys.readouterr().out.split()[-1] in ("cat", "dog")

@@ -315,12 +315,6 @@ def test_numbers_of_a_config_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep", "mnist"], "unknown case 'mnist'"),
-        (["sweep", "--norms=weight"], "unknown norm 'weight'"),
-        (["sweep", "--jobs=0"], "--jobs must be positive, got 0"),
-        (["sweep", "--ray=local", "--cpus-per-run=0"], "--cpus-per-run must be positive, got 0"),
-        (["sweep", "--ray=local", "--gpus-per-run=-1"], "--gpus-per-run must not be negative"),
-        (["reproduce", "mnist"], "unknown case 'mnist'"),
         (["reproduce", "digits-vgg8", "--scale=paper"], "digits-vgg8 is not in the paper"),
         (["reproduce", "--seeds=0"], "seed 0 is that of the tuning"),
     ],

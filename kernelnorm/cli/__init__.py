@@ -1,10 +1,12 @@
-"""The command line: arguments to calls.
+"""The command line.
 
-The experiments are imported where they are used, so that help and mistakes are answered at once.
+The experiments are imported where they are used, so that ``--help`` and errors in the
+arguments need no time for them.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -12,13 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from kernelnorm import __version__
 from kernelnorm.cli import bench, compare, evaluate, predict, report, reproduce, sweep, train
 from kernelnorm.cli.options import Help
+from kernelnorm.cli.values import unknown
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 
 class _File(Protocol):
-    """What the file of a command has."""
+    """The functions of a command's file."""
 
     def make_parser(self) -> ArgumentParser: ...
 
@@ -26,68 +29,87 @@ class _File(Protocol):
 
 
 class Command(NamedTuple):
-    """One of ``kernelnorm``'s commands; ``goes_on``: it can be stopped and given again."""
+    """One of ``kernelnorm``'s commands; ``resumes``: a stopped one resumes if run again."""
 
     file: _File
     summary: str
-    goes_on: bool = False
+    resumes: bool = False
 
 
 COMMANDS = {
-    "train": Command(train, "train a network, or go on with its training", goes_on=True),
+    "train": Command(train, "train a network, or resume its training", resumes=True),
     "compare": Command(
-        compare, "train several normalisations: a table and a picture", goes_on=True
+        compare, "train several normalisations; write a table and a picture", resumes=True
     ),
-    "sweep": Command(sweep, "train a grid of runs, some at a time", goes_on=True),
+    "sweep": Command(sweep, "train a grid of runs, several in parallel", resumes=True),
     "reproduce": Command(
-        reproduce, "the paper's experiments: tuning, repetitions, report", goes_on=True
+        reproduce, "repeat the paper's experiments: tuning, repetitions, report", resumes=True
     ),
-    "report": Command(report, "tables and figures from folders of runs"),
-    "evaluate": Command(evaluate, "accuracy of a trained network on its test images"),
-    "predict": Command(predict, "classes of image files"),
-    "bench": Command(bench, "time and memory of normalisations, side by side"),
+    "report": Command(report, "write tables and figures from folders of runs"),
+    "evaluate": Command(evaluate, "test accuracy of a trained network"),
+    "predict": Command(predict, "predict the classes of image files"),
+    "bench": Command(bench, "measure time and memory of normalisations"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line, with ``argv`` in place of the process's own arguments.
 
-    A mistake in the arguments exits with 2, a problem that the user can solve with 1 and one line.
+    Wrong arguments exit with code 2, other problems that the user can solve with code 1. Each
+    prints one line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of classes and files, on any console
+            stream.reconfigure(errors="backslashreplace")
     try:
         _main(argv)
     except ModuleNotFoundError as error:
-        sys.exit(f"kernelnorm: {error.name} is missing: pip install 'kernelnorm[experiments]'")
+        sys.exit(
+            f"kernelnorm: {error.name} is missing. Install it with: "
+            "pip install 'kernelnorm[experiments]' (in a checkout: pip install '.[experiments]')"
+        )
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="kernelnorm",
-        description="Train kernel normalized networks, and compare them with other normalisations.",
-        version=__version__,
-        formatter_class=Help,
-    )
-    commands = parser.add_subcommands(required=False, dest="command")
-    for name, command in COMMANDS.items():
-        commands.add_subcommand(name, command.file.make_parser(), help=command.summary)
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name not in COMMANDS:
+        _answer(name)
         return
+    command = COMMANDS[name]
+    parser = command.file.make_parser()
+    parser.prog = f"kernelnorm {name}"
+    arguments = parser.parse_args(rest)
 
     from kernelnorm.experiments.data import DataError
     from kernelnorm.experiments.heap import keep_freed_memory
     from kernelnorm.experiments.runs import RunError
 
     keep_freed_memory()
-    command = COMMANDS[arguments.command]
     try:
-        command.file.run(arguments[arguments.command])
+        command.file.run(arguments)
     except (DataError, RunError) as error:
         sys.exit(f"kernelnorm: {error}")
     except KeyboardInterrupt:
-        more = "; the same command goes on from the last checkpoint" * command.goes_on
-        print(f"kernelnorm: stopped{more}", file=sys.stderr)
+        more = " Run the same command to resume." * command.resumes
+        print(f"Stopped.{more}", file=sys.stderr)
         sys.exit(130)
+
+
+def _answer(argument: str) -> None:
+    """Print the help or the version, or report an unknown command."""
+    from kernelnorm.cli.parser import Parser
+
+    lines = [f"  {name:10} {command.summary}" for name, command in COMMANDS.items()]
+    parser = Parser(
+        prog="kernelnorm",
+        usage="kernelnorm COMMAND [options]",
+        description="Train kernel normalized networks, and compare them with other normalisations.",
+        epilog="\n".join(
+            ["commands:", *lines, "", "options of a command: kernelnorm COMMAND --help"]
+        ),
+        version=__version__,
+        formatter_class=Help,
+    )
+    if not argument.startswith("-"):
+        parser.error(unknown("command", argument, COMMANDS))
+    parser.parse_args([argument])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from kernelnorm.cli.options import command_parser, names, numbers
+from kernelnorm.cli import values
+from kernelnorm.cli.options import command_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -21,27 +22,32 @@ def make_parser() -> ArgumentParser:
         "kernelnorm bench --device cuda --dtypes float32,bfloat16 --modes eager,reduce-overhead",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="small cases and few rounds, in under two minutes")
-    networks_help = "with commas; without it vgg8,resnet18,densenet121, the paper's case studies"
-    add("--networks", type=names, help=networks_help)
-    sizes_help = "of the images, one for each network; without it the case studies'"
-    add("--sizes", type=numbers, metavar="PIXELS", help=sizes_help)
-    add("--batch-sizes", type=numbers, help="with commas; without it 2,32")
+    add("--quick", action="store_true", help="small cases and few rounds, under two minutes")
+    networks_help = "comma-separated (default: vgg8,resnet18,densenet121, the paper's case studies)"
+    add("--networks", type=values.models, help=networks_help)
+    sizes_help = "image size of each network, comma-separated (default: the case studies')"
+    add("--sizes", type=values.integers, metavar="PIXELS", help=sizes_help)
+    add("--batch-sizes", type=values.integers, help="comma-separated (default: 2,32)")
     norms = ["none", "batch", "group", "layer", "kernel"]
-    add("--norms", type=names, default=norms, help="with commas; none: the floor")
+    add("--norms", type=values.norms, default=norms, help="comma-separated; none: the floor")
     passes_help = "train: forward, backward and SGD; inference: forward alone"
-    add("--passes", type=names, default=["train", "inference"], help=passes_help)
+    add("--passes", type=values.texts, default=["train", "inference"], help=passes_help)
     dtypes_help = "float32, bfloat16 (autocast), float16 (autocast, on CUDA)"
-    add("--dtypes", type=names, default=["float32"], help=dtypes_help)
-    formats_help = "channels_last, contiguous; of both, each norm's faster one counts"
-    add("--memory-formats", type=names, default=["channels_last"], help=formats_help)
+    add("--dtypes", type=values.texts, default=["float32"], help=dtypes_help)
+    formats_help = "channels_last, contiguous; with both, the faster one of each norm is reported"
+    add("--memory-formats", type=values.texts, default=["channels_last"], help=formats_help)
     modes_help = "eager, compile, reduce-overhead (torch.compile with CUDA graphs)"
-    add("--modes", type=names, default=["eager"], help=modes_help)
-    add("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if any")
-    add("--threads", type=int | None, help="of PyTorch on the CPU; without it PyTorch's choice")
-    add("--rounds", type=int, default=15, help="the most for a row of the table; --quick: 9")
-    add("--seconds", type=float, default=20.0, help="then a row ends, after 3 rounds; --quick: 4")
-    add("--out", type=Path, default=Path("runs/bench"), help="for bench.json and bench.png")
+    add("--modes", type=values.texts, default=["eager"], help=modes_help)
+    device_help = "auto: CUDA if available"
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device_help)
+    threads_help = "CPU threads of PyTorch (default: PyTorch's choice)"
+    add("--threads", type=values.positive_int, help=threads_help)
+    rounds_help = "maximum number of rounds of a row of the table; with --quick 9"
+    add("--rounds", type=values.positive_int, default=15, help=rounds_help)
+    seconds_help = "time limit of a row, which has at least 3 rounds; with --quick 4"
+    add("--seconds", type=values.number, default=20.0, help=seconds_help)
+    out_help = "folder of bench.json and bench.png"
+    add("--out", type=values.folder, default=Path("runs/bench"), metavar="DIR", help=out_help)
     return parser
 
 
@@ -52,3 +58,4 @@ def run(arguments: Namespace) -> None:
     options = arguments.as_dict()
     out = options.pop("out")
     bench(make_plan(**options), out)
+    print("Next: kernelnorm compare, for the accuracy of the normalisations")

@@ -1,16 +1,19 @@
-"""``kernelnorm compare``: train several normalisations: a table and a picture."""
+"""``kernelnorm compare``: train several normalisations; write a table and a picture."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.options import (
     add_norms_argument,
     add_run_arguments,
     command_parser,
     configure_run,
-    numbers,
+    echo,
+    explain_lr,
     where,
 )
 
@@ -21,14 +24,16 @@ if TYPE_CHECKING:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser(
-        "Train what is missing of every norm and batch size, then write a table and a picture.",
+        "Train the missing runs of each norm and batch size, then write a table and a picture.\n"
+        "Run the same command again to resume.",
         "kernelnorm compare digits-vgg8",
         "kernelnorm compare cifar10-vgg8 --norms batch,kernel --batch-sizes 2,32,256 --epochs 5",
     )
     add_norms_argument(parser)
-    parser.add_argument("--batch-sizes", type=numbers, default=[2, 32], help="with commas")
+    sizes_help = "comma-separated"
+    parser.add_argument("--batch-sizes", type=values.integers, default=[2, 32], help=sizes_help)
     add_run_arguments(parser)
-    parser.add_argument("--out", type=Path | None, help="the folder; without it runs/CASE")
+    parser.add_argument("--out", type=values.folder, metavar="DIR", help="(default: runs/CASE)")
     return parser
 
 
@@ -42,6 +47,8 @@ def run(arguments: Namespace) -> None:
         for batch_size in arguments.batch_sizes
         for norm in arguments.norms
     ]
+    explain_lr(arguments, configs)
     out = arguments.out or Path("runs") / configs[0].case
     compare(configs, out, Launch(**where(arguments)))
+    echo(f"Next: kernelnorm report {shlex.quote(str(out))}")
     leave()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.options import add_trained_arguments, command_parser
 
 if TYPE_CHECKING:
@@ -17,15 +19,17 @@ def make_parser() -> ArgumentParser:
         "Print a run's loss and accuracy on its test images.",
         "kernelnorm evaluate runs/digits-vgg8/kernel-b32-seed0-0123abcd",
     )
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=values.path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--evaluation",
-        type=Literal["all", "expected", "plain", "monte_carlo"],
+        choices=["all", "expected", "plain", "monte_carlo"],
         default="all",
-        help="how kernel layers take their statistics outside training",
+        help="how kernel layers compute their statistics outside training",
     )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the data is")
-    parser.add_argument("--dataset", type=Path | None, help="the folder of images, if it has moved")
+    data_help = "folder of the datasets"
+    parser.add_argument("--data-dir", type=values.folder, default=Path("data"), help=data_help)
+    dataset_help = "folder of the images, if it has moved"
+    parser.add_argument("--dataset", type=values.path, help=dataset_help)
     add_trained_arguments(parser, "last")
     return parser
 
@@ -47,3 +51,4 @@ def run(arguments: Namespace) -> None:
     for score in scores:
         spread = f" ± {score.accuracy_spread:.2%} ({score.passes} passes)" * (score.passes > 1)
         print(f"{score.evaluation:12}  {score.loss:9.4f}  {score.accuracy:13.2%}{spread}")
+    print(f"\nNext: kernelnorm predict {shlex.quote(str(arguments.run))} IMAGE ...")

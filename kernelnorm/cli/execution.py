@@ -1,10 +1,11 @@
-"""Where the runs of a plan are executed: what ``sweep`` and ``reproduce`` have in common."""
+"""How the runs of a plan are executed: what ``sweep`` and ``reproduce`` share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.options import where
 
 if TYPE_CHECKING:
@@ -14,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def add_sweep_arguments(parser: ArgumentParser) -> None:
-    """Add where runs are executed, and how many at a time."""
-    jobs_help = "runs at a time; without it one for each core, or for each 8 GiB of a GPU's memory"
+    """Add where runs are executed, and how many in parallel."""
+    jobs_help = "parallel runs (default: one per core, or per 8 GiB of GPU memory)"
     add = parser.add_argument
-    add("--jobs", type=int | None, help=jobs_help)
-    ray_help = "on a Ray cluster: auto (that of this machine), local (begin one) or HOST:PORT"
-    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray_help)
-    gpus_help = "of a run, with --ray; without it a quarter where there are GPUs"
-    add("--gpus-per-run", type=float | None, help=gpus_help)
-    add("--cpus-per-run", type=int, default=1, help="with --ray")
-    add("--dry-run", action="store_true", help="list the runs and their time, only")
+    add("--jobs", type=values.positive_int, help=jobs_help)
+    ray_help = "use a Ray cluster: auto (the one of this machine), local (start one) or HOST:PORT"
+    add("--ray", type=values.text, nargs="?", const="auto", metavar="ADDRESS", help=ray_help)
+    gpus_help = "with --ray (default: 0.25 if there are GPUs)"
+    add("--gpus-per-run", type=values.number, help=gpus_help)
+    add("--cpus-per-run", type=values.positive_int, default=1, help="with --ray")
+    add("--dry-run", action="store_true", help="only list the runs and estimate their time")
 
 
 def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
-    """Do what :func:`add_sweep_arguments` says with a plan.
+    """Train the runs of a plan, or list them with ``--dry-run``.
 
     Raises:
         RunError: runs have failed.
@@ -43,18 +44,14 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     if failed:
         raise RunError(
             f"runs that have failed: {failed}. In the folder of each, failure.json says why, and "
-            "output.txt, if it is there, has what was printed; the same command tries again"
+            "output.txt, if it exists, holds the printed output. Run the same command to try again"
         )
 
 
 def _jobs(arguments: Namespace) -> int:
-    from kernelnorm.experiments.runs import RunError
     from kernelnorm.experiments.sweep import default_jobs
 
-    jobs: int = default_jobs(arguments.accelerator) if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        raise RunError(f"--jobs must be positive, got {jobs}")
-    return jobs
+    return arguments.jobs or default_jobs(arguments.accelerator)
 
 
 def _make_pool(arguments: Namespace, out: Path) -> Pool:

@@ -1,10 +1,13 @@
-"""What the commands' arguments have in common."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from kernelnorm.cli import values
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -13,103 +16,153 @@ if TYPE_CHECKING:
 
 
 class Help(RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples, and tells the defaults that there are."""
+    """Keeps the line breaks of the examples, and shows default values."""
 
     def _get_help_string(self, action: Action) -> str:
-        tell = bool(action.default) and action.default != SUPPRESS
-        return f"{action.help} (default: %(default)s)" if tell else action.help or ""
+        default = action.default
+        if default is None or default is False or default in (SUPPRESS, {}, [{}]):
+            return action.help or ""
+        if isinstance(default, list):
+            default = ",".join(map(str, default))
+        return f"{action.help} (default: {default})"
 
 
 def command_parser(description: str, *examples: str) -> ArgumentParser:
     """Make the parser of a command."""
-    from jsonargparse import ArgumentParser
+    from kernelnorm.cli.parser import Parser
 
     text = "\n".join([description, "", "examples:", *(f"  {example}" for example in examples)])
-    return ArgumentParser(description=text, print_config=None)
+    return Parser(description=text, formatter_class=Help)
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
-    """Add what says what is trained, on which data, and where."""
+    """Add the options of a run: what is trained, on which data, and where."""
     add_recipe_arguments(parser)
     add = parser.add_argument
-    add("--lr", type=Literal["auto"] | float, default="auto", help="auto: the paper's Table 4")
-    add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
+    add(
+        "--lr",
+        type=values.rate,
+        default="auto",
+        help="learning rate; auto: from the paper's Table 4",
+    )
+    add("--seed", type=values.seed, default=0, help="random seed")
     add_place_arguments(parser)
 
 
 def add_recipe_arguments(parser: ArgumentParser) -> None:
-    """Add what all runs of a comparison or a sweep have in common."""
+    """Add the options that all runs of a comparison or a sweep share."""
     add = parser.add_argument
-    add_case_argument(parser, "without it, and without a model, digits")
-    add("--model", type=str | None, help="any network, with --dataset, in place of the case's")
-    add("--dataset", type=str | None, help="a folder of train/CLASS/* and val/CLASS/*, or a name")
-    add("--model-options", type=dict[str, Any], default={}, help='such as {"small_images": true}')
-    size_help = "resize images to it; without it the case's"
-    add("--image-size", type=int | None, metavar="PIXELS", help=size_help)
-    add("--epochs", type=int | None, help="the most epochs; without it the case's")
-    add("--augment", type=bool | None, help="crop and flip at random; without it the case's")
-    add("--weight-decay", type=float | None, help="of SGD; without it the case's")
-    milestones_help = "epochs, with commas, after each a tenth of the rate; without it the case's"
-    add("--lr-milestones", type=numbers, metavar="EPOCHS", help=milestones_help)
-    add("--subset", type=int | None, help="train and test on that many images: a trial")
-    precisions = Literal["32-true", "bf16-mixed", "16-mixed"]
-    add("--precision", type=precisions, default="32-true", help="of the arithmetic")
+    add_case_argument(parser, "digits-vgg8, if there is no --model and no --dataset")
+    model_help = "network, with --dataset (default: the case study's)"
+    add("--model", type=values.model, help=model_help)
+    dataset_help = (
+        "folder with train/CLASS/* and val/CLASS/*, or a name (default: the case study's)"
+    )
+    add("--dataset", type=values.dataset, help=dataset_help)
+    options_help = 'options of the network, such as {"small_images": true}'
+    add("--model-options", type=values.mapping, default={}, metavar="JSON", help=options_help)
+    size_help = "image size in pixels (default: the case study's)"
+    add("--image-size", type=values.positive_int, metavar="PIXELS", help=size_help)
+    epochs_help = "maximum number of epochs (default: the case study's)"
+    add("--epochs", type=values.positive_int, help=epochs_help)
+    augment_help = "random crops and flips, true or false (default: the case study's)"
+    add("--augment", type=values.boolean, metavar="BOOL", help=augment_help)
+    optimizer_help = "sgd or adamw (default: the case study's)"
+    add("--optimizer", choices=["sgd", "adamw"], help=optimizer_help)
+    schedule_help = "steps: see --lr-milestones; cosine: to zero (default: the case study's)"
+    add("--schedule", choices=["steps", "cosine"], help=schedule_help)
+    warmup_help = "epochs in which the learning rate rises (default: the case study's)"
+    add("--warmup-epochs", type=values.number, metavar="EPOCHS", help=warmup_help)
+    decay_help = "weight decay (default: the case study's)"
+    add("--weight-decay", type=values.number, help=decay_help)
+    milestones_help = (
+        "comma-separated epochs after which the learning rate is divided by 10 "
+        "(default: the case study's)"
+    )
+    add("--lr-milestones", type=values.milestones, metavar="EPOCHS", help=milestones_help)
+    subset_help = "number of images to train and to test on, for a trial (default: all)"
+    add("--subset", type=values.positive_int, metavar="IMAGES", help=subset_help)
+    precisions = ["32-true", "bf16-mixed", "16-mixed"]
+    add("--precision", choices=precisions, default="32-true", help="arithmetic precision")
 
 
-def add_case_argument(parser: ArgumentParser, otherwise: str) -> None:
-    """Add the case study; a default value would be taken in place of a YAML file's."""
+def add_case_argument(parser: ArgumentParser, default: str) -> None:
+    """Add the case study; a default value would replace the value of a YAML file."""
     cases = "digits-vgg8, cifar10-vgg8, imagenette-densenet121 or imagewoof-resnet18"
-    parser.add_argument("case", nargs="?", default=SUPPRESS, help=f"{cases}; {otherwise}")
+    text = f"case study: {cases} (default: {default})"
+    parser.add_argument("case", nargs="?", type=values.case, help=text).default = SUPPRESS
 
 
 def add_norms_argument(parser: ArgumentParser) -> None:
-    """Add the normalisations that are set side by side; without it those of the paper."""
+    """Add the normalisations that are compared; the default is the paper's."""
     norms = ["batch", "group", "layer", "kernel"]
-    parser.add_argument("--norms", type=names, default=norms, help="with commas")
+    parser.add_argument("--norms", type=values.norms, default=norms, help="comma-separated")
 
 
 def add_place_arguments(parser: ArgumentParser) -> None:
-    """Add where the data is and what computes."""
+    """Add where the data is and which device computes."""
+    from kernelnorm.cli.parser import ConfigFile
+
     add = parser.add_argument
-    add("--data-dir", type=Path, default=Path("data"), help="where datasets are, or will be put")
-    add("--accelerator", default="auto", help="cpu, cuda, mps or auto")
+    data_help = "folder of the datasets, which are downloaded to it if they are missing"
+    add("--data-dir", type=values.folder, default=Path("data"), help=data_help)
+    add_accelerator_argument(parser)
     add("--compile", action="store_true", help="run the network through torch.compile")
-    add("--config", action="config", help="a YAML file with these options")
+    config_help = "YAML file with these options, such as batch_size: 32"
+    add("--config", action=ConfigFile, type=values.path, metavar="FILE", help=config_help)
+
+
+def add_accelerator_argument(parser: ArgumentParser) -> None:
+    """Add the kind of device; ``gpu`` is CUDA or MPS."""
+    accelerators = ["auto", "cpu", "cuda", "mps", "gpu"]
+    parser.add_argument("--accelerator", choices=accelerators, default="auto", help="device")
 
 
 def add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
-    """Add what of a trained network is used, and where."""
+    """Add which checkpoint of a run is used, and on which device."""
     parser.add_argument(
         "--checkpoint",
-        type=Literal["last", "best"],
+        choices=["last", "best"],
         default=checkpoint,
-        help="last: after the last epoch; best: that with the best test accuracy",
+        help="last: after the last epoch; best: with the best test accuracy",
     )
-    parser.add_argument("--accelerator", default="auto", help="cpu, cuda, mps or auto")
+    add_accelerator_argument(parser)
 
 
 def configure_run(arguments: Namespace, norm: str, batch_size: int) -> RunConfig:
-    """Return the configuration of a run; tell if its learning rate is not quite the paper's."""
-    from kernelnorm.experiments.recipes import auto_lr, configure
+    """Return the configuration of a run."""
+    from kernelnorm.experiments.recipes import configure
 
-    recipe = recipe_of(arguments)
-    auto = arguments.lr == "auto"
-    config = configure(
-        recipe,
+    return configure(
+        recipe_of(arguments),
         norm=norm,
         batch_size=batch_size,
-        lr=None if auto else arguments.lr,
+        lr=None if arguments.lr == "auto" else arguments.lr,
         seed=arguments.seed,
         **choices(arguments),
     )
-    lr, source, exact = auto_lr(recipe, norm, batch_size, config.optimizer)
-    if auto and not exact:
-        echo(f"--lr auto is {lr:g}: {source}")
-    return config
+
+
+def explain_lr(arguments: Namespace, configs: Sequence[RunConfig]) -> None:
+    """Print where the learning rates come from, if they are not exactly the paper's."""
+    from kernelnorm.experiments.recipes import auto_lr
+
+    if arguments.lr != "auto":
+        return
+    recipe = recipe_of(arguments)
+    found = [auto_lr(recipe, c.norm, c.batch_size, c.optimizer) for c in configs]
+    if all(lr.exact for lr in found):
+        return
+    if len(found) == 1:
+        echo(f"--lr auto is {found[0].lr:g}: {found[0].source}")
+    elif configs[0].optimizer == "adamw":
+        echo(f"--lr auto: {found[0].source}")
+    else:
+        echo(f"--lr auto: the paper's for {recipe.lr_table}, scaled to batch sizes that it lacks")
 
 
 def recipe_of(arguments: Namespace) -> Recipe:
-    """Return the recipe that the case, the model and the dataset tell."""
+    """Return the recipe of the case study, the model and the dataset."""
     from kernelnorm.experiments.recipes import recipe_for
 
     case = arguments.get("case")
@@ -117,48 +170,30 @@ def recipe_of(arguments: Namespace) -> Recipe:
 
 
 def choices(arguments: Namespace) -> dict[str, Any]:
-    """Return the fields of a run's configuration that were given in place of the recipe's."""
-    given = {
+    """Return the given options that replace the recipe's values."""
+    chosen = {
         "image_size": arguments.image_size,
         "epochs": arguments.epochs,
         "augment": arguments.augment,
+        "optimizer": arguments.optimizer,
+        "schedule": arguments.schedule,
+        "warmup_epochs": arguments.warmup_epochs,
         "weight_decay": arguments.weight_decay,
         "lr_milestones": arguments.lr_milestones,
         "model_options": arguments.model_options or None,
         "subset": arguments.subset,
         "precision": arguments.precision,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def where(arguments: Namespace) -> dict[str, Any]:
-    """Return where the data is and what computes, as :class:`Launch` takes them."""
+    """Return where the data is and which device computes, as arguments of :class:`Launch`."""
     return {name: arguments[name] for name in ("data_dir", "accelerator", "compile")}
 
 
 def echo(text: str) -> None:
-    """Print, in one of the processes only."""
+    """Print on rank 0 only."""
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 
     rank_zero_only(print)(text, flush=True)
-
-
-def names(value: str | list[str]) -> list[str]:
-    """Return what is between commas."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-
-
-def numbers(value: str | int | list[int]) -> list[int]:
-    """Return the numbers of a list, or between commas."""
-    return [int(part) for part in _parts(value)]
-
-
-def rates(value: str | float | list[float]) -> list[float] | str:
-    """Return the learning rates of a list, or between commas, or ``"auto"``."""
-    return "auto" if value == "auto" else [float(part) for part in _parts(value)]
-
-
-def _parts(value: str | float | list[int] | list[float]) -> list[str]:
-    """Return what a list has, or a text between its commas, as YAML or a command line gives it."""
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return [str(part) for part in parts if part != ""]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.options import add_trained_arguments, command_parser
 
 if TYPE_CHECKING:
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser(
-        "Print the three likeliest classes of images.",
+        "Print the three most probable classes of each image.",
         "kernelnorm predict runs/photos-resnet18/kernel-b32-seed0-0123abcd cat.jpg dog.jpg",
     )
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    parser.add_argument("run", type=values.path, metavar="RUN", help="folder of the run")
+    parser.add_argument("images", type=values.path, nargs="+", metavar="IMAGE", help="image files")
     add_trained_arguments(parser, "best")
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.options import command_parser
 
 if TYPE_CHECKING:
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser(
-        "Write the paper's tables and figures, from the folders of runs and nothing else.",
+        "Write the paper's tables and figures from folders of runs. Nothing is trained.",
         "kernelnorm report runs/digits-vgg8",
         "kernelnorm report runs/reproduce/cifar10-vgg8-small --out docs/results/cifar10-vgg8",
     )
-    parser.add_argument("runs", type=Path, metavar="DIR", help="the folder that runs are in")
-    parser.add_argument("--out", type=Path | None, help="the folder; without it DIR/report")
+    parser.add_argument("runs", type=values.path, metavar="DIR", help="folder that contains runs")
+    out_help = "folder of the report (default: DIR/report)"
+    parser.add_argument("--out", type=values.folder, metavar="DIR", help=out_help)
     return parser
 
 
@@ -29,7 +31,7 @@ def run(arguments: Namespace) -> None:
 
 
 def write_report(runs: Path, out: Path | None = None) -> None:
-    """Write the report of a folder of runs, and tell where it is."""
+    """Write the report of a folder of runs, and print its path."""
     from kernelnorm.experiments.report import report
 
-    print(f"Report: {report(runs, out)}")
+    print(f"Report: {report(runs, out)}\nNext:   open it in a browser")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.execution import add_sweep_arguments, execute_plan
 from kernelnorm.cli.options import (
     add_case_argument,
     add_norms_argument,
     add_place_arguments,
     command_parser,
-    numbers,
 )
 from kernelnorm.cli.report import write_report
 
@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser(
-        "Make the paper's experiments anew: the best learning rate of each norm and batch size,\n"
-        "then three repetitions with it, then the report. The same command goes on.",
+        "Repeat the paper's experiments: search the best learning rate of each norm and batch\n"
+        "size, train three times with it, and write the report.\n"
+        "Run the same command again to resume.",
         "kernelnorm reproduce cifar10-vgg8 --scale small",
         "kernelnorm reproduce cifar10-vgg8 --scale paper --data-dir ~/data --dry-run",
         "kernelnorm reproduce imagewoof-resnet18 --scale paper --batch-sizes 64,128,256 --jobs 2",
     )
     add = parser.add_argument
-    add_case_argument(parser, "without it cifar10-vgg8")
-    scale_help = "paper: its epochs, images and batch sizes; small: less of each, for a CPU"
-    add("--scale", type=Literal["small", "paper"], default="small", help=scale_help)
+    add_case_argument(parser, "cifar10-vgg8")
+    scale_help = "paper: its epochs, images and batch sizes; small: fewer of each, for a CPU"
+    add("--scale", choices=["small", "paper"], default="small", help=scale_help)
     add_norms_argument(parser)
-    add("--batch-sizes", type=numbers, help="with commas; without it the scale's")
-    add("--seeds", type=numbers, default=[1, 2, 3], help="of the repetitions; tuning has seed 0")
-    rates_help = "try all of the paper's learning rates, also those that worse neighbours rule out"
+    add("--batch-sizes", type=values.integers, help="comma-separated (default: the scale's)")
+    seeds_help = "random seeds of the repetitions, comma-separated; the search uses seed 0"
+    add("--seeds", type=values.seeds, default=[1, 2, 3], help=seeds_help)
+    rates_help = "try all learning rates of the paper, not only neighbours of the best one"
     add("--all-rates", action="store_true", help=rates_help)
     add_place_arguments(parser)
-    add("--out", type=Path | None, help="the folder; without it runs/reproduce/CASE-SCALE")
+    add("--out", type=values.folder, metavar="DIR", help="(default: runs/reproduce/CASE-SCALE)")
     add_sweep_arguments(parser)
     return parser
 

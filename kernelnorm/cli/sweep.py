@@ -1,10 +1,12 @@
-"""``kernelnorm sweep``: train a grid of runs, some at a time."""
+"""``kernelnorm sweep``: train a grid of runs, several in parallel."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kernelnorm.cli import values
 from kernelnorm.cli.execution import add_sweep_arguments, execute_plan
 from kernelnorm.cli.options import (
     add_norms_argument,
@@ -12,8 +14,6 @@ from kernelnorm.cli.options import (
     add_recipe_arguments,
     choices,
     command_parser,
-    numbers,
-    rates,
     recipe_of,
 )
 
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser(
-        "Train what is missing of a grid of runs, some at a time. The same command goes on.",
+        "Train the missing runs of a grid, several in parallel.\n"
+        "Run the same command again to resume.",
         "kernelnorm sweep",
         "kernelnorm sweep cifar10-vgg8 --norms batch,kernel --batch-sizes 2,32 --lrs 0.01,0.025",
         "kernelnorm sweep --config examples/sweeps/dropout.yaml --dry-run",
     )
     add = parser.add_argument
     add_norms_argument(parser)
-    add("--batch-sizes", type=numbers, default=[8, 32], help="with commas")
-    add("--lrs", type=rates, default="auto", help="with commas; auto: the paper's Table 4")
-    add("--seeds", type=numbers, default=[0], help="with commas")
+    add("--batch-sizes", type=values.integers, default=[8, 32], help="comma-separated")
+    rates_help = "comma-separated learning rates; auto: the paper's Table 4"
+    add("--lrs", type=values.rates, default="auto", help=rates_help)
+    add("--seeds", type=values.seeds, default=[0], help="comma-separated random seeds")
     rules_help = 'variants of kernel networks, such as [{"dropout_p": 0.0}, {}]'
-    add("--rules", type=list[dict[str, Any]], default=[{}], help=rules_help)
+    add("--rules", type=values.mappings, default=[{}], metavar="JSON", help=rules_help)
     add_recipe_arguments(parser)
     add_place_arguments(parser)
-    add("--out", type=Path | None, help="the folder; without it runs/CASE")
+    add("--out", type=values.folder, metavar="DIR", help="(default: runs/CASE)")
     add_sweep_arguments(parser)
     return parser
 
@@ -65,4 +67,7 @@ def run(arguments: Namespace) -> None:
     from kernelnorm.experiments.sweep import Grid
 
     grid = make_runs(arguments)
-    execute_plan(Grid(grid), arguments.out or Path("runs") / grid[0].case, arguments)
+    out = arguments.out or Path("runs") / grid[0].case
+    execute_plan(Grid(grid), out, arguments)
+    if not arguments.dry_run:
+        print(f"Next: kernelnorm report {shlex.quote(str(out))}")

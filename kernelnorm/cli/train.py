@@ -1,11 +1,20 @@
-"""``kernelnorm train``: train a network, or go on with its training."""
+"""``kernelnorm train``: train a network, or resume its training."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kernelnorm.cli.options import add_run_arguments, command_parser, configure_run, echo, where
+from kernelnorm.cli import values
+from kernelnorm.cli.options import (
+    add_run_arguments,
+    command_parser,
+    configure_run,
+    echo,
+    explain_lr,
+    where,
+)
 from kernelnorm.norms import NORMS
 
 if TYPE_CHECKING:
@@ -15,37 +24,54 @@ if TYPE_CHECKING:
 def make_parser() -> ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = command_parser(
-        "Train a network. The same command goes on with a run that was stopped.",
+        "Train a network. Run the same command again to resume a stopped run.",
         "kernelnorm train digits-vgg8",
         "kernelnorm train cifar10-vgg8 --norm batch --batch-size 2 --data-dir ~/data",
         "kernelnorm train --model resnet18 --dataset photos/ --image-size 64 --epochs 20",
+        "kernelnorm train --optimizer adamw --schedule cosine --warmup-epochs 1",
+        "kernelnorm train --epochs 20 --init-from runs/first --out runs/second",
         "torchrun --nproc-per-node 4 -m kernelnorm train imagewoof-resnet18 --batch-size 256",
     )
     add = parser.add_argument
-    add("--norm", choices=NORMS, default="kernel", help="the normalisation")
-    add("--batch-size", type=int, default=32, help="images a step, in all processes")
+    add("--norm", choices=NORMS, default="kernel", help="normalisation")
+    size_help = "images per step, over all devices"
+    add("--batch-size", type=values.positive_int, default=32, help=size_help)
     add_run_arguments(parser)
-    add("--out", type=Path | None, help="the run's folder; without it runs/CASE/...")
-    add("--devices", type=int, default=1, help="how many; torchrun decides itself")
-    add("--tensorboard", action="store_true", help="write TensorBoard's files too")
-    add("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints in an epoch")
-    add("--max-steps", type=int | None, help="pause after that many steps: a trial")
+    out_help = "folder of the run (default: runs/CASE/..., from the options)"
+    init_help = "start from the weights of a run, or of a file of PyTorch or safetensors"
+    add("--init-from", type=values.path, metavar="RUN|FILE", help=init_help)
+    add("--out", type=values.folder, metavar="DIR", help=out_help)
+    devices_help = "number of devices; under torchrun, its number of processes"
+    add("--devices", type=values.positive_int, default=1, help=devices_help)
+    add("--tensorboard", action="store_true", help="also write TensorBoard files")
+    minutes_help = "time between two checkpoints within an epoch"
+    add("--checkpoint-minutes", type=values.number, default=10.0, help=minutes_help)
+    steps_help = "pause after this number of steps, for a trial"
+    add("--max-steps", type=values.positive_int, help=steps_help)
     return parser
 
 
 def run(arguments: Namespace) -> None:
     """Run the command."""
     from kernelnorm.experiments.launch import Launch, leave
+    from kernelnorm.experiments.trained import read_weights
     from kernelnorm.experiments.trainer import train
 
     config = configure_run(arguments, arguments.norm, arguments.batch_size)
+    if arguments.init_from is not None:
+        config = replace(config, init_from=read_weights(arguments.init_from).fingerprint())
+    explain_lr(arguments, [config])
     launch = Launch(
         out=arguments.out,
+        init_from=arguments.init_from,
         devices=arguments.devices,
         tensorboard=arguments.tensorboard,
         checkpoint_minutes=arguments.checkpoint_minutes,
         max_steps=arguments.max_steps,
         **where(arguments),
     )
-    echo(f"{train(config, launch).path}")
+    folder = train(config, launch)
+    echo(f"Run:  {folder.path}")
+    if config.finished(folder.read_metrics()):
+        echo(f"Next: kernelnorm evaluate {shlex.quote(str(folder.path))}")
     leave()

@@ -87,7 +87,7 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
             part.unlink()
         raise RunError(
             f"cannot write {file}: {error.strerror}. What was saved before is intact: "
-            "put that right, then give the same command to go on"
+            "solve that, then run the same command to resume"
         ) from error
 
 
@@ -139,8 +139,9 @@ class RunFolder:
         file = self.path / "config.yaml"
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise RunError(f"{self.path} is not the folder of a run: {error}") from error
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"{file} is not valid YAML"
+            raise RunError(f"{self.path} is not the folder of a run: {reason}") from error
         if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
             raise RunError(f"{self.path} is not the folder of a run: {file} has no section 'run'")
         return content
@@ -317,7 +318,7 @@ class RunFolder:
             if not whole:
                 raise RunError(
                     f"{file}, line {number}, must have numbers for {', '.join(_NEEDED)}. "
-                    "Delete the file: training goes on from last.ckpt, and writes it anew"
+                    "Delete the file: training resumes from last.ckpt, and writes it anew"
                 )
             history.append(metrics)
         return history
@@ -357,6 +358,7 @@ class RunFolder:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail in every layer of the reader
             raise RunError(
-                f"{file} is damaged ({error}). Restore it, or delete it to start from the beginning"
+                f"{file} is damaged ({type(error).__name__} while reading it). Restore it, or "
+                "delete it to start from the beginning"
             ) from error
         return state

@@ -100,13 +100,23 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
     state = folder.load(f"{checkpoint}.ckpt")
     if state is None:
         raise RunError(f"{folder.path} has no {checkpoint}.ckpt yet: train it further")
-    classes, shape = tuple(content["classes"]), content["image_shape"]
-    network = build_network(config, num_classes=len(classes), in_channels=shape[0])
+    try:
+        classes = tuple(map(str, content["classes"]))
+        channels, height, width = map(int, content["image_shape"])
+        pixels = _pixels(content)
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder.path / 'config.yaml'} is damaged: it must have classes, image_shape and "
+            "standardise. Restore it, or train anew in another --out"
+        ) from error
+    network = build_network(config, num_classes=len(classes), in_channels=channels)
     try:
         network.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        raise RunError(f"{folder.path / checkpoint}.ckpt does not fit the run: {error}") from error
-    return Trained(network.eval(), classes, tuple(shape), _pixels(content), config)
+        raise RunError(
+            f"{folder.path / checkpoint}.ckpt does not fit the run: {_first_line(error)}"
+        ) from error
+    return Trained(network.eval(), classes, (channels, height, width), pixels, config)
 
 
 def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Training: one loop, that goes on where it was stopped."""
+"""Training: one loop, which resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ class _Training:
             tqdm.write(
                 f"paused after {self.launch.max_steps} steps: train loss "
                 f"{sums.loss / sums.images:.4f}, accuracy {sums.correct / sums.images:.2%}, "
-                f"{sums.images_per_second:,.0f} images/s. Without --max-steps it goes on."
+                f"{sums.images_per_second:,.0f} images/s. Run it without --max-steps to resume."
             )
 
     def _save_if_due(self) -> None:

@@ -152,7 +152,7 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
             for status in statuses:
                 if status.state == "failed":
                     print(f"{status.config.name}: {status.message}")
-            print(f"\nThe runs are in {root}. Next: kernelnorm report {root}", flush=True)
+            print(f"\nThe runs are in {root}.", flush=True)
     return statuses
 
 
