@@ -42,3 +42,7 @@ def __getattr__(name: str) -> Any:
     from kernelnorm.experiments.trained import load
 
     return load
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

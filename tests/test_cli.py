@@ -73,8 +73,8 @@ def test_python_m_kernelnorm_works() -> None:
     ("arguments", "message"),
     [
         (["train", "--model=resnet18", "--dataset=nowhere"], "nowhere"),
-        (["evaluate", "nowhere"], "nowhere is not the folder of a run"),
-        (["predict", "nowhere", "x.png"], "nowhere is not the folder of a run"),
+        (["evaluate", "nowhere"], "there is no folder nowhere"),
+        (["predict", "nowhere", "x.png"], "there is no folder nowhere"),
     ],
 )
 def test_problems_exit_with_1_and_one_line(

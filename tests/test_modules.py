@@ -187,3 +187,8 @@ def test_input_errors():
         kn.KNConv2d(3, 8, 3)(torch.randn(2, 4, 8, 8))
     with pytest.raises(TypeError, match=r"input must be a real floating-point tensor.*int64"):
         kn.KernelNorm2d(1)(torch.ones(2, 3, 4, 4).long())
+
+
+@pytest.mark.parametrize("module", [kn, kn.models])
+def test_what_can_be_seen_is_public(module):
+    assert dir(module) == sorted(module.__all__)

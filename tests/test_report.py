@@ -393,6 +393,16 @@ def test_its_own_folder_is_not_read(tmp_path: Path) -> None:
         assert [run["seed"] for run in numbers["sections"][0]["runs"]] == [1]
 
 
+def test_training_that_the_paper_does_not_have_is_named(tmp_path: Path) -> None:
+    write_result(tmp_path, 80.0)
+    assert "epochs; 32-true." in report(tmp_path).with_suffix(".md").read_text()
+    options = {"optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 1.5}
+    write_result(tmp_path, 80.0, **options, init_from="0123abcd")
+    text = report(tmp_path).with_suffix(".md").read_text()
+    named = ", AdamW, cosine schedule, 1.5 epochs of warm-up, from the weights 0123abcd; 32-true."
+    assert named in text
+
+
 def test_a_figure_says_which_norms_it_shows(tmp_path: Path) -> None:
     write_result(tmp_path, 80.0, norm="batch", batch_size=2)
     write_result(tmp_path, 80.0, norm="kernel")

@@ -95,8 +95,11 @@ class TestLoad:
             kn.load(tmp_path, "first")  # type: ignore[arg-type]
 
     def test_no_run(self, tmp_path: Path) -> None:
-        with pytest.raises(RunError, match="is not the folder of a run"):
-            kn.load(tmp_path)
+        with pytest.raises(RunError, match="there is no folder"):
+            kn.load(tmp_path / "runs")
+        run(tmp_path / "runs" / "one")
+        with pytest.raises(RunError, match=r"no config\.yaml, but 1 of them in it, such as one"):
+            kn.load(tmp_path / "runs")
 
     def test_weights_of_another_network(self, tmp_path: Path) -> None:
         folder = run(tmp_path)
@@ -137,7 +140,7 @@ class TestExtend:
     def test_a_run_cannot_be_cut_short(self, tmp_path: Path) -> None:
         run(tmp_path, epochs=2)
         before = (tmp_path / "last.ckpt").read_bytes()
-        with pytest.raises(RunError, match="a run of 2 epochs, and 1 are fewer"):
+        with pytest.raises(RunError, match="a run of 2 epochs, more than 1: a run can only be"):
             run(tmp_path, epochs=1)
         assert (tmp_path / "last.ckpt").read_bytes() == before
 
@@ -189,6 +192,15 @@ class TestPlaces:
         assert not (tmp_path / "run" / "last.ckpt").exists()
         config = on(tmp_path / "photos", image_size=8)
         train(config, Launch(out=tmp_path / "run", verbose=False))
+
+    def test_a_single_class_is_refused_before_training(self, tmp_path: Path) -> None:
+        root = photos(tmp_path / "photos")
+        for split in ("train", "val"):
+            for file in (root / split / "dog").iterdir():
+                file.unlink()
+            (root / split / "dog").rmdir()
+        with pytest.raises(RunError, match="only one class, 'cat'"):
+            train(on(root), Launch(out=tmp_path / "run", verbose=False))
 
 
 class TestInitFrom:
@@ -247,6 +259,17 @@ class TestInitFrom:
     def test_a_folder_without_weights(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"cannot read weights from .*best\.ckpt"):
             read_weights(tmp_path)
+
+
+def test_what_is_trained_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(small(), Launch(out=tmp_path, max_steps=1))
+    expected = (
+        "training vgg8 with KernelNorm: 40 grey images of 8x8 pixels, 10 classes, batch size 8, "
+        "at most 1 epoch; 40 test images"
+    )
+    assert expected in capsys.readouterr().out
+    train(small(), Launch(out=tmp_path))
+    assert f"resuming {tmp_path} after epoch 0, step 1" in capsys.readouterr().out
 
 
 class TestRecipes:

@@ -133,7 +133,7 @@ def test_killed_run_ends_with_the_same_weights(
     train(config, Launch(out=whole, verbose=False))
     capsys.readouterr()
     train(config, Launch(out=killed))
-    message = re.search(r"going on with .* after epoch (\d+), step (\d+)", capsys.readouterr().out)
+    message = re.search(r"resuming .* after epoch (\d+), step (\d+)", capsys.readouterr().out)
     assert message is not None
     assert 8 * int(message[1]) + int(message[2]) > 0
     assert_same_weights(whole, killed)

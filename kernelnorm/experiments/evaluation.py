@@ -15,7 +15,7 @@ from torch import nn
 
 from kernelnorm import set_evaluation
 from kernelnorm.arguments import Evaluation
-from kernelnorm.experiments.data import Images, Preprocess, batches, load_images
+from kernelnorm.experiments.data import DataError, Images, Preprocess, batches, load_images
 from kernelnorm.experiments.launch import make_fabric, over_processes
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import RunFolder
@@ -116,7 +116,11 @@ def evaluate(
     config, network = trained.config, trained.network.to(fabric.device)
     if dataset is not None:
         config = replace(config, dataset=str(dataset))
-    images = load_split(config, "test", data_dir)
+    try:
+        images = load_split(config, "test", data_dir)
+    except DataError as error:
+        moved = dataset is None and "is not a folder" in str(error)
+        raise DataError(f"{error}. If it has moved, give --dataset" if moved else error) from error
     RunFolder(run).check_data(describe(test=images))
     scores = []
     if config.norm != "kernel":

@@ -280,7 +280,10 @@ def configure(
         raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
     values["dataset"] = _plain(values["dataset"])
-    values["lr_milestones"] = tuple(values["lr_milestones"])
+    if values["schedule"] == "cosine" and choices.get("lr_milestones"):
+        raise RunError("lr_milestones are those of the schedule 'steps', not of 'cosine'")
+    steps = values["schedule"] == "steps"
+    values["lr_milestones"] = tuple(values["lr_milestones"]) if steps else ()
     for name in ("batch_size", "epochs", "image_size", "subset"):
         value = values.get(name)
         if value is not None and value < 1:
@@ -291,7 +294,7 @@ def configure(
     for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if values[name] not in allowed:
             raise RunError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}")
-    if values["schedule"] == "cosine" and values["warmup_epochs"] >= values["epochs"]:
+    if values["warmup_epochs"] and values["warmup_epochs"] >= values["epochs"]:
         raise RunError(
             f"warmup_epochs must be fewer than epochs, got {values['warmup_epochs']:g} of "
             f"{values['epochs']}"

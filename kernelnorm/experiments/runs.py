@@ -36,6 +36,10 @@ __all__ = [
 Metrics = dict[str, float]
 """One line of ``metrics.jsonl``; accuracies are fractions."""
 
+_FILES = {"config.yaml", "metrics.jsonl", "last.ckpt", "best.ckpt", "failure.json", "output.txt"}
+_FILES |= {".lock", "tensorboard"}
+"""What a run's folder can hold."""
+
 _CHANGEABLE = ("dataset", "case", "epochs")
 """What does not make it another run: images may move, which a fingerprint of them tells, and more
 epochs extend it."""
@@ -137,6 +141,12 @@ class RunFolder:
             RunError: the file is not there, or is not a run's.
         """
         file = self.path / "config.yaml"
+        if not self.path.is_dir():
+            raise RunError(f"there is no folder {self.path}")
+        if not file.exists():
+            runs = sorted(place.parent.name for place in self.path.glob("*/config.yaml"))
+            within = f", but {len(runs)} of them in it, such as {runs[0]}" if runs else ""
+            raise RunError(f"{self.path} is not the folder of a run: it has no config.yaml{within}")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -250,7 +260,8 @@ class RunFolder:
             RunError: it is another run's, or holds a checkpoint of nobody knows what.
         """
         if not (self.path / "last.ckpt").exists():
-            return  # nothing was trained
+            self._check_is_free()  # nothing was trained
+            return
         if not (self.path / "config.yaml").exists():
             raise RunError(f"{self.path} has a checkpoint but no config.yaml: give another --out")
         there = {**defaults, **self.read_config()["run"]}
@@ -269,14 +280,29 @@ class RunFolder:
             return
         if now < before:
             raise RunError(
-                f"{self.path} holds a run of {before} epochs, and {now} are fewer: a run can be "
-                "extended only. Give another --out"
+                f"{self.path} holds a run of {before} epochs, more than {now}: a run can only be "
+                "extended. Give another --out"
             )
         if record.get("schedule") == "cosine":
             raise RunError(
                 f"{self.path} holds a run of {before} epochs whose learning rate has fallen to "
                 f"zero along a cosine: it cannot be extended. Give another --out, and "
                 f"--init-from {self.path}"
+            )
+
+    def _check_is_free(self) -> None:
+        """Check that the folder holds nothing but what a run writes."""
+        if not self.path.is_dir():
+            return
+        strange = sorted(
+            place.name
+            for place in self.path.iterdir()
+            if place.name not in _FILES and place.suffix != ".part"
+        )
+        if strange:
+            raise RunError(
+                f"{self.path} is not empty and not the folder of a run: it has {strange[0]}. "
+                "Give another --out"
             )
 
     def check_data(self, found: Mapping[str, Any]) -> None:

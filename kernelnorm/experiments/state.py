@@ -52,7 +52,8 @@ class Progress:
         return bool(self.history or self.step)
 
     def __str__(self) -> str:
-        return f"epoch {len(self.history)}, step {self.step}"
+        step = f", step {self.step}" if self.step or not self.history else ""
+        return f"epoch {len(self.history)}{step}"
 
 
 def save(

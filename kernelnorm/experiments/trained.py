@@ -53,7 +53,8 @@ class Trained:
             ``float32`` of shape :math:`(1, C, H, W)`.
 
         Raises:
-            RunError: the image does not have the size of the training images.
+            TypeError: the image is none of these.
+        RunError: the image does not have the size of the training images.
             DataError: the file cannot be read.
         """
         channels, height, width = self.image_shape
@@ -62,8 +63,10 @@ class Trained:
             pixels = to_pixels(image.convert("L" if channels == 1 else "RGB"), size)
         elif isinstance(image, Tensor):
             pixels = image
-        else:
+        elif isinstance(image, (str, Path)):
             pixels = read_image(image, size, channels)
+        else:
+            raise TypeError(f"image must be a file, a PIL.Image or a tensor, got {type(image)}")
         if pixels.dtype != torch.uint8 or pixels.shape != self.image_shape:
             name = f" {image}" if isinstance(image, (str, Path)) else ""
             raise RunError(
@@ -99,7 +102,11 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
     config = RunConfig.from_record(content["run"])
     state = folder.load(f"{checkpoint}.ckpt")
     if state is None:
-        raise RunError(f"{folder.path} has no {checkpoint}.ckpt yet: train it further")
+        failure = folder.read_failure()
+        reason = "yet: train it further"
+        if failure is not None and failure["kind"] == "diverged":
+            reason = "since training diverged: train anew with a smaller --lr"
+        raise RunError(f"{folder.path} has no {checkpoint}.ckpt {reason}")
     try:
         classes = tuple(map(str, content["classes"]))
         channels, height, width = map(int, content["image_shape"])
@@ -174,8 +181,13 @@ def read_weights(source: str | Path) -> Weights:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise RunError(f"to read {file}: pip install safetensors") from error
+    except OSError as error:
+        raise RunError(f"cannot read weights from {file}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in every layer of the reader
-        raise RunError(f"cannot read weights from {file}: {_first_line(error)}") from error
+        raise RunError(
+            f"{file} holds no weights that can be read safely ({type(error).__name__}): give a "
+            "run's folder, or a file of tensors by name"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

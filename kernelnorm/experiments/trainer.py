@@ -29,6 +29,7 @@ from kernelnorm.experiments.launch import (
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import DivergedError, Metrics, RunError, RunFolder
 from kernelnorm.experiments.state import Progress
+from kernelnorm.experiments.style import LABELS
 from kernelnorm.experiments.trained import build_network, read_weights, start_from
 
 __all__ = ["train"]
@@ -66,6 +67,8 @@ def train(
             epochs = "1 epoch" if len(history) == 1 else f"{len(history)} epochs"
             rank_zero_only(print)(f"{folder.path} is finished, after {epochs}.")
         return folder
+    with torch.device("meta"):  # a wrong option is found before anything is written
+        build_network(config, num_classes=10, in_channels=3)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with folder.attempt(config.record()) if first else nullcontext():
         _Training(config, launch, folder).run(on_epoch)
@@ -83,7 +86,7 @@ class _Training:
         with fabric.rank_zero_first():  # the others find the data downloaded
             self.train_images = load_split(config, "train", launch.data_dir)
             self.test_images = load_split(config, "test", launch.data_dir)
-        _check_sizes(self.train_images, self.test_images)
+        _check_images(self.train_images, self.test_images)
         self.preprocess = Preprocess()
         if config.standardise and config.norm != "kernel":
             self.preprocess = Preprocess.standardise(self.train_images)
@@ -135,8 +138,8 @@ class _Training:
         self._write_config()
         self.progress = state.restore(self.folder, self.fabric, self.network, self.optimizer)
         self.intact = str(self.progress) if self.progress else ""
-        if self.intact and self.launch.verbose:
-            self.fabric.print(f"going on with {self.folder.path} after {self.progress}")
+        if self.launch.verbose:
+            self.fabric.print(self._plan())
         with self._bar() as self.bar:
             while not self.config.finished(self.progress.history):
                 if not self._train_epoch():
@@ -145,6 +148,20 @@ class _Training:
                 self._end_epoch()
                 if on_epoch is not None:
                     on_epoch()
+
+    def _plan(self) -> str:
+        """Return in a line what is trained."""
+        if self.intact:
+            return f"resuming {self.folder.path} after {self.progress}"
+        config, (channels, height, width) = self.config, self.train_images.pixels.shape[1:]
+        colour = "grey" if channels == 1 else "colour"
+        return (
+            f"training {config.model} with {LABELS[config.norm]}: "
+            f"{len(self.train_images):,} {colour} images of {width}x{height} pixels, "
+            f"{len(self.train_images.classes)} classes, batch size {config.batch_size}, "
+            f"at most {config.epochs} epoch{'s' * (config.epochs > 1)}; "
+            f"{len(self.test_images):,} test images"
+        )
 
     def _train_epoch(self) -> bool:
         """Take the steps of one epoch; tell whether it was to its end."""
@@ -350,8 +367,13 @@ def _optimizer(network: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     )
 
 
-def _check_sizes(train: Images, test: Images) -> None:
-    """Refuse test images of another size before anything is trained."""
+def _check_images(train: Images, test: Images) -> None:
+    """Refuse a single class, and test images of another size, before anything is trained."""
+    if len(train.classes) < 2:
+        raise RunError(
+            f"the images have only one class, {train.classes[0]!r}: a network needs two to tell "
+            "apart. Put the images of each class into a folder of its own"
+        )
     sizes = [f"{images.pixels.shape[3]}x{images.pixels.shape[2]}" for images in (train, test)]
     if sizes[0] != sizes[1]:
         raise RunError(

@@ -73,3 +73,7 @@ def create_model(
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}, choose one of: {', '.join(_MODELS)}")
     return _MODELS[name](norm=norm, rules=rules, **options)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

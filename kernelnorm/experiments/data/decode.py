@@ -65,6 +65,10 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
             if image_size is not None:
                 image.draft(None, (image_size, image_size))
             picture = _upright(image).convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {path}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: give image files") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path}: {error}. Replace the file or remove it"

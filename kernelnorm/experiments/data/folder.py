@@ -73,7 +73,7 @@ def _divided(root: Path, split: Split) -> Files:
 
 def _own_split(root: Path, split: Split) -> Files:
     classes = subfolders(root)
-    found = _files_of(root, classes)
+    found = _files_of(root, classes, tell=split == "train")
     for label, files in found.items():
         if len(files) < 2:
             raise DataError(
@@ -95,7 +95,7 @@ def _labelled(found: dict[str, list[Path]], classes: list[str]) -> tuple[list[Pa
     return files, torch.tensor(labels)
 
 
-def _files_of(folder: Path, classes: list[str]) -> dict[str, list[Path]]:
+def _files_of(folder: Path, classes: list[str], tell: bool = True) -> dict[str, list[Path]]:
     """The image files in the class folders and in the folders within; the rest is counted."""
     found: dict[str, list[Path]] = {}
     left_out: Counter[str] = Counter()
@@ -116,7 +116,7 @@ def _files_of(folder: Path, classes: list[str]) -> dict[str, list[Path]]:
         found[label] = sorted(images)
     if not found:
         raise DataError(f"{folder} has no class folders: expected {folder / '<class>' / '*'}")
-    if left_out:
+    if left_out and tell:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in left_out.most_common(5))
         total = left_out.total()
         files = "1 file that is" if total == 1 else f"{total:,} files that are"

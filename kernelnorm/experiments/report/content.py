@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kernelnorm.experiments.recipes import paper
+from kernelnorm.experiments.recipes import RunConfig, paper
 from kernelnorm.experiments.report.collect import Collection
 from kernelnorm.experiments.report.entries import Table
 from kernelnorm.experiments.report.figures import section_pictures
@@ -84,6 +84,18 @@ def _warning(section: Section) -> str:
     )
 
 
+def _unlike_the_paper(config: RunConfig) -> str:
+    """The training that the paper does not have."""
+    return "".join(
+        [
+            ", AdamW" * (config.optimizer == "adamw"),
+            ", cosine schedule" * (config.schedule == "cosine"),
+            f", {config.warmup_epochs:g} epochs of warm-up" * (config.warmup_epochs > 0),
+            f", from the weights {config.init_from}" * bool(config.init_from),
+        ]
+    )
+
+
 def _facts(section: Section) -> list[str]:
     config = section.config
     counts = [f"{number} {state}" for state, number in section.counts.items() if number]
@@ -97,7 +109,7 @@ def _facts(section: Section) -> list[str]:
     with_options = "".join(f", {name} {value}" for name, value in options.items())
     facts = [
         f"Data {config.dataset}{size}{subset}; network {config.model}{with_options}; at most "
-        f"{config.epochs} epochs; {config.precision}.",
+        f"{config.epochs} epochs{_unlike_the_paper(config)}; {config.precision}.",
         runs,
         *(f"{number} of them with {where}." for where, number in section.environments.items()),
     ]
