@@ -729,7 +729,7 @@ def test_operators_with_arguments_that_do_not_fit_are_errors():
     x, weight, bias = torch.randn(2, 5, 6, 6), torch.randn(6, 5, 3, 3), torch.randn(6)
     keys = draw_keys(x.shape, x.device)
     window = [3, 3], [1, 1], [1, 1], [1, 1]
-    rest = 0.1, True, 1e-5, True
+    rest = 0.1, True, 1e-5, True, 0.0
     forward, backward = torch.ops.kernelnorm.kn_conv, torch.ops.kernelnorm.kn_conv_backward
     y, _, *small = forward(x, weight, bias, keys, *window, 1, *rest)
     for groups in (2, 3, 4, 7, 0, -1):
