@@ -10,7 +10,8 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # The tensors of the tests and the demo are tiny: more threads would wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
+# The cluster is started by test-cluster alone: beside other tests it would run out of time.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal --ignore tests/test_cluster.py
 # The layers' tests need neither the training programs nor their dependencies.
 LAYERS := $(shell grep -L 'kernelnorm\.\(cli\|experiments\)' tests/test_*.py)
 C_FILES := $(wildcard kernelnorm/ops/backends/cpu/*.c kernelnorm/ops/backends/cpu/*.h)
