@@ -155,7 +155,7 @@ def on_random_cases(
             check.__name__ = f"{test.__name__}_{backend.name}"  # the key of saved failures
             first = cases(wide=not backend.slow) if strategies[0] is CASE else strategies[0]
             drawn = st.tuples(first, *strategies[1:])
-            count = -(-examples // 30) if backend.slow else examples
+            count = -(-examples // 40) if backend.slow else examples
             settings(max_examples=count, deadline=None)(given(drawn)(check))()
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
