@@ -20,7 +20,7 @@ SANITIZED := build/sanitize/kernels.so
 EXPERIMENTS := $(or $(wildcard $(VENV)/.dev),$(VENV)/.experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cluster test-newest test-sanitize gpu-check wheel-check check \
+.PHONY: help demo test test-slow test-all test-cluster test-newest test-sanitize gpu-check wheel-check check \
 	format figures clean
 
 help:  ## show this list
@@ -33,8 +33,10 @@ demo: $(EXPERIMENTS)  ## compare four normalisations on real digits: a table and
 test: $(VENV)/.dev  ## run the tests, without those marked slow: under 3 minutes on two cores
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev  ## run all tests
-	$(BIN)/python $(PYTEST)
+test-slow: $(VENV)/.dev  ## run the tests marked slow
+	$(BIN)/python $(PYTEST) -m slow
+
+test-all: test test-slow  ## run all tests
 
 test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they start one here
 	$(BIN)/python -m pytest tests/test_cluster.py
