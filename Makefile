@@ -48,7 +48,7 @@ test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compile
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/python $(PYTEST) --kernels $(SANITIZED) -k "not triton" \
-		tests/test_backends.py tests/test_fuzz.py
+		tests/test_backends.py tests/test_fuzz.py tests/test_kernels_*.py
 
 gpu-check: $(VENV)/.dev  ## test the layers on a CUDA GPU, and measure them there
 	$(BIN)/python -m pytest --device cuda $(LAYERS)

@@ -8,14 +8,20 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.oracle import Subject
 
 if not torch.cuda.is_available():  # has to be known when Triton is imported, by whoever does
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests fill fresh memory with NaN by deterministic mode, for which cuBLAS wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+pytest.register_assert_rewrite("tests.oracle")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kernels", type=Path, help="C kernels to test in place of the installed ones"
     )
+    parser.addoption("--seed", type=int, help="seed of each test, to repeat a failure")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -52,11 +59,41 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def fresh_seed() -> None:
+def fresh_seed(request: pytest.FixtureRequest) -> int:
     """Other random inputs in each run of a test; a failure shows their seed."""
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"torch.manual_seed({seed})")
+    seed: int | None = request.config.getoption("--seed")
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**32)
+    print(f"--seed {seed}")
     torch.manual_seed(seed)
+    return seed
+
+
+@pytest.fixture(scope="session", params=["cpu", "cpu in 3 threads", "triton"])
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Subject:
+    """A backend with kernels of its own; see :mod:`tests.oracle`."""
+    from kernelnorm.ops.backends.triton import kernels
+    from tests.oracle import Subject
+
+    name = request.param.split()[0]
+    if name == "cpu" and device.type != "cpu":
+        pytest.skip("the C kernels are for CPUs")
+    if name == "triton" and not kernels.AVAILABLE:
+        pytest.skip("Triton is not installed")
+    subject = Subject(request.param, device)
+    if not subject.supports(torch.ones(1, 1, 1, device=device)):
+        pytest.skip(f"the backend {name} does not work here")
+    return subject
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nobody has written is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

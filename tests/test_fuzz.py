@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ import torch
 from kernelnorm.ops.backends import cpu
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
+from tests.oracle import DTYPES, EPS, Subject, check_layer
 from tests.strategies import EXPANDED, LAYOUTS, Case
-from tests.test_backends import DTYPES, EPS, Subject, check_layer
+
+LAST_CASES = Path(__file__).parent.parent / "build" / "fuzz"
+"""A file for each test that failed, or whose process died: its last case, and how to repeat it."""
 
 
 def random_case(choose: random.Random) -> Case:
@@ -43,21 +48,25 @@ def random_case(choose: random.Random) -> Case:
 
 
 @pytest.mark.parametrize("param", ["cpu", "cpu in 3 threads"])
-def test_small_layers(request: pytest.FixtureRequest, device: torch.device, param: str):
+def test_small_layers(
+    request: pytest.FixtureRequest, device: torch.device, fresh_seed: int, param: str
+):
     if device.type != "cpu" or cpu.library() is None:
         pytest.skip("needs the C kernels")
     count = 100 if request.config.getoption("--kernels") is None else 1500
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
-    choose = random.Random(seed)
+    choose = random.Random(fresh_seed)
+    # A process that dies takes its output with it, and pytest-xdist names only the test.
+    last = LAST_CASES / f"{param}, process {os.getpid()}.txt"
+    last.parent.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         case, p = random_case(choose), choose.choice([0.0, 0.3])
         masked, with_bias, *needs = (choose.random() < 0.6 for _ in range(5))
         slope = choose.choice([None, 0.0, 0.0, 0.2])
         options = Settings(case.geometry, case.groups, p, masked and p > 0, EPS, slope)
         dtype, of_grad = choose.choice(DTYPES["cpu"]), choose.choice(LAYOUTS + EXPANDED)
-        try:
-            check_layer(Subject(param, device), case, dtype, options, of_grad, with_bias, needs)
-        except Exception:
-            print(f"case {i}: {case}")
-            raise
+        last.write_text(
+            f"--seed {fresh_seed}, {param}, case {i}: {case}, {dtype}, {options}, "
+            f"{of_grad}, {with_bias}, {needs}\n"
+        )
+        check_layer(Subject(param, device), case, dtype, options, of_grad, with_bias, needs)
+    last.unlink()
