@@ -1,4 +1,4 @@
-"""The paper's networks, each with any of the norms in ``kernelnorm.norms.NORMS``."""
+"""Networks with any of ``kernelnorm.norms.NORMS``, and KNResNets, which have the kernel norm."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,8 +7,11 @@ from torch import nn
 
 from kernelnorm.models.blocks import Rules
 from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
+from kernelnorm.models.knresnet import knresnet13, knresnet18, knresnet34, knresnet50
+from kernelnorm.models.published import load_published
 from kernelnorm.models.resnet import resnet18, resnet34, resnet50, resnet101
 from kernelnorm.models.vgg import vgg8
+from kernelnorm.norms import NORMS
 
 __all__ = [
     "Rules",
@@ -17,7 +20,12 @@ __all__ = [
     "densenet161",
     "densenet169",
     "densenet201",
+    "knresnet13",
+    "knresnet18",
+    "knresnet34",
+    "knresnet50",
     "list_models",
+    "load_published",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -37,10 +45,32 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet201": densenet201,
 }
 
+_KERNEL_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "knresnet13": knresnet13,
+    "knresnet18": knresnet18,
+    "knresnet34": knresnet34,
+    "knresnet50": knresnet50,
+}
+"""The networks that exist with the kernel norm only."""
 
-def list_models() -> list[str]:
-    """Returns the names that :func:`create_model` takes."""
-    return list(_MODELS)
+
+def list_models(norm: str = "kernel") -> list[str]:
+    """Returns the names that :func:`create_model` takes with a norm.
+
+    Args:
+        norm: one of ``kernelnorm.norms.NORMS``. With ``"kernel"`` these are all networks; KNResNets
+            have no other norm
+
+    Raises:
+        ValueError: if there is no such norm.
+
+    Example::
+
+        >>> sorted({*list_models()} - {*list_models("batch")})
+        ['knresnet13', 'knresnet18', 'knresnet34', 'knresnet50']
+    """
+    _check_norm(norm)
+    return [*_MODELS, *(_KERNEL_MODELS if norm == "kernel" else ())]
 
 
 def create_model(
@@ -58,10 +88,12 @@ def create_model(
         rules: for the kernel norm, other rules than the paper's: a :class:`Rules`, or a mapping
             with fields of it
         options: what else the constructor takes: ``num_classes``, ``in_channels``, and
-            ``small_images`` (ResNet, DenseNet) or ``width`` (VGG8, which is for small images)
+            ``small_images`` (ResNet, DenseNet, KNResNet) or ``width`` (VGG8, which is for small
+            images). KNResNets take ``dropout_p`` and ``evaluation`` in place of rules
 
     Raises:
-        ValueError: if there is no such network, norm or rule, or a rule does nothing there.
+        ValueError: if there is no such network, norm or rule, the network does not have the norm,
+            or a rule does nothing there.
 
     Example::
 
@@ -70,9 +102,39 @@ def create_model(
         >>> network(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 7])
     """
+    if name in _KERNEL_MODELS:
+        _check_kernel_only(name, norm, rules)
+        network = _KERNEL_MODELS[name](**options)
+        return _with_config(network, name=name, norm=norm, rules=rules, options=options)
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}, choose one of: {', '.join(_MODELS)}")
-    return _MODELS[name](norm=norm, rules=rules, **options)
+        raise ValueError(f"unknown model {name!r}, choose one of: {', '.join(list_models())}")
+    network = _MODELS[name](norm=norm, rules=rules, **options)
+    return _with_config(network, name=name, norm=norm, rules=rules, options=options)
+
+
+def _with_config(network: nn.Module, **config: Any) -> nn.Module:
+    """Remembers what made the network, for :func:`kernelnorm.hub.save_pretrained`."""
+    vars(network)["kernelnorm_config"] = config
+    return network
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}, choose one of: {', '.join(NORMS)}")
+
+
+def _check_kernel_only(name: str, norm: str, rules: Rules | Mapping[str, Any] | None) -> None:
+    _check_norm(norm)
+    if norm != "kernel":
+        raise ValueError(
+            f"{name} exists with norm='kernel' only, got norm={norm!r}. "
+            f"Networks with that norm: {', '.join(list_models(norm))}"
+        )
+    if rules:
+        raise ValueError(
+            f"rules are for the paper's networks, got rules={rules!r} for {name}. "
+            "Give it dropout_p and evaluation as options"
+        )
 
 
 def __dir__() -> list[str]:

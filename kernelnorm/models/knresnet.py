@@ -1,0 +1,363 @@
+"""KNResNets, the residual networks that the paper's authors designed around KNConv.
+
+They are not ResNets with other layers, as :mod:`kernelnorm.models.resnet` builds them: most windows
+are 2x2, a ReLU stands before each KNConv instead of after it, and transitions with max-pooling
+stand between the stages in place of strided convolutions. They exist with the kernel norm only.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from kernelnorm.arguments import Evaluation
+from kernelnorm.models.blocks import init_convolutions
+from kernelnorm.modules import KernelNorm2d, KNConv2d
+
+
+class Layers(NamedTuple):
+    """What the layers of a network share.
+
+    Args:
+        dropout_p: of all KNConvs
+        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`
+        activation: stands before each KNConv but the stem
+    """
+
+    dropout_p: float
+    evaluation: Evaluation
+    activation: type[nn.Module] = nn.ReLU
+
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        padding: int = 0,
+        stride: int = 1,
+        *,
+        activated: bool = False,
+    ) -> KNConv2d:
+        """Returns a KNConv with a bias; ``activated``: with the activation after it fused in."""
+        return KNConv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dropout_p=self.dropout_p,
+            activation=self.activation() if activated else None,
+            evaluation=self.evaluation,
+        )
+
+    def head(self, dropout_p: float) -> nn.Sequential:
+        """Returns what stands before the final average pooling."""
+        norm = KernelNorm2d(1, 1, dropout_p=dropout_p, evaluation=self.evaluation)
+        return nn.Sequential(norm, self.activation())
+
+
+class Residual(nn.Sequential):
+    """Layers beside the identity; nothing follows the addition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x`` plus the output of the layers for it."""
+        y = x
+        for layer in self:
+            y = layer(y)
+        return x + y
+
+
+class Stage(NamedTuple):
+    """Residual blocks of one shape.
+
+    Args:
+        depth: the number of blocks
+        channels: of their input and output
+        inner: the channels between their KNConvs
+        kernel_size: of the KNConvs that change the channels, 2 or 1
+    """
+
+    depth: int
+    channels: int
+    inner: int
+    kernel_size: int = 2
+
+
+def basic_block(layers: Layers, stage: Stage) -> Residual:
+    """A 2x2 KNConv whose map is one pixel larger, and a 2x2 KNConv that undoes that.
+
+    The activation between the two is part of the first KNConv. The one before them is a layer of
+    its own, since the identity takes the input as it is.
+    """
+    return Residual(
+        OrderedDict[str, nn.Module](
+            act=layers.activation(),
+            conv1=layers.conv(stage.channels, stage.inner, 2, padding=1, activated=True),
+            conv2=layers.conv(stage.inner, stage.channels, 2),
+        )
+    )
+
+
+def bottleneck(layers: Layers, stage: Stage) -> Residual:
+    """:func:`basic_block` with a 3x3 KNConv between; or 1x1, 3x3 and 1x1 KNConvs."""
+    size = stage.kernel_size
+    return Residual(
+        OrderedDict[str, nn.Module](
+            act=layers.activation(),
+            conv1=layers.conv(stage.channels, stage.inner, size, padding=size - 1, activated=True),
+            conv2=layers.conv(stage.inner, stage.inner, 3, padding=1, activated=True),
+            conv3=layers.conv(stage.inner, stage.channels, size),
+        )
+    )
+
+
+def transition(
+    layers: Layers, in_channels: int, stage: Stage, padding: tuple[int, int, int, int]
+) -> nn.Sequential:
+    """The activation, a KNConv to the channels of the next stage and 2x2 max-pooling.
+
+    The padding (left, right, top, bottom) of a 2x2 KNConv is a layer of its own, since a
+    convolution pads opposite sides alike. Its zeros are elements of the windows in either place.
+    """
+    step = OrderedDict[str, nn.Module](act=layers.activation())
+    if stage.kernel_size > 1:
+        step["pad"] = nn.ZeroPad2d(padding)
+    step["conv"] = layers.conv(in_channels, stage.channels, stage.kernel_size)
+    step["pool"] = nn.MaxPool2d(2)
+    return nn.Sequential(step)
+
+
+class KNResNet(nn.Module):
+    """A stem, four stages with transitions between, a KernelNorm, pooling and a linear layer.
+
+    Args:
+        block: :func:`basic_block` or :func:`bottleneck`
+        stages: the stages; the stem has the channels of the first
+        last: the channels of a KNConv after the stages, behind another max-pooling; 0 for none
+        dropout_p, num_classes, in_channels, small_images, evaluation: see :func:`knresnet18`
+    """
+
+    def __init__(
+        self,
+        block: Callable[[Layers, Stage], Residual],
+        stages: tuple[Stage, Stage, Stage, Stage],
+        last: int,
+        dropout_p: float,
+        num_classes: int,
+        in_channels: int,
+        small_images: bool,
+        evaluation: Evaluation,
+    ) -> None:
+        super().__init__()
+        layers = Layers(dropout_p, evaluation)
+        one, two, three, four = stages
+        if small_images:
+            self.stem = layers.conv(in_channels, one.channels, 3, padding=1)
+        else:
+            self.stem = layers.conv(in_channels, one.channels, 7, padding=3, stride=2)
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
+
+        def blocks(stage: Stage) -> nn.Sequential:
+            return nn.Sequential(*(block(layers, stage) for _ in range(stage.depth)))
+
+        last_padding = (1, 0, 1, 0) if small_images else (2, 1, 2, 1)
+        self.stage1 = blocks(one)
+        self.transition1 = transition(layers, one.channels, two, (1, 0, 1, 0))
+        self.stage2 = blocks(two)
+        self.transition2 = transition(layers, two.channels, three, (0, 1, 0, 1))
+        self.stage3 = blocks(three)
+        self.transition3 = transition(layers, three.channels, four, last_padding)
+        self.stage4 = blocks(four)
+
+        self.last = nn.Sequential()
+        if last:
+            self.last.add_module("pool", nn.MaxPool2d(2))
+            self.last.add_module("act", layers.activation())
+            conv = layers.conv(four.channels, last, 2, padding=1 if small_images else 0)
+            self.last.add_module("conv", conv)
+        self.head = layers.head(min(5 * dropout_p, 0.25))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(last or four.channels, num_classes)
+        init_convolutions(self, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        x = self.stage1(self.maxpool(self.stem(x)))
+        x = self.stage2(self.transition1(x))
+        x = self.stage3(self.transition2(x))
+        x = self.stage4(self.transition3(x))
+        scores: Tensor = self.fc(self.avgpool(self.head(self.last(x))).flatten(1))
+        return scores
+
+
+def knresnet18(
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    dropout_p: float = 0.05,
+    evaluation: Evaluation = "expected",
+) -> KNResNet:
+    """KNResNet-18.
+
+    11,685,220 parameters (11,677,540 with ``small_images``), for 1000 classes. Convolutions are
+    initialised as He et al. (2015) do (fan out), their biases with 0.
+
+    Args:
+        num_classes: the size of the output
+        in_channels: the channels of the images
+        small_images: for images of about 32x32: a stem of a 3x3 convolution of stride 1 and no
+            max-pooling, in place of the 7x7 convolution of stride 2 and the max-pooling; less
+            padding in the last transition and more in the last convolution
+        dropout_p: the dropout of all KNConvs; the KernelNorm before the final average pooling has
+            five times as much, at most 0.25
+        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`. The authors evaluated
+            with ``"monte_carlo"``
+
+    Shape:
+        ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 93, or 16 with
+        ``small_images``.
+
+    Source: version 4 of the paper, and the authors' published code.
+
+    Example::
+
+        >>> import torch
+        >>> network = knresnet18(num_classes=10, small_images=True)
+        >>> network(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    stages = Stage(2, 64, 256), Stage(2, 256, 256), Stage(1, 512, 512), Stage(1, 724, 724)
+    return KNResNet(
+        basic_block, stages, 512, dropout_p, num_classes, in_channels, small_images, evaluation
+    )
+
+
+def knresnet34(
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    dropout_p: float = 0.05,
+    evaluation: Evaluation = "expected",
+) -> KNResNet:
+    """KNResNet-34, with the arguments and shapes of :func:`knresnet18`.
+
+    21,792,830 parameters (21,785,150 with ``small_images``), for 1000 classes.
+    """
+    stages = Stage(4, 64, 256), Stage(5, 256, 320), Stage(3, 512, 640), Stage(2, 512, 843)
+    return KNResNet(
+        basic_block, stages, 512, dropout_p, num_classes, in_channels, small_images, evaluation
+    )
+
+
+def knresnet50(
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    dropout_p: float = 0.05,
+    evaluation: Evaluation = "expected",
+) -> KNResNet:
+    """KNResNet-50, with the arguments of :func:`knresnet18`.
+
+    25,556,390 parameters (25,525,670 with ``small_images``), for 1000 classes. Its blocks are
+    bottlenecks; in the last stage, and in the transition to it, KNConvs are 1x1 in place of 2x2.
+
+    Shape:
+        ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 29, or 8 with
+        ``small_images``.
+    """
+    stages = Stage(4, 256, 64), Stage(5, 512, 128), Stage(4, 810, 201), Stage(2, 2048, 512, 1)
+    return KNResNet(
+        bottleneck, stages, 0, dropout_p, num_classes, in_channels, small_images, evaluation
+    )
+
+
+class KNResNet13(nn.Module):
+    """Four stages of a KNConv and a residual block, pooling and a linear layer.
+
+    See :func:`knresnet13`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        dropout_p: float,
+        head_dropout_p: float,
+        evaluation: Evaluation,
+    ) -> None:
+        super().__init__()
+        layers = Layers(dropout_p, evaluation, nn.Mish)
+
+        def stage(in_channels: int, channels: int, first: bool = False) -> nn.Sequential:
+            stage = nn.Sequential()
+            if not first:
+                stage.add_module("act", layers.activation())
+            stage.add_module("conv", layers.conv(in_channels, channels, 3, padding=1))
+            if not first:
+                stage.add_module("pool", nn.MaxPool2d(2))
+            block = OrderedDict[str, nn.Module](
+                act=layers.activation(),
+                conv1=layers.conv(channels, channels, 3, padding=1, activated=True),
+                conv2=layers.conv(channels, channels, 3, padding=1),
+            )
+            stage.add_module("block", Residual(block))
+            return stage
+
+        self.stage1 = stage(in_channels, 64, first=True)
+        self.stage2 = stage(64, 64)
+        self.stage3 = stage(64, 128)
+        self.stage4 = stage(128, 256)
+        self.head = layers.head(head_dropout_p)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(256, num_classes)
+        init_convolutions(self, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
+        scores: Tensor = self.fc(self.avgpool(self.head(x)).flatten(1))
+        return scores
+
+
+def knresnet13(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    dropout_p: float = 0.05,
+    head_dropout_p: float = 0.5,
+    evaluation: Evaluation = "expected",
+) -> KNResNet13:
+    """KNResNet-13, a network for small images and private training.
+
+    2,033,354 parameters for 10 classes.
+
+    From its description: 3x3 KNConvs, pre-activation by Mish, widths of 64, 64, 128 and 256, 2x2
+    pooling and a last KernelNorm with ``p = 0.5``. The description is short, and the rest is our
+    reading of it; the authors' network may differ:
+
+    - 13 layers are 12 KNConvs and the linear layer: each of the four widths has a KNConv that comes
+      to it and a residual block of two KNConvs
+    - the pooling follows the KNConv that comes to the second, third and fourth width
+    - max-pooling, the dropout of KNConvs, the KernelNorm of 1x1 windows with the activation after
+      it, the global average pooling and the initialisation are as in :func:`knresnet18`
+
+    Args:
+        num_classes: the size of the output
+        in_channels: the channels of the images
+        dropout_p: the dropout of all KNConvs
+        head_dropout_p: the dropout of the KernelNorm before the final average pooling
+        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`
+
+    Shape:
+        ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 8.
+
+    Source: R. Nasirigerdeh et al., "Kernel Normalized Convolutional Networks for Privacy-Preserving
+    Machine Learning", SaTML 2023.
+
+    Example::
+
+        >>> import torch
+        >>> knresnet13()(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    return KNResNet13(num_classes, in_channels, dropout_p, head_dropout_p, evaluation)
