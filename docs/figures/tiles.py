@@ -24,7 +24,7 @@ def image() -> Tensor:
     """Returns discs of random colours and sizes on a dark, noisy ground."""
     random = torch.Generator().manual_seed(5)
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    x = 0.15 + 0.05 * torch.rand(3, SIDE, SIDE, generator=random)
+    x = 0.15 + 0.03 * torch.rand(3, SIDE, SIDE, generator=random)
     for _ in range(14):
         row, column, size = torch.rand(3, generator=random)
         distance = (rows - SIDE * row).square() + (columns - SIDE * column).square()
@@ -58,18 +58,18 @@ def main() -> None:
     x = image()
     figure = plt.figure(figsize=(9, 2.6), layout="constrained")
     axes = figure.subplots(1, 1 + len(NORMS))
-    axes[0].imshow(x[0].permute(1, 2, 0))
+    axes[0].imshow(x[0].permute(1, 2, 0), interpolation="nearest")
     axes[0].set_title(f"image, tiles of {TILE}×{TILE}", fontsize=10)
     draw_grid(axes[0], "white")
     for ax, norm in zip(axes[1:], NORMS, strict=True):
         change = difference(norm, x)
-        colors = ax.imshow(change, cmap="magma", vmin=0, vmax=LARGEST)
+        colors = ax.imshow(change, "magma", vmin=0, vmax=LARGEST, interpolation="nearest")
         largest = float(change.max())
         shown = f"{largest:.1f}" if largest > 0.05 else f"{largest:.0e}"
         ax.set_title(f"{LABELS[norm]}: up to {shown} σ", fontsize=10)
         draw_grid(ax, "0.5")
     figure.colorbar(colors, ax=axes, label="|tiles - whole| / σ", extend="max", shrink=0.9)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150, metadata={"Software": None})
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":
