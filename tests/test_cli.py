@@ -17,7 +17,8 @@ from kernelnorm.experiments.evaluation import evaluate
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.norms import NORMS
 
-ALL = ["train", "compare", "sweep", "reproduce", "report", "evaluate", "predict", "bench"]
+ALL = ["train", "compare", "sweep", "reproduce", "report", "evaluate", "evaluate-published"]
+ALL += ["predict", "bench"]
 SMALL = ["--batch-size=16", "--epochs=1", "--subset=50", "--image-size=8", "--accelerator=cpu"]
 
 

@@ -22,6 +22,7 @@ models
 kernelnorm
 experiments experiments.data experiments.heap experiments.style
 experiments.runs experiments.recipes experiments.launch experiments.trained experiments.evaluation
+experiments.published
 experiments.state experiments.trainer
 experiments.bench experiments.compare experiments.sweep
 experiments.report

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kernelnorm import __version__
-from kernelnorm.cli import bench, compare, evaluate, predict, report, reproduce, sweep, train
+from kernelnorm.cli import (
+    bench,
+    compare,
+    evaluate,
+    evaluate_published,
+    predict,
+    report,
+    reproduce,
+    sweep,
+    train,
+)
 from kernelnorm.cli.options import Help
 from kernelnorm.cli.values import unknown
 
@@ -47,6 +57,9 @@ COMMANDS = {
     ),
     "report": Command(report, "write tables and figures from folders of runs"),
     "evaluate": Command(evaluate, "test accuracy of a trained network"),
+    "evaluate-published": Command(
+        evaluate_published, "accuracy on ImageNet of weights that the paper's authors published"
+    ),
     "predict": Command(predict, "predict the classes of image files"),
     "bench": Command(bench, "measure time and memory of normalisations"),
 }
@@ -99,7 +112,8 @@ def _answer(argument: str) -> None:
     """Print the help or the version, or report an unknown command."""
     from kernelnorm.cli.parser import Parser
 
-    lines = [f"  {name:10} {command.summary}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}} {command.summary}" for name, command in COMMANDS.items()]
     parser = Parser(
         prog="kernelnorm",
         usage="kernelnorm COMMAND [options]",

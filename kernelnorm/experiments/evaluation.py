@@ -37,6 +37,14 @@ class Score:
     passes: int = 1
     accuracy_spread: float = 0.0
 
+    @classmethod
+    def over_passes(cls, evaluation: str, results: Sequence[tuple[float, float]]) -> Score:
+        """Return the means over the loss and accuracy of each pass, and the spread."""
+        losses, accuracies = zip(*results, strict=True)
+        spread = statistics.stdev(accuracies) if len(results) > 1 else 0.0
+        loss, accuracy = statistics.fmean(losses), statistics.fmean(accuracies)
+        return cls(evaluation, loss, accuracy, len(results), spread)
+
 
 def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str | Path) -> Images:
     """Load the training or the test images of a run."""
@@ -131,10 +139,7 @@ def evaluate(
         for seed in range(passes if evaluation == "monte_carlo" else 1):
             torch.manual_seed(seed)
             results.append(measure(network, images, trained.pixels, fabric))
-        losses, accuracies = zip(*results, strict=True)
-        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        loss, accuracy = statistics.fmean(losses), statistics.fmean(accuracies)
-        scores.append(Score(evaluation, loss, accuracy, len(results), spread))
+        scores.append(Score.over_passes(evaluation, results))
     return scores
 
 

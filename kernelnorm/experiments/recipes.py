@@ -212,7 +212,12 @@ DIGITS = replace(  # our own, for a first look: a minute or two on any machine, 
 )
 RECIPES = {recipe.case: recipe for recipe in (DIGITS, CIFAR10, IMAGENETTE, IMAGEWOOF)}
 _DATASETS = {recipe.dataset for recipe in RECIPES.values()}
-_FAMILIES = {"vgg": CIFAR10, "densenet": IMAGENETTE, "resnet": IMAGEWOOF}
+_FAMILIES = {
+    "vgg": CIFAR10,
+    "densenet": IMAGENETTE,
+    "resnet": IMAGEWOOF,
+    "knresnet": IMAGEWOOF,
+}
 
 
 def recipe_for(
@@ -221,7 +226,8 @@ def recipe_for(
     """Return the recipe of a case study, or one for any model and dataset.
 
     A model without a case is trained by the recipe of the paper's case study with a network of its
-    family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, resnet by Imagewoof-ResNet18.
+    family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, resnet and knresnet by
+    Imagewoof-ResNet18.
     The images of a named dataset that is not the recipe's own keep their size.
 
     Raises:
@@ -274,10 +280,15 @@ def configure(
         choices: other fields of :class:`RunConfig`; those of the recipe that are given replace it.
 
     Raises:
-        RunError: a value is out of its range.
+        RunError: a value is out of its range, or the model does not have the norm.
     """
     if norm not in NORMS:
         raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
+    if recipe.model not in list_models(norm):
+        raise RunError(
+            f"{recipe.model} exists with the norm kernel only, got {norm}: choose kernel, or "
+            "another model"
+        )
     values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
     values["dataset"] = _plain(values["dataset"])
     if values["schedule"] == "cosine" and choices.get("lr_milestones"):

@@ -25,7 +25,12 @@ LABELS = {
 
 MEAN_LABEL = "dashed: mean of the last five epochs"
 
-_NETWORKS = {"vgg": "VGG", "resnet": "ResNet-", "densenet": "DenseNet-"}
+_NETWORKS = {
+    "vgg": "VGG",
+    "resnet": "ResNet-",
+    "densenet": "DenseNet-",
+    "knresnet": "KNResNet-",
+}
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers for black and white. Lines
 # are solid, as a dashed one is the mean of the last epochs.

@@ -148,6 +148,12 @@ def _cases(
     networks: Sequence[str], sizes: Sequence[int] | None, batch_sizes: Sequence[int]
 ) -> list[Case]:
     _check_names("--networks", networks, list_models())
+    for network in networks:
+        if network not in list_models("batch"):
+            raise RunError(
+                f"--networks: {network} exists with the norm kernel only, and bench compares "
+                f"norms; choose from: {', '.join(list_models('batch'))}"
+            )
     if sizes is None:
         sizes = [_size_of_family(network) for network in networks]
     if len(sizes) != len(networks):

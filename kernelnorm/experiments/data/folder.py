@@ -55,6 +55,20 @@ def find_images(root: Path, split: Split) -> Files:
     return _own_split(root, split)
 
 
+def all_images(folder: Path) -> Files:
+    """All images in the folders of classes ``<class>/*``, without a split.
+
+    Raises:
+        DataError: there are no such folders, or one has no images.
+    """
+    classes = subfolders(folder) if folder.is_dir() else []
+    if not classes:
+        problem = "has no folders of classes" if folder.is_dir() else "is not a folder"
+        raise DataError(f"{folder} {problem}: expected {folder / '<class>' / '*'}")
+    found = _files_of(folder, classes)
+    return Files(folder, *_labelled(found, classes), tuple(classes))
+
+
 def _divided(root: Path, split: Split) -> Files:
     names = ("train",) if split == "train" else ("val", "test")  # the first that is there
     folder = next((root / name for name in names if (root / name).is_dir()), None)
