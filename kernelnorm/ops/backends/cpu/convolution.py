@@ -4,10 +4,17 @@ At the end of a network, with two images a batch, there are a few dozen windows 
 weights. Convolutions are not made for that, and each pass over the weights takes as long as
 anything else. Unfolded, the windows are small beside the filters, and they are centred before the
 product, so that their mean needs no pass over the gradient.
+
+In bfloat16, on processors with instructions for it, oneDNN reads and writes outside of its memory
+for some geometries: gradients are wrong, or the process dies. Those are computed in another way.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +25,12 @@ from kernelnorm.ops.windows import Geometry
 _MOST_WINDOWS = 64
 _LEAST_WEIGHTS = 1 << 19
 
-convolution = eager.convolution
+
+def convolution(x: Tensor, filters: Tensor, settings: Settings) -> Tensor:
+    """See :func:`kernelnorm.ops.backends.eager.convolution`."""
+    if x.dtype == torch.bfloat16 and sees_only_padding(x.shape[2:], settings.geometry):
+        return eager.convolution(x.float(), filters.float(), settings).to(x.dtype)
+    return eager.convolution(x, filters, settings)
 
 
 def convolution_backward(
@@ -31,14 +43,57 @@ def convolution_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`kernelnorm.ops.backends.eager.convolution_backward`."""
-    few = needs[1] and product_is_faster(filters, mu.numel(), settings.groups)
-    by_convolution = needs[0], needs[1] and not few
-    grad_x, grad_filters = eager.convolution_backward(
-        grad, x, filters, mu, grad_sums, settings, by_convolution
-    )
-    if few:
-        grad_filters = weight_gradient(grad, x, mu, settings.geometry)
-    return grad_x, grad_filters
+    needs_x, needs_filters = needs
+    if needs_filters and product_is_faster(filters, mu.numel(), settings.groups):
+        grad_x, _ = _backward(grad, x, filters, mu, grad_sums, settings, (needs_x, False))
+        return grad_x, weight_gradient(grad, x, mu, settings.geometry)
+    return _backward(grad, x, filters, mu, grad_sums, settings, needs)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    mu: Tensor,
+    grad_sums: Tensor,
+    settings: Settings,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by convolutions, around the errors of oneDNN in bfloat16."""
+    rest, needs_x, needs_filters = (mu, grad_sums, settings), *needs
+    if x.dtype != torch.bfloat16:
+        return eager.convolution_backward(grad, x, filters, *rest, needs)
+    if sees_only_padding(x.shape[2:], settings.geometry):
+        grad_x, grad_filters = eager.convolution_backward(
+            grad.float(), x.float(), filters.float(), *rest, needs
+        )
+        return None if grad_x is None else grad_x.to(x.dtype), grad_filters
+    if needs_filters and max(settings.geometry.dilation[:-1], default=1) > 1:
+        # The gradient of the filters is wrong in channels_last.
+        grad_x, _ = eager.convolution_backward(grad, x, filters, *rest, (needs_x, False))
+        _, grad_filters = eager.convolution_backward(
+            grad.contiguous(), x.contiguous(), filters.contiguous(), *rest, (False, True)
+        )
+        return grad_x, grad_filters
+    return eager.convolution_backward(grad, x, filters, *rest, needs)
+
+
+@functools.lru_cache(maxsize=4096)
+def sees_only_padding(sizes: Sequence[int], geometry: Geometry) -> bool:
+    """True if a window, or a weight in all windows, sees only padding along some dimension.
+
+    Also true for windows that are larger than the input.
+    """
+    for i, (size, k, stride, padding, dilation) in enumerate(zip(sizes, *geometry, strict=True)):
+        reach, last = geometry.reach(i), (geometry.positions(i, size) - 1) * stride - padding
+        if reach > size or padding >= reach or last >= size:
+            return True
+        for start in range(-padding, k * dilation - padding, dilation):
+            # The first pixel in the input, or after it, that this weight sees.
+            pixel = start if start >= 0 else start % stride
+            if pixel >= size or pixel > start + last + padding:
+                return True
+    return False
 
 
 def product_is_faster(filters: Tensor, windows: int, groups: int) -> bool:
