@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kernelnorm import functional, models
+from kernelnorm.conversion import Report, convert
 from kernelnorm.functional import backend
 from kernelnorm.modules import (
     KernelNorm1d,
@@ -26,7 +27,9 @@ __all__ = [
     "KernelNorm1d",
     "KernelNorm2d",
     "KernelNorm3d",
+    "Report",
     "backend",
+    "convert",
     "functional",
     "load",
     "models",

@@ -1,0 +1,196 @@
+"""Makes any convolutional network a KNConvNet; :func:`kernelnorm.convert` is the entry."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kernelnorm.conversion import kinds
+from kernelnorm.conversion.guess import guessed_calls
+from kernelnorm.conversion.plan import Fate, Plan, make_plan
+from kernelnorm.conversion.record import Call, record
+from kernelnorm.conversion.replace import carry_out
+from kernelnorm.conversion.report import Report, Row
+from kernelnorm.models.blocks import Rules, as_rules
+
+__all__ = ["Report", "Row", "convert"]
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def convert(
+    model: Network,
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    rules: Rules | Mapping[str, Any] | None = None,
+    norms: Collection[str] = ("batch",),
+    inplace: bool = False,
+) -> tuple[Network, Report]:
+    r"""Makes a network a KNConvNet: convolutions with a norm become KNConvs, and the norms go.
+
+    The network keeps its class, the names of its modules, its control flow and the weights of its
+    convolutions; KNConvs get a bias of zeros where there was none. The rules are those of
+    :class:`kernelnorm.models.Rules`, which are the paper's:
+
+    - Convolutions that a norm belongs to, before or after them, become KNConvs of the same shape.
+      Others stay: gates of squeeze-and-excite, final classifiers, transposed convolutions.
+    - Norms of KNConvs go. A norm without a KNConv (after a depthwise or transposed convolution, or
+      without any convolution) becomes a KernelNorm of single pixels.
+    - A ReLU moves into the KNConvs that make its input, also through sums, concatenations and
+      pooling. Other activations, and ReLUs that the network calls as functions, stay in their
+      place.
+    - Where a sum or concatenation is pooled before the classifier, a KernelNorm comes before that.
+
+    Train the network after that: normalisation by other statistics makes other numbers of the same
+    weights. Build the optimizer after converting.
+
+    Args:
+        model: the network; a copy is converted
+        example_input: an input, the tuple of positional arguments, or the mapping of keyword
+            arguments for one call in evaluation, which shows what feeds what. Without it the order
+            of registration decides, no ReLU moves out of an :class:`torch.nn.Sequential`, no
+            KernelNorm is added before the pooling, and the report calls these decisions guesses
+        rules: other rules than the paper's; a mapping has fields of
+            :class:`kernelnorm.models.Rules`
+        norms: the norms that are converted, any of ``"batch"`` (with its synchronised and frozen
+            forms), ``"group"`` and ``"instance"``
+        inplace: converts ``model`` itself
+
+    Returns:
+        The converted network, and a :class:`Report`: ``print(report)`` is a table of all layers,
+        and ``report.unconverted`` has what could not be converted, with the reasons.
+
+    Raises:
+        TypeError: the model is no module, or a scripted one
+        ValueError: the model has no such norms, or has lazy modules without shapes; or it cannot
+            run on ``example_input``
+
+    Source: Section 3, rules I to IV.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> network, report = convert(model, torch.randn(1, 3, 8, 8))
+        >>> print(report)
+        module  before       after     why
+        0       Conv2d       KNConv2d  rule I
+        1       BatchNorm2d  removed   rule II: the KNConv normalises its input
+        2       ReLU         removed   rule III: moved into the KNConv before it
+        <BLANKLINE>
+        1 KNConvs, 0 KernelNorms, nothing unconverted
+        Build the optimizer after converting: 1 parameters are new, 2 are gone.
+    """
+    given = as_rules({} if rules is None else rules)
+    _check(model, norms)
+    network = model if inplace else _copied(model)
+    recorded = [] if example_input is None else _recorded(network, example_input)
+    guesses = guessed_calls(network, recorded)
+    plan = make_plan([*recorded, *guesses], norms, given)
+    old = {name: type(module).__name__ for name, module in network.named_modules()}
+    parameters = {*network.parameters()}
+    carry_out(plan, _spatial_dims([*recorded, *guesses]), given)
+    return network, _report(network, plan, old, parameters, {call.module for call in guesses})
+
+
+def _check(model: nn.Module, norms: Collection[str]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(norms, str) or not {*norms} <= {*kinds.NORMS}:
+        raise ValueError(f"norms must be names from {', '.join(kinds.NORMS)}, got {norms!r}")
+    for name, module in model.named_modules():
+        where = f"its module {name!r}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"cannot convert model: {where} is scripted. Convert the model first, script it "
+                "then"
+            )
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise ValueError(
+                f"cannot convert model: {where} is lazy and has no shape yet. Call the model once "
+                "first: model(input)"
+            )
+    found = {kinds.name_of_norm(module) for module in model.modules()} - {None}
+    if not found.intersection(norms):
+        others = ", ".join(f"{name!r}" for name in kinds.NORMS if name in found)
+        raise ValueError(
+            f"model has no norm of the kinds {', '.join(norms)}, so there is nothing to convert"
+            + (f". It has {others}: name these in norms" if others else "")
+        )
+
+
+def _copied(model: Network) -> Network:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"model cannot be copied ({type(error).__name__}: {error}). Pass inplace=True to "
+            "convert the model itself"
+        ) from error
+
+
+def _recorded(network: nn.Module, example_input: Any) -> list[Call]:
+    arguments: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = {}
+    if isinstance(example_input, Mapping):
+        options = example_input
+    else:
+        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    try:
+        return record(network, arguments, options, kinds.is_layer)
+    except Exception as error:
+        raise ValueError(
+            f"model cannot run on example_input ({type(error).__name__}: {error}). Pass an input "
+            "for which model(example_input) works, a tuple of several arguments, or a dict of "
+            "keyword arguments"
+        ) from error
+
+
+def _spatial_dims(calls: Iterable[Call]) -> dict[nn.Module, int]:
+    """The spatial dimensions of the maps that each layer takes; of guesses, by its name."""
+    dims = {}
+    for call in calls:
+        if call.module is not None and call.inputs:
+            shape, name = call.inputs[0].shape, type(call.module).__name__
+            named = next((d for d in (1, 3) if f"{d}d" in name), 2)
+            dims[call.module] = len(shape) - 2 if shape else named
+    return dims
+
+
+def _report(
+    network: nn.Module,
+    plan: Plan,
+    old: Mapping[str, str],
+    parameters: set[nn.Parameter],
+    guessed: Collection[nn.Module | None],
+) -> Report:
+    rows, unconverted = [], []
+    for name, module in network.named_modules():
+        if module in plan.why:
+            why = plan.why[module] + (" (a guess)" if module in guessed else "")
+            rows.append(Row(name, old[name], _description(module), why))
+            if plan.fates.get(module) is Fate.UNCONVERTED:
+                unconverted.append(rows[-1])
+    now = {*network.parameters()}
+    notes = [
+        f"Build the optimizer after converting: {len(now - parameters)} parameters are new, "
+        f"{len(parameters - now)} are gone."
+    ]
+    if any(module in plan.why for module in guessed):
+        notes.append(
+            "Guesses follow the order of registration, since no recorded call shows the layers. "
+            "Pass an example_input, or compare with the model's forward."
+        )
+    return Report(rows, unconverted, notes)
+
+
+def _description(module: nn.Module) -> str:
+    """The class of a module, or of the parts that took its place."""
+    if type(module) is not nn.Sequential:
+        return "removed" if type(module) is nn.Identity else type(module).__name__
+    parts = [type(part).__name__ for part in module if type(part) is not nn.Identity]
+    return " + ".join(parts) or "removed"

@@ -1,0 +1,112 @@
+"""What feeds what: the calls of a network by layer, and what stands before and after its norms."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+
+from kernelnorm.conversion import kinds
+from kernelnorm.conversion.kinds import Kind, kind_of
+from kernelnorm.conversion.record import Call, Value
+
+__all__ = ["Flow", "is_global_pooling"]
+
+
+_COMBINING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING, Kind.PRODUCT, Kind.PASSING)
+
+
+class Flow:
+    """The calls of a network, in order, and by layer.
+
+    Args:
+        calls: the calls
+        norms: names of the norms that are converted
+    """
+
+    def __init__(self, calls: Sequence[Call], norms: Collection[str]) -> None:
+        self.calls = calls
+        self.calls_of: defaultdict[nn.Module, list[Call]] = defaultdict(list)
+        for call in calls:
+            if call.module is not None:
+                self.calls_of[call.module].append(call)
+        self.norms = [m for m in self.calls_of if kinds.name_of_norm(m) in norms]
+        self.before = {norm: self._before(norm) for norm in self.norms}
+        """The convolutions whose output a norm normalises."""
+        self.after = {norm: self._after(norm) for norm in self.norms}
+        """The convolutions that take a norm's output."""
+
+    @property
+    def owners(self) -> set[nn.Module]:
+        """The convolutions that a norm belongs to.
+
+        A norm belongs to the convolutions before it. Those after it have one, too, if it is a
+        pre-activation: if no convolution is before it, or if the sums and concatenations that they
+        feed are normalised.
+        """
+        found = {module for modules in self.before.values() for module in modules}
+        for norm, modules in self.after.items():
+            found.update(m for m in modules if not self.before[norm] or self._leads_to_norm(m))
+        return found
+
+    def _leads_to_norm(self, convolution: nn.Module) -> bool:
+        waiting, seen = [*self.calls_of[convolution]], set[int]()
+        while waiting:
+            for user in (user for value in waiting.pop().outputs for user in value.users):
+                if user.module in self.before:
+                    return True
+                if id(user) not in seen and kind_of(user) in _COMBINING:
+                    seen.add(id(user))
+                    waiting.append(user)
+        return False
+
+    def _before(self, norm: nn.Module) -> list[nn.Module]:
+        makers = [_makers(call.inputs[0]) for call in self.calls_of[norm]]
+        return _unique(makers) if all(makers) else []
+
+    def _after(self, norm: nn.Module) -> list[nn.Module]:
+        outputs = [value for call in self.calls_of[norm] for value in call.outputs]
+        return _unique(_takers(value) for value in outputs)
+
+
+def is_global_pooling(call: Call) -> bool:
+    """True for a pooling whose output has one pixel, or none any more."""
+    if kind_of(call) is not Kind.POOLING or not call.outputs:
+        return False
+    before, after = call.inputs[0].shape, call.outputs[0].shape
+    return len(before) > 2 and all(size == 1 for size in after[2:])
+
+
+def _makers(value: Value) -> list[nn.Module]:
+    """The convolutions whose output a value is, perhaps pooled or concatenated."""
+    call = value.maker
+    if call is None:
+        return []
+    kind = kind_of(call)
+    if kind is Kind.CONVOLUTION and call.module is not None:
+        return [call.module]
+    if kind is Kind.PASSING or (kind is Kind.POOLING and not is_global_pooling(call)):
+        return _makers(call.inputs[0])
+    if kind is Kind.CONCATENATION:
+        parts = [_makers(part) for part in call.inputs]
+        alone = all(len(part.users) == 1 for part in (value, *call.inputs))
+        return _unique(parts) if alone and all(parts) else []
+    return []
+
+
+def _takers(value: Value) -> list[nn.Module]:
+    """The convolutions that take a value, perhaps after an activation."""
+    found: list[nn.Module] = []
+    for call in value.users:
+        kind = kind_of(call)
+        if kind is Kind.CONVOLUTION and call.module is not None:
+            found.append(call.module)
+        elif kind is Kind.PASSING or kind in kinds.ACTIVATIONS:
+            for output in call.outputs:
+                found += _takers(output)
+    return found
+
+
+def _unique(lists: Iterable[Iterable[nn.Module]]) -> list[nn.Module]:
+    return [*dict.fromkeys(module for modules in lists for module in modules)]

@@ -1,0 +1,91 @@
+"""Rule IV: where the KernelNorm before the final pooling goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from kernelnorm.conversion import kinds
+from kernelnorm.conversion.flow import Flow, is_global_pooling
+from kernelnorm.conversion.kinds import Kind, kind_of
+from kernelnorm.conversion.record import Call
+from kernelnorm.models.blocks import Rules
+
+__all__ = ["Head", "plan_head"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The KernelNorm before the final pooling; it takes the place of a module.
+
+    Args:
+        module: the module
+        where: ``"norm"``: in place of that norm; ``"before"``: before that activation;
+            ``"after"``: after that ReLU, with a ReLU of its own; ``"pooling"``: before that
+            pooling, with a ReLU of its own
+        replaces: the call of a ReLU for which the head's own stands
+    """
+
+    module: nn.Module
+    where: Literal["norm", "before", "after", "pooling"]
+    replaces: Call | None = None
+
+
+def plan_head(flow: Flow, rules: Rules) -> Head | None:
+    """Finds the place of the KernelNorm, where there is one.
+
+    A sum, a concatenation or a pre-activation norm that is pooled gets a KernelNorm. The output of
+    a KNConv needs none, as in VGG8.
+    """
+    pooling = _final_pooling(flow)
+    if pooling is None:
+        return None
+    activation: Call | None = None
+    call, value = pooling.inputs[0].maker, pooling.inputs[0]
+    while call is not None:
+        if call.module in flow.norms and not flow.before[call.module]:
+            return Head(call.module, "norm") if _called_once(flow, call) else None
+        if activation is None and kind_of(call) in kinds.ACTIVATIONS:
+            activation = call
+        elif call.module not in flow.norms and kind_of(call) is not Kind.PASSING:
+            break
+        value = call.inputs[0]
+        call = value.maker
+    if call is None or kind_of(call) not in (Kind.SUM, Kind.CONCATENATION):
+        return None
+    moved = rules.residual_relu == "branch" or kind_of(call) is Kind.CONCATENATION
+    if activation is not None and activation.module is not None and _called_once(flow, activation):
+        is_relu = kind_of(activation) is Kind.RELU
+        return Head(activation.module, "before" if moved or not is_relu else "after")
+    if pooling.module is not None and _called_once(flow, pooling):
+        return Head(pooling.module, "pooling", activation if moved else None)
+    return None
+
+
+def _final_pooling(flow: Flow) -> Call | None:
+    """The last pooling of whole maps, after which there are none."""
+    poolings = (call for call in reversed(flow.calls) if is_global_pooling(call))
+    return next((call for call in poolings if not _leads_to_maps(call)), None)
+
+
+def _leads_to_maps(pooling: Call) -> bool:
+    """True if anything that follows has more than one pixel, as after a squeeze-and-excite gate."""
+    dims, seen, waiting = len(pooling.inputs[0].shape), {id(pooling)}, [pooling]
+    while waiting:
+        users = [user for value in waiting.pop().outputs for user in value.users]
+        for user in users:
+            if id(user) not in seen:
+                if any(len(v.shape) >= dims and v.shape[2:].numel() > 1 for v in user.outputs):
+                    return True
+                seen.add(id(user))
+                waiting.append(user)
+    return False
+
+
+def _called_once(flow: Flow, call: Call) -> bool:
+    """True if it is the only call of its layer, and its output has one use."""
+    assert call.module is not None
+    alone = all(len(value.users) <= 1 for value in call.outputs)
+    return alone and len(flow.calls_of[call.module]) == 1

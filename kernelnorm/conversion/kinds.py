@@ -1,0 +1,143 @@
+"""What layers and functions are to a conversion."""
+
+from __future__ import annotations
+
+from enum import Enum
+from math import prod
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kernelnorm.conversion.record import Call
+
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "Kind",
+    "channels_of_norm",
+    "is_convolution",
+    "is_layer",
+    "kind_of",
+    "kind_of_module",
+    "name_of_norm",
+    "obstacle",
+    "window_size",
+]
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+NORMS = {
+    "batch": [
+        *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+        *("FrozenBatchNorm2d", "FrozenBatchNormAct2d"),  # of torchvision and of timm
+    ],
+    "group": ["GroupNorm"],
+    "instance": ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"],
+}
+"""The classes of each norm, by name; classes derived from these count, too."""
+
+
+class Kind(Enum):
+    """The part that a call has in a network, with the classes and functions that have it."""
+
+    RELU = "ReLU relu"
+    LEAKY_RELU = "LeakyReLU leaky_relu"
+    BOUNDED = "ReLU6 Sigmoid Hardsigmoid Softmax relu6 sigmoid hardsigmoid softmax"
+    """Another activation whose output is not negative."""
+    ACTIVATION = (
+        "SiLU GELU Hardswish Mish ELU SELU CELU PReLU Tanh Softplus Hardtanh "
+        "silu gelu hardswish mish elu selu celu prelu tanh softplus hardtanh"
+    )
+    SUM = "add __add__ __radd__ __iadd__"
+    CONCATENATION = "cat concat concatenate stack"
+    POOLING = (
+        "MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d "
+        "AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d "
+        "Upsample max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d "
+        "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+        "adaptive_max_pool2d mean amax interpolate"
+    )
+    """Pooling or interpolation: its output is not negative if its input is not."""
+    PRODUCT = "mul __mul__ __rmul__ __imul__ div __truediv__"
+    PASSING = (
+        "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout Flatten Unflatten "
+        "PixelShuffle PixelUnshuffle ChannelShuffle ZeroPad1d ZeroPad2d ZeroPad3d "
+        "dropout dropout2d chunk split unbind view reshape flatten unflatten squeeze unsqueeze "
+        "transpose permute contiguous __getitem__ narrow roll pad to clone pixel_shuffle "
+        "channel_shuffle"
+    )
+    """Passes its elements on, in another order or with zeros between them."""
+    CONVOLUTION = "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d"
+    NORM = " ".join(name for names in NORMS.values() for name in names)
+    OTHER = ""
+
+
+ACTIVATIONS = (Kind.RELU, Kind.LEAKY_RELU, Kind.BOUNDED, Kind.ACTIVATION)
+
+_KINDS = {name: kind for kind in Kind for name in kind.value.split()}
+
+
+def kind_of(call: Call) -> Kind:
+    """The part of a call."""
+    if call.module is not None:
+        return kind_of_module(call.module)
+    in_place = not call.name.endswith("__")
+    return _KINDS.get(call.name.removesuffix("_") if in_place else call.name, Kind.OTHER)
+
+
+def kind_of_module(module: nn.Module) -> Kind:
+    """The part of a layer: that of the nearest of its classes that has one."""
+    names = (base.__name__ for base in type(module).__mro__)
+    return next((_KINDS[name] for name in names if name in _KINDS), Kind.OTHER)
+
+
+def name_of_norm(module: nn.Module) -> str | None:
+    """The key of :data:`NORMS`, or ``None`` if the module is none of these norms."""
+    classes = {base.__name__ for base in type(module).__mro__}
+    return next((name for name, names in NORMS.items() if classes.intersection(names)), None)
+
+
+def channels_of_norm(norm: nn.Module) -> int | None:
+    """The channels of the maps that a norm takes, if it says."""
+    for name in ("num_features", "num_channels"):
+        if isinstance(number := getattr(norm, name, None), int):
+            return number
+    weight = getattr(norm, "weight", None)  # FrozenBatchNorm2d has no number
+    return None if weight is None else len(weight)
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """True for convolutions and transposed convolutions."""
+    return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True for modules whose call counts as one: convolutions, norms and PyTorch's own layers."""
+    own = type(module).__module__.startswith("torch.nn.") and not [*module.children()]
+    return own or is_convolution(module) or name_of_norm(module) is not None
+
+
+def obstacle(convolution: nn.Module) -> str | None:
+    """Why a convolution cannot become a KNConv, or ``None`` if it can."""
+    kind = type(convolution).__name__
+    if not isinstance(convolution, CONVOLUTIONS):
+        return "transposed convolution"
+    if parametrize.is_parametrized(convolution):
+        return f"{kind} is parametrised"
+    if "weight" not in dict(convolution.named_parameters(recurse=False)):
+        return f"{kind} computes its weight"
+    for base in type(convolution).__mro__:
+        if base in CONVOLUTIONS:
+            break
+        if base.__name__ != "Conv2dSame" and {"forward", "_conv_forward"}.intersection(vars(base)):
+            return f"{kind} has a forward of its own"
+    return None
+
+
+def window_size(convolution: Convolution) -> int:
+    """The number of elements of a window."""
+    return convolution.in_channels * prod(convolution.kernel_size)

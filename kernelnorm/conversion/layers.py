@@ -1,0 +1,39 @@
+"""Layers that only converted networks have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernelnorm.modules import KNConv2d
+
+__all__ = ["Copy", "KNConv2dSame"]
+
+
+class Copy(nn.Module):
+    """Returns a copy, which the network may change in place.
+
+    A KNConv with a ReLU keeps its output for the backward pass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Copies the input."""
+        return input.clone()
+
+
+class KNConv2dSame(KNConv2d):
+    """A KNConv padded like TensorFlow's "same": at the end first, as much as the input needs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pads the input, and convolves its normalised windows."""
+        sides: list[int] = []
+        for size, k, stride, dilation in zip(
+            reversed(input.shape[-2:]),
+            reversed(self.kernel_size),
+            reversed(self.stride),
+            reversed(self.dilation),
+            strict=True,
+        ):
+            total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+            sides += [total // 2, total - total // 2]
+        return super().forward(F.pad(input, sides))

@@ -1,0 +1,111 @@
+"""Which layer becomes what, and why: rules I to IV of :mod:`kernelnorm.models.blocks`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import nn
+
+from kernelnorm.conversion import kinds
+from kernelnorm.conversion.activations import Activations, plan_activations
+from kernelnorm.conversion.flow import Flow
+from kernelnorm.conversion.head import Head, plan_head
+from kernelnorm.conversion.record import Call
+from kernelnorm.models.blocks import Rules
+
+__all__ = ["Fate", "Plan", "make_plan"]
+
+LEAST_WINDOW = 8
+"""The variance of fewer elements says little: such a convolution stays as it is."""
+
+
+class Fate(Enum):
+    """What becomes of a convolution or a norm."""
+
+    KN_CONV = "a KNConv"
+    REMOVED = "nothing is left"
+    PIXELS = "a KernelNorm of single pixels"
+    KEPT = "stays, as it should"
+    UNCONVERTED = "stays, though it has a norm or is one"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the layers of a network.
+
+    Args:
+        fates: of the convolutions and norms
+        activations: what becomes of the activations
+        head: the KernelNorm before the final pooling
+        why: the reason for each layer
+    """
+
+    fates: dict[nn.Module, Fate]
+    activations: Activations
+    head: Head | None
+    why: dict[nn.Module, str]
+
+
+def make_plan(calls: Sequence[Call], norms: Collection[str], rules: Rules) -> Plan:
+    """Decides what becomes of each layer.
+
+    Args:
+        calls: the calls of all layers
+        norms: the names of the norms that are converted
+        rules: the rules for KNConvNets
+    """
+    flow = Flow(calls, norms)
+    reasons: dict[nn.Module, tuple[Fate, str]] = {}
+    owners = flow.owners
+    for module in flow.calls_of:
+        if kinds.is_convolution(module):
+            reasons[module] = _fate_of_convolution(module, has_norm=module in owners)
+    for norm in flow.norms:
+        reasons[norm] = _fate_of_norm(norm, flow, reasons)
+    fates = {module: fate for module, (fate, _) in reasons.items()}
+    why = {module: reason for module, (_, reason) in reasons.items()}
+
+    head = plan_head(flow, rules) if rules.head else None
+    activations = plan_activations(
+        flow,
+        {module for module, fate in fates.items() if fate is Fate.KN_CONV},
+        {module for module, fate in fates.items() if fate is Fate.REMOVED},
+        head,
+        rules,
+    )
+    why.update(activations.why)
+    if head is not None:
+        fates.pop(head.module, None)
+        why[head.module] = "rule IV: a KernelNorm before the final pooling"
+    return Plan(fates, activations, head, why)
+
+
+def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
+    """Rule I, for the convolutions that a norm belongs to."""
+    if not has_norm:
+        return Fate.KEPT, "no norm belongs to it"
+    if (obstacle := kinds.obstacle(module)) is not None:
+        transposed = isinstance(module, kinds.TRANSPOSED)
+        return Fate.KEPT if transposed else Fate.UNCONVERTED, obstacle
+    assert isinstance(module, kinds.CONVOLUTIONS)
+    if 1 < module.groups == module.in_channels:
+        return Fate.KEPT, "depthwise convolution"
+    if (size := kinds.window_size(module)) < LEAST_WINDOW:
+        return Fate.KEPT, f"its windows have {size} elements"
+    return Fate.KN_CONV, "rule I"
+
+
+def _fate_of_norm(
+    norm: nn.Module, flow: Flow, reasons: dict[nn.Module, tuple[Fate, str]]
+) -> tuple[Fate, str]:
+    """Rule II, and a KernelNorm of single pixels for norms without a KNConv."""
+    neighbours = flow.before[norm] or flow.after[norm]
+    others = [module for module in neighbours if reasons[module][0] is not Fate.KN_CONV]
+    if neighbours and not others:
+        return Fate.REMOVED, "rule II: the KNConv normalises its input"
+    shapes = [call.inputs[0].shape for call in flow.calls_of[norm]]
+    if any(len(shape) in (1, 2) or len(shape) > 5 for shape in shapes):
+        return Fate.UNCONVERTED, f"no windows in an input of {len(shapes[0])} dimensions"
+    return Fate.PIXELS, reasons[others[0]][1] if others else "no convolution belongs to it"

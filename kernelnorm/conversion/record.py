@@ -1,0 +1,200 @@
+"""One forward pass, recorded: which call of a layer or function gave which tensor to which other.
+
+Hooks see the calls of layers, and a :class:`torch.overrides.TorchFunctionMode` sees the functions
+that a network calls between them. The network runs as it is; nothing is traced into another form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kernelnorm.ops import observers
+
+__all__ = ["Call", "Value", "record"]
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor as one call has made it; a change in place makes another value of the tensor."""
+
+    maker: Call | None
+    """The call that returned it; ``None`` for parameters and the input of the network."""
+    shape: torch.Size
+    storage: int
+    """The same number for tensors that share memory."""
+    users: list[Call] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a layer, or of a function outside of layers."""
+
+    name: str
+    """The qualified name of the layer, or the name of the function."""
+    module: nn.Module | None
+    owner: str
+    """The qualified name of the module in whose ``forward`` it was called."""
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    changed: set[int] = field(default_factory=set)
+    """The storages of the inputs that the call changed in place."""
+
+
+def record(
+    network: nn.Module,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    is_layer: Callable[[nn.Module], bool],
+) -> list[Call]:
+    """Runs the network once, in evaluation and without gradients, and returns its calls in order.
+
+    Random number generators and the training modes of all modules are left as they were.
+
+    Args:
+        network: any module
+        arguments, options: the arguments of its ``forward``
+        is_layer: true for modules whose call is recorded as one; what functions they call is not
+    """
+    training = {module: module.training for module in network.modules()}
+    recorder = _Recorder()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.hooks(network, is_layer):
+            network.eval()
+            with recorder:
+                network(*arguments, **options)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return recorder.calls
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._values: dict[int, tuple[Tensor, Value]] = {}  # the tensor keeps its id taken
+        self._running: list[tuple[Call, list[Tensor], list[int]]] = []
+        self._owners = [""]
+        self._at_work = False
+
+    @contextmanager
+    def hooks(self, network: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iterator[None]:
+        handles = []
+        for name, module in network.named_modules():
+            enter, leave = (
+                self._layer_hooks(name, module) if is_layer(module) else self._owner_hooks(name)
+            )
+            handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layer_hooks(self, name: str, module: nn.Module) -> tuple[Any, Any]:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            with self._own_work():
+                self._begin(Call(name, module, self._owners[-1]), args, kwargs)
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            with self._own_work():
+                self._end(output)
+
+        return enter, leave
+
+    def _owner_hooks(self, name: str) -> tuple[Any, Any]:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self._owners.append(name)
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            self._owners.pop()
+
+        return enter, leave
+
+    @contextmanager
+    def _own_work(self) -> Iterator[None]:
+        """Looking at a tensor is a function call, too; those of the recorder are not recorded."""
+        self._at_work = True
+        try:
+            yield
+        finally:
+            self._at_work = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._running or self._at_work:
+            return func(*args, **kwargs)
+        call = Call(getattr(func, "__name__", ""), None, self._owners[-1])
+        self._begin(call, args, kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except BaseException:
+            self._running.pop()
+            raise
+        self._end(output)
+        return output
+
+    def _begin(self, call: Call, args: Any, kwargs: Any) -> None:
+        tensors = [*_tensors((args, kwargs))]
+        call.inputs = [self._value(tensor) for tensor in tensors]
+        self._running.append((call, tensors, [observers.version(tensor) for tensor in tensors]))
+
+    def _end(self, result: Any) -> None:
+        call, inputs, versions = self._running.pop()
+        outputs, given = [*_tensors(result)], {id(tensor) for tensor in inputs}
+        for tensor, value, version in zip(inputs, call.inputs, versions, strict=True):
+            if observers.version(tensor) != version:
+                call.changed.add(value.storage)
+                if all(tensor is not output for output in outputs):
+                    outputs.append(tensor)
+        if not outputs:
+            return  # a size, or anything else that is no tensor
+        self.calls.append(call)
+        for value in call.inputs:
+            value.users.append(call)
+        for tensor in outputs:
+            known = self._values.get(id(tensor))
+            if known is None or id(tensor) in given:
+                value = Value(call, tensor.shape, _storage(tensor))
+                call.outputs.append(value)
+                self._values[id(tensor)] = tensor, value
+
+    def _value(self, tensor: Tensor) -> Value:
+        if id(tensor) not in self._values:
+            maker = self._running[-1][0] if self._running else None  # a layer with layers inside
+            value = Value(maker, tensor.shape, _storage(tensor))
+            if maker is not None:
+                maker.outputs.append(value)
+            self._values[id(tensor)] = tensor, value
+        return self._values[id(tensor)][1]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a tensor without memory, such as a sparse one
+        return id(tensor)
