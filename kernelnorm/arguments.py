@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernelnorm.ops.windows import Geometry
 
@@ -77,6 +77,21 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
 
 LEAST_SLOPE = 1e-3
 """The output of a flatter LeakyReLU would tell too little about its input."""
+
+
+def fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
+    """The name and negative slope of the activation that a KNConv computes with its output.
+
+    The name is ``None`` for modules that are applied to the output afterwards.
+    """
+    if type(activation) is nn.LeakyReLU and LEAST_SLOPE <= activation.negative_slope <= 1:
+        return "leaky_relu", activation.negative_slope
+    return (None if isinstance(activation, nn.Module) else activation), 0.01
+
+
+def slope(activation: str | None, negative_slope: float) -> float | None:
+    """The factor of negative outputs; ``None`` without an activation."""
+    return {None: None, "relu": 0.0, "leaky_relu": negative_slope}[activation]
 
 
 def check_convolution(activation: str | None, negative_slope: float, padding_mode: str) -> None:

@@ -239,7 +239,7 @@ def _plan(
     arguments.check_windows_fit(sizes, geometry)
 
     p, masked = _dropout(dropout_p, training, evaluation)
-    slope = {None: None, "relu": 0.0, "leaky_relu": negative_slope}[activation]
+    slope = arguments.slope(activation, negative_slope)
     settings = Settings(geometry, groups, p, masked, eps, slope)
     mode = arguments.PADDING_MODES[padding_mode]
     return Plan(len(shape) == d + 2, sides, mode, settings)

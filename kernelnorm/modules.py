@@ -183,9 +183,7 @@ class _KNConv(nn.modules.conv._ConvNd):
         if type(activation) is nn.ReLU:
             activation = "relu"
         arguments.check_normalization(dropout_p, eps, evaluation)
-        arguments.check_convolution(
-            None if isinstance(activation, nn.Module) else activation, 0.01, padding_mode
-        )
+        arguments.check_convolution(*arguments.fused(activation), padding_mode)
         arguments.check_channels(in_channels, out_channels, groups)
         window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
         init: Any = super().__init__  # of nn.ConvNd, not of the base that the type checker sees
@@ -212,7 +210,7 @@ class _KNConv(nn.modules.conv._ConvNd):
         recorded: Tensor | None = observers.called_as_leaf(self, input)
         if recorded is not None:
             return recorded
-        fused, slope = _fused(self.activation)
+        fused, negative_slope = arguments.fused(self.activation)
         y = functional.kn_conv(
             input,
             self.weight,
@@ -226,7 +224,7 @@ class _KNConv(nn.modules.conv._ConvNd):
             training=self.training,
             eps=self.eps,
             activation=fused,
-            negative_slope=slope,
+            negative_slope=negative_slope,
             evaluation=self.evaluation,
         )
         return self.activation(y) if isinstance(self.activation, nn.Module) and not fused else y
@@ -240,14 +238,6 @@ class _KNConv(nn.modules.conv._ConvNd):
             f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
             f"{_shown_evaluation(self.evaluation)}"
         )
-
-
-def _fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
-    """The activation that a KNConv computes together with its output, and its slope."""
-    slope = 0.01
-    if type(activation) is nn.LeakyReLU and arguments.LEAST_SLOPE <= activation.negative_slope <= 1:
-        return "leaky_relu", activation.negative_slope
-    return (None if isinstance(activation, nn.Module) else activation), slope
 
 
 class KNConv1d(_KNConv, nn.Conv1d):
