@@ -1,0 +1,164 @@
+"""What came out of the study on CamVid: tables, costs, a picture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from camvid_networks import CLASSES, HEIGHT, NETWORKS, NORMS, WIDTH, build
+from camvid_runs import (
+    EPOCHS,
+    RATES,
+    SEEDS,
+    TUNING_EPOCHS,
+    Results,
+    Run,
+    best_rate,
+    load,
+    mean_iou,
+    read_results,
+)
+from torch import Tensor, nn
+
+from kernelnorm.experiments.bench.measure import saved_bytes
+from kernelnorm.experiments.report.statistics import difference, estimate
+
+
+def test_values(results: Results, network: str, norm: str, batch_size: int) -> dict[int, float]:
+    """Returns the mean IoU on the test images at the best rate, by seed."""
+    best = best_rate(results, network, norm, batch_size)
+    return {
+        run.seed: mean_iou(result, "test")
+        for run, result in results.items()
+        if (run.network, run.norm, run.batch_size, run.rate, run.epochs)
+        == (network, norm, batch_size, best, EPOCHS)
+    }
+
+
+def print_tables(folder: Path) -> None:
+    results = read_results(folder)
+    print("Mean IoU on the test images in %, of the last epoch\n")
+    print("| network | norm | batch size | learning rate | seeds | mean IoU | deviation |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for network in NETWORKS:
+        for norm, label in NORMS.items():
+            for batch_size in (1, 2, 8):
+                values = test_values(results, network, norm, batch_size)
+                if (found := estimate([*values.values()])) is None:
+                    continue
+                rate = best_rate(results, network, norm, batch_size)
+                deviation = "" if found.deviation is None else f"{found.deviation:.1f}"
+                print(
+                    f"| {network} | {label} | {batch_size} | {rate} | {found.runs} | "
+                    f"{found.mean:.1f} | {deviation} |"
+                )
+    print("\nDifferences, paired by seed, with 95 % confidence intervals\n")
+    print("| difference | points | interval |\n|---|---:|---:|")
+    comparisons = [(("kernel", b), (other, b)) for b in (1, 2) for other in ("group", "ws_group")]
+    for first, second in [*comparisons, (("kernel", 1), ("kernel", 8))]:
+        found = difference(
+            test_values(results, "unet", *first), test_values(results, "unet", *second)
+        )
+        if found is not None and found.interval is not None:
+            low, high = found.interval
+            names = [f"{NORMS[norm]} at {batch_size}" for norm, batch_size in (first, second)]
+            print(f"| {' - '.join(names)} | {found.mean:+.1f} | {low:+.1f} to {high:+.1f} |")
+    print("\nMean IoU on the validation images in %, after the short runs that choose the rate\n")
+    print(f"| network | norm | batch size | {' | '.join(map(str, RATES))} |")
+    print("|---|---|---:|" + "---:|" * len(RATES))
+    for network in NETWORKS:
+        for norm, label in NORMS.items():
+            for batch_size in (1, 2, 8):
+                runs = [Run(network, norm, batch_size, r, SEEDS[0], TUNING_EPOCHS) for r in RATES]
+                if any(run in results for run in runs):
+                    cells = (
+                        f"{mean_iou(results[run], 'val'):.1f}" if run in results else ""
+                        for run in runs
+                    )
+                    print(f"| {network} | {label} | {batch_size} | {' | '.join(cells)} |")
+
+
+def print_costs(rounds: int = 20) -> None:
+    """Prints bytes kept for the backward pass and the seconds of a step, in interleaved rounds."""
+    print("| network | norm | batch size | kept [MB] | step [ms] | of BatchNorm |")
+    print("|---|---|---:|---:|---:|---:|")
+    for network in NETWORKS:
+        for batch_size in (1, 2, 8):
+            x = torch.rand(batch_size, 3, HEIGHT, WIDTH)
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = torch.randint(CLASSES, (batch_size, HEIGHT, WIDTH))
+            networks = {
+                norm: build(network, norm).to(memory_format=torch.channels_last) for norm in NORMS
+            }
+            steps = {norm: _step(built, x, y) for norm, built in networks.items()}
+            seconds: dict[str, list[float]] = {norm: [] for norm in NORMS}
+            for _ in range(rounds):
+                for norm, step in steps.items():
+                    start = time.thread_time()
+                    step()
+                    seconds[norm].append(time.thread_time() - start)
+            medians = {norm: statistics.median(values[1:]) for norm, values in seconds.items()}
+            for norm, label in NORMS.items():
+                print(
+                    f"| {network} | {label} | {batch_size} | "
+                    f"{saved_bytes(networks[norm], x) / 1e6:.2f} | {1000 * medians[norm]:.1f} | "
+                    f"{medians[norm] / medians['batch']:.2f} |"
+                )
+
+
+def _step(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+COLOURS = {  # of the classes, in their order
+    "sky": "#9BC8F0", "building": "#A05A4A", "pole": "#E8E0C0", "road": "#6B6B7B",
+    "pavement": "#E3A7C7", "tree": "#4F8F3A", "sign": "#F0C419", "fence": "#B08D57",
+    "car": "#2C4BA0", "pedestrian": "#D62728", "bicyclist": "#17BECF",
+}  # fmt: skip
+COLUMNS = {"batch": "BatchNorm", "group": "GroupNorm", "kernel": "kernel, converted"}
+
+
+def draw_picture(archive: Path | None, folder: Path, file: Path, batch_size: int = 1) -> None:
+    """Draws images of the test split with what networks of the first seed see in them."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    results, (images, masks) = read_results(folder), load(archive)["test"]
+    shown = torch.linspace(0, len(images) - 1, 5).long()[1:4]
+    columns = {"image": (images[shown] / 4 + 0.5).permute(0, 2, 3, 1).clamp(0, 1)}
+    palette = torch.tensor([to_rgb(colour) for colour in (*COLOURS.values(), "black")])
+    columns["truth"] = palette[masks[shown]]
+    for norm, label in COLUMNS.items():
+        rate = best_rate(results, "unet", norm, batch_size)
+        if rate is None:
+            continue
+        run = Run("unet", norm, batch_size, rate, SEEDS[0], EPOCHS)
+        network = build(run.network, run.norm).to(memory_format=torch.channels_last).eval()
+        state = torch.load(folder / f"{run.name}.pt", weights_only=True)
+        network.load_state_dict(state["network"])
+        with torch.no_grad():
+            title = f"{label}\n{mean_iou(results[run], 'test'):.1f} % of all images"
+            columns[title] = palette[network(images[shown]).argmax(dim=1)]
+    figure = plt.figure(figsize=(2.1 * len(columns), 5.8), layout="constrained")
+    panels = figure.subplots(len(shown), len(columns))
+    for column, (title, pictures) in enumerate(columns.items()):
+        panels[0, column].set_title(title, fontsize=10)
+        for row, picture in enumerate(pictures):
+            panels[row, column].imshow(picture.numpy(), interpolation="nearest")
+            panels[row, column].set_axis_off()
+    patches = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    patches.append(Patch(color="black", label="void"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(file, dpi=120, metadata={"Software": None})

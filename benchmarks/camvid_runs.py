@@ -1,0 +1,149 @@
+"""The runs of the study on CamVid: which there are, and how each is trained.
+
+Learning rates are chosen on the validation images, by short runs; the test images are for the runs
+that follow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from camvid_networks import EXAMPLE, build
+from torch import Tensor, nn
+
+RATES = (0.0003, 0.001, 0.003)
+TUNING_EPOCHS, EPOCHS = 6, 24
+SEEDS = (0, 1, 2)
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    network: str
+    norm: str
+    batch_size: int
+    rate: float
+    seed: int
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        """Names the checkpoint."""
+        return "-".join(map(str, asdict(self).values()))
+
+
+Results = dict[Run, dict[str, list[float]]]
+"""The IoU of each class, by split."""
+
+STAGES = (
+    ("unet", 1, ("kernel", "group"), SEEDS),
+    ("unet", 8, ("kernel",), SEEDS),
+    ("unet", 1, ("batch",), SEEDS[:1]),
+    ("unet", 1, ("ws_group",), SEEDS),
+    ("unet", 2, ("kernel", "group"), SEEDS),
+    ("unet", 2, ("batch", "ws_group"), SEEDS[:1]),
+    ("unet", 8, ("group", "ws_group", "batch"), SEEDS[:1]),
+    ("fcdensenet", 1, ("kernel", "group", "batch"), SEEDS[:1]),
+)
+"""Networks, batch sizes, norms and seeds, in the order in which they are trained."""
+
+
+def mean_iou(result: dict[str, list[float]], split: str) -> float:
+    return 100 * statistics.fmean(result[split])
+
+
+def best_rate(results: Results, network: str, norm: str, batch_size: int) -> float | None:
+    """Returns the best rate on the validation images, once all of them have been tried."""
+    tried = [Run(network, norm, batch_size, r, SEEDS[0], TUNING_EPOCHS) for r in RATES]
+    if not all(run in results for run in tried):
+        return None
+    return max(tried, key=lambda run: mean_iou(results[run], "val")).rate
+
+
+def missing(results: Results) -> Iterator[Run]:
+    """Yields the runs that have no result yet and can be started, in order."""
+    for network, batch_size, norms, seeds in STAGES:
+        for norm in norms:
+            for rate in RATES:
+                run = Run(network, norm, batch_size, rate, SEEDS[0], TUNING_EPOCHS)
+                if run not in results:
+                    yield run
+        for seed in seeds:
+            for norm in norms:
+                best = best_rate(results, network, norm, batch_size)
+                if best is not None:
+                    run = Run(network, norm, batch_size, best, seed, EPOCHS)
+                    if run not in results:
+                        yield run
+
+
+def read_results(folder: Path) -> Results:
+    file = folder / "results.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    entries = [json.loads(line) for line in lines]
+    return {Run(**entry["run"]): entry["iou"] for entry in entries}
+
+
+Data = dict[str, tuple[Tensor, Tensor]]
+
+
+def load(archive: Path | None) -> Data:
+    data = {split: EXAMPLE["load"](archive, split) for split in ("train", "val", "test")}
+    return {
+        split: (images.contiguous(memory_format=torch.channels_last), masks)
+        for split, (images, masks) in data.items()
+    }
+
+
+def train(run: Run, data: Data, folder: Path) -> nn.Module:
+    """Returns the trained network; resumes at the last epoch that is in the checkpoint.
+
+    An epoch is a function of the weights, the optimizer, the seed and its number.
+    """
+    torch.manual_seed(run.seed)
+    network = build(run.network, run.norm).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
+    checkpoint, first = folder / f"{run.name}.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
+    for epoch in range(first, run.epochs):
+        start = time.process_time()
+        seed = 1000 * run.seed + epoch
+        torch.manual_seed(seed)
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate * (1 + math.cos(math.pi * epoch / run.epochs)) / 2
+        EXAMPLE["train_epoch"](network, optimizer, *data["train"], run.batch_size, seed)
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, "epoch": epoch + 1}, checkpoint.with_suffix(".new"))
+        checkpoint.with_suffix(".new").replace(checkpoint)
+        print(f"{run.name}: epoch {epoch + 1}, {time.process_time() - start:.1f} s", flush=True)
+    return network
+
+
+def run_missing(archive: Path | None, folder: Path, limit: int) -> None:
+    """Trains up to ``limit`` of the missing runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load(archive)
+    for _ in range(limit):
+        run = next(missing(read_results(folder)), None)
+        if run is None:
+            print("all runs are done")
+            return
+        network = train(run, data, folder)
+        splits = ("val",) if run.epochs == TUNING_EPOCHS else ("val", "test")
+        iou = {split: EXAMPLE["ious"](network, *data[split]).tolist() for split in splits}
+        with (folder / "results.jsonl").open("a") as file:
+            file.write(json.dumps({"run": asdict(run), "iou": iou}) + "\n")
+        print(f"{run.name}: mean IoU {mean_iou(iou, 'val'):.1f} % on validation images", flush=True)
