@@ -28,6 +28,7 @@ CASES = {
     "dilated": ((5, 72), 14, 2, 2, Geometry((3, 3), (1, 1), (1, 1), (2, 4))),
     "dilated, depthwise": ((7, 73), 16, 16, 16, Geometry((3, 1), (1, 1), (2, 0), (2, 1))),
     "dilated lines": ((7, 50), 16, 16, 16, Geometry((1, 2), (1, 1), (0, 0), (4, 1))),
+    "one window wide": ((6, 4), 3, 21, 3, Geometry((2, 3), (1, 2), (1, 0), (1, 1))),
 }  # fmt: skip
 
 

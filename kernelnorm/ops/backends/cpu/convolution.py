@@ -28,7 +28,7 @@ _LEAST_WEIGHTS = 1 << 19
 
 def convolution(x: Tensor, filters: Tensor, settings: Settings) -> Tensor:
     """See :func:`kernelnorm.ops.backends.eager.convolution`."""
-    if x.dtype == torch.bfloat16 and sees_only_padding(x.shape[2:], settings.geometry):
+    if x.dtype == torch.bfloat16 and _needs_float32(x, filters, settings.geometry):
         return eager.convolution(x.float(), filters.float(), settings).to(x.dtype)
     return eager.convolution(x, filters, settings)
 
@@ -63,7 +63,7 @@ def _backward(
     rest, needs_x, needs_filters = (mu, grad_sums, settings), *needs
     if x.dtype != torch.bfloat16:
         return eager.convolution_backward(grad, x, filters, *rest, needs)
-    if sees_only_padding(x.shape[2:], settings.geometry):
+    if _needs_float32(x, filters, settings.geometry):
         grad_x, grad_filters = eager.convolution_backward(
             grad.float(), x.float(), filters.float(), *rest, needs
         )
@@ -76,6 +76,13 @@ def _backward(
         )
         return grad_x, grad_filters
     return eager.convolution_backward(grad, x, filters, *rest, needs)
+
+
+def _needs_float32(x: Tensor, filters: Tensor, geometry: Geometry) -> bool:
+    """True if the output or a gradient is wrong in bfloat16."""
+    last = len(geometry.stride) - 1
+    narrow = filters.shape[1] == 1 and geometry.positions(last, x.shape[-1]) == 1
+    return narrow or sees_only_padding(x.shape[2:], geometry)
 
 
 @functools.lru_cache(maxsize=4096)
