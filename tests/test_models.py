@@ -31,7 +31,9 @@ PARAMETERS = {
     "densenet201": 20_013_928,
 }
 WITH_ANY_NORM = list_models("batch")
-WITH_HEAD = [name for name in WITH_ANY_NORM if name != "vgg8"]
+DEPTHWISE = ("efficientnet_b0", "mobilenet_v3_small")  # their rules: test_depthwise.py
+PAPERS = [name for name in WITH_ANY_NORM if name not in DEPTHWISE]
+WITH_HEAD = [name for name in PAPERS if name != "vgg8"]
 QUICK = ["vgg8", "resnet18", "resnet50", "densenet121"]  # one of each wiring
 
 
@@ -150,13 +152,17 @@ def test_every_parameter_gets_a_gradient_under_every_norm(name, norm):
 
 
 @pytest.mark.parametrize("norm", ["batch", "kernel"])
-@pytest.mark.parametrize("name", slow_unless(["vgg8", "resnet18", "densenet121"], WITH_ANY_NORM))
+@pytest.mark.parametrize(
+    "name", slow_unless(["vgg8", "resnet18", "densenet121", *DEPTHWISE], WITH_ANY_NORM)
+)
 def test_every_network_takes_other_images_and_classes(name, norm):
     network = on_meta(name, norm=norm, num_classes=7, in_channels=1)
     assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", slow_unless(["resnet18", "densenet121"], WITH_HEAD))
+@pytest.mark.parametrize(
+    "name", slow_unless(["resnet18", "densenet121", *DEPTHWISE], [*WITH_HEAD, *DEPTHWISE])
+)
 def test_the_stem_for_small_images_keeps_the_resolution(name):
     resolutions = []
     network = on_meta(name, small_images=True)
@@ -165,7 +171,7 @@ def test_the_stem_for_small_images_keeps_the_resolution(name):
     assert resolutions == [(4, 4)]
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, WITH_ANY_NORM))
+@pytest.mark.parametrize("name", slow_unless(QUICK, PAPERS))
 def test_rule_1_each_convolution_is_a_knconv_with_bias_and_dropout(name):
     batch, kernel = on_meta(name, norm="batch"), on_meta(name)
     convs = {key: m for key, m in kernel.named_modules() if isinstance(m, nn.Conv2d)}

@@ -7,7 +7,9 @@ from torch import nn
 
 from kernelnorm.models.blocks import Rules
 from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
+from kernelnorm.models.efficientnet import efficientnet_b0
 from kernelnorm.models.knresnet import knresnet13, knresnet18, knresnet34, knresnet50
+from kernelnorm.models.mobilenet import mobilenet_v3_small
 from kernelnorm.models.published import load_published
 from kernelnorm.models.resnet import resnet18, resnet34, resnet50, resnet101
 from kernelnorm.models.vgg import vgg8
@@ -20,12 +22,14 @@ __all__ = [
     "densenet161",
     "densenet169",
     "densenet201",
+    "efficientnet_b0",
     "knresnet13",
     "knresnet18",
     "knresnet34",
     "knresnet50",
     "list_models",
     "load_published",
+    "mobilenet_v3_small",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -43,6 +47,8 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet161": densenet161,
     "densenet169": densenet169,
     "densenet201": densenet201,
+    "efficientnet_b0": efficientnet_b0,
+    "mobilenet_v3_small": mobilenet_v3_small,
 }
 
 _KERNEL_MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -15,15 +15,19 @@ is the last KNConv of ResNet and DenseNet: after the addition or the concatenati
 KernelNorm of rule IV. :class:`Rules` has what ablations vary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from kernelnorm.arguments import Evaluation
 from kernelnorm.modules import KernelNorm2d, KNConv2d
 from kernelnorm.norms import make_norm
+
+Activation = Callable[[], nn.Module]
+"""What makes the activation that follows a norm: a class such as ``nn.SiLU``."""
 
 ResidualReLU = Literal["branch", "sum", "both"]
 """Where a residual block has its last ReLU; see :class:`Rules`."""
@@ -136,6 +140,33 @@ class NormLayers:
         """Returns the norm of a convolution's input or output."""
         return make_norm(self.name, channels)
 
+    def conv_norm_activation(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        activation: Activation | None = None,
+        before_head: bool = False,
+    ) -> nn.Sequential:
+        """Returns a convolution, its norm and, where there is one, the activation.
+
+        The padding is half the kernel size. ``groups`` is 1, or ``in_channels`` in a depthwise
+        convolution; ``before_head`` is that of :meth:`conv`.
+        """
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            groups=groups,
+            bias=self.name == "none",
+        )
+        return nn.Sequential(conv, self.norm(out_channels), *_activations(activation))
+
     def relu(self) -> nn.Module:
         """Returns the activation that follows a norm."""
         return nn.ReLU()
@@ -144,8 +175,8 @@ class NormLayers:
         """Returns the activation that follows an addition."""
         return nn.ReLU()
 
-    def head(self) -> nn.Module:
-        """Returns what is added before the final average pooling."""
+    def head(self, activation: Activation = nn.ReLU) -> nn.Module:
+        """Returns what is added before the final average pooling, with that activation."""
         return nn.Identity()
 
 
@@ -185,6 +216,34 @@ class KernelLayers:
         """Rule II."""
         return nn.Identity()
 
+    def conv_norm_activation(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        activation: Activation | None = None,
+        before_head: bool = False,
+    ) -> nn.Sequential:
+        """Rules I to III, and the one for depthwise convolutions.
+
+        A ReLU is a part of the KNConv, another activation follows it.
+        """
+        p, evaluation = self.rules.dropout_p, self.rules.evaluation
+        shape = in_channels, out_channels, kernel_size, stride, kernel_size // 2
+        if groups > 1:
+            conv = nn.Conv2d(*shape, groups=groups)
+            norm = KernelNorm2d(1, 1, dropout_p=p, evaluation=evaluation)
+            return nn.Sequential(conv, norm, *_activations(activation))
+        if before_head and self.rules.head:
+            activation = nn.Identity
+        fused = "relu" if activation is nn.ReLU else None
+        after = nn.Identity if fused else activation
+        knconv = KNConv2d(*shape, dropout_p=p, activation=fused, evaluation=evaluation)
+        return nn.Sequential(knconv, nn.Identity(), *_activations(after))
+
     def relu(self) -> nn.Module:
         """Rule III: the convolution has it."""
         return nn.Identity()
@@ -193,12 +252,16 @@ class KernelLayers:
         """Rule III: the convolutions have it, unless :attr:`rules` vary that."""
         return nn.Identity() if self.rules.residual_relu == "branch" else nn.ReLU()
 
-    def head(self) -> nn.Module:
+    def head(self, activation: Activation = nn.ReLU) -> nn.Module:
         """Rule IV."""
         if not self.rules.head:
             return nn.Identity()
         p, evaluation = self.rules.head_dropout_p, self.rules.evaluation
-        return nn.Sequential(KernelNorm2d(1, 1, dropout_p=p, evaluation=evaluation), nn.ReLU())
+        return nn.Sequential(KernelNorm2d(1, 1, dropout_p=p, evaluation=evaluation), activation())
+
+
+def _activations(activation: Activation | None) -> list[nn.Module]:
+    return [] if activation is None else [activation()]
 
 
 Layers = NormLayers | KernelLayers
@@ -223,7 +286,7 @@ def layers_for(
             nothing, or the norm is not ``"kernel"``.
     """
     if norm == "kernel":
-        given = _as_rules({} if rules is None else rules)
+        given = as_rules({} if rules is None else rules)
         _check_unused(given, unused or {})
         return KernelLayers(given)
     if rules is not None:
@@ -231,7 +294,8 @@ def layers_for(
     return NormLayers(norm)
 
 
-def _as_rules(rules: Rules | Mapping[str, Any]) -> Rules:
+def as_rules(rules: Rules | Mapping[str, Any]) -> Rules:
+    """Returns the rules, made from a mapping's fields if it is one."""
     if isinstance(rules, Rules):
         return rules
     names = [field.name for field in fields(Rules)]
@@ -248,10 +312,14 @@ def init_convolutions(network: nn.Module, mode: Literal["fan_in", "fan_out"]) ->
 
     Args:
         network: the module whose convolutions are initialised
-        mode: ``"fan_in"`` keeps the variance of the activations, ``"fan_out"`` of the gradients
+        mode: ``"fan_in"`` keeps the variance of the activations, ``"fan_out"`` of the gradients.
+            Either counts the connections inside a group
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            if mode == "fan_out" and module.groups > 1:  # PyTorch counts those of all groups
+                with torch.no_grad():
+                    module.weight.mul_(module.groups**0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

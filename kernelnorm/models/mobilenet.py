@@ -1,0 +1,164 @@
+"""MobileNetV3-small (A. Howard et al., "Searching for MobileNetV3", ICCV 2019).
+
+With ``norm="batch"`` the parameters have the names, the order and the shapes of torchvision's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernelnorm.models.blocks import Activation, Layers, Rules, init_convolutions, layers_for
+from kernelnorm.models.squeeze_excite import SqueezeExcite
+
+STEM = 16
+"""The channels of the first convolution."""
+
+BLOCKS: tuple[tuple[int, int, int, bool, Activation, int], ...] = (
+    (3, 16, 16, True, nn.ReLU, 2),
+    (3, 72, 24, False, nn.ReLU, 2),
+    (3, 88, 24, False, nn.ReLU, 1),
+    (5, 96, 40, True, nn.Hardswish, 2),
+    (5, 240, 40, True, nn.Hardswish, 1),
+    (5, 240, 40, True, nn.Hardswish, 1),
+    (5, 120, 48, True, nn.Hardswish, 1),
+    (5, 144, 48, True, nn.Hardswish, 1),
+    (5, 288, 96, True, nn.Hardswish, 2),
+    (5, 576, 96, True, nn.Hardswish, 1),
+    (5, 576, 96, True, nn.Hardswish, 1),
+)
+"""Of each block: the kernel size, the channels inside and after it, whether it has a gate, the
+activation, and the stride."""
+
+
+class InvertedResidual(nn.Module):
+    """1x1 convolution to more channels, depthwise convolution, gate, 1x1 convolution to fewer.
+
+    There is no first convolution where ``width`` is ``in_channels``, and no activation after the
+    last. The input is added where it has the shape of the output.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        gate: bool,
+        activation: Activation,
+    ) -> None:
+        super().__init__()
+        conv = layers.conv_norm_activation
+        block = nn.Sequential()
+        if width != in_channels:
+            block.append(conv(in_channels, width, 1, activation=activation))
+        block.append(conv(width, width, kernel_size, stride, groups=width, activation=activation))
+        if gate:
+            block.append(SqueezeExcite(width, _squeezed(width), nn.ReLU, nn.Hardsigmoid))
+        block.append(conv(width, out_channels, 1))
+        self.block = block
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        y: Tensor = self.block(x)
+        return y + x if self.residual else y
+
+
+def _squeezed(width: int) -> int:
+    """Returns the multiple of 8 that is nearest to a quarter, or the next if below 90 % of it."""
+    quarter = width / 4
+    nearest = max(8, int(quarter + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * quarter else nearest + 8
+
+
+class MobileNetV3(nn.Module):
+    """A stem, 11 inverted residual blocks, a 1x1 convolution, pooling and two linear layers.
+
+    Args:
+        norm, num_classes, in_channels, small_images, rules, dropout: see
+            :func:`mobilenet_v3_small`
+    """
+
+    def __init__(
+        self,
+        norm: str,
+        num_classes: int,
+        in_channels: int,
+        small_images: bool,
+        rules: Rules | Mapping[str, Any] | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        layers = layers_for(norm, rules, unused={"residual_relu": "no ReLU follows a sum"})
+        conv, stride = layers.conv_norm_activation, 1 if small_images else 2
+        features = nn.Sequential(conv(in_channels, STEM, 3, stride, activation=nn.Hardswish))
+        channels = STEM
+        for index, (kernel_size, width, after, gate, activation, stride) in enumerate(BLOCKS):
+            stride = 1 if small_images and index == 0 else stride
+            features.append(
+                InvertedResidual(
+                    layers, channels, width, after, kernel_size, stride, gate, activation
+                )
+            )
+            channels = after
+        last = 6 * channels
+        features.append(conv(channels, last, 1, activation=nn.Hardswish, before_head=True))
+        self.features = features
+        self.head = layers.head(nn.Hardswish)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(
+            nn.Linear(last, 1024), nn.Hardswish(), nn.Dropout(dropout), nn.Linear(1024, num_classes)
+        )
+        init_convolutions(self, mode="fan_out")
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.eps, module.momentum = 1e-3, 0.01  # the paper's; its weights need the eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        x = self.head(self.features(x))
+        scores: Tensor = self.classifier(self.avgpool(x).flatten(1))
+        return scores
+
+
+def mobilenet_v3_small(
+    norm: str = "kernel",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    small_images: bool = False,
+    rules: Rules | Mapping[str, Any] | None = None,
+    dropout: float = 0.2,
+) -> MobileNetV3:
+    """MobileNetV3-small.
+
+    With the kernel norm the depthwise convolutions stay, with a bias, and a KernelNorm of single
+    pixels stands in the place of their norm: see ``docs/results/depthwise.md``. The convolutions of
+    the squeeze-and-excite gates stay as they are under every norm.
+
+    Args:
+        norm: one of ``kernelnorm.norms.NORMS``
+        num_classes: the size of the output
+        in_channels: the channels of the images
+        small_images: for images of about 32x32, stride 1 in place of 2 in the first convolution and
+            in the first block
+        rules: for the kernel norm, other rules than the paper's: a
+            :class:`~kernelnorm.models.Rules`, or a mapping with fields of it
+        dropout: the dropout before the last linear layer
+
+    Shape:
+        ``(n, in_channels, h, w)`` to ``(n, num_classes)``.
+
+    Example::
+
+        >>> import torch
+        >>> network = mobilenet_v3_small(num_classes=10, small_images=True)
+        >>> network(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    return MobileNetV3(norm, num_classes, in_channels, small_images, rules, dropout)
