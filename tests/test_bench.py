@@ -219,8 +219,9 @@ def test_quick_plan() -> None:
 
 
 def test_sizes_follow_the_networks() -> None:
-    plan = make_plan(networks=["resnet50", "vgg8"], batch_sizes=[1], passes=["train"])
-    assert [row.case.image_size for row in plan.rows] == [192, 32]
+    networks = ["resnet50", "vgg8", "efficientnet_b0"]
+    plan = make_plan(networks=networks, batch_sizes=[1], passes=["train"])
+    assert [row.case.image_size for row in plan.rows] == [192, 32, 192]
     plan = make_plan(networks=["resnet50", "vgg8"], sizes=[224, 8], modes=["eager", "compile"])
     assert [row.case.image_size for row in plan.rows] == [224] * 8 + [8] * 8
 

@@ -179,6 +179,8 @@ def test_log_axes_have_plain_decimals(low: float, high: float, labels: list[str]
 def test_networks_have_names_for_people() -> None:
     names = [network_label(name) for name in ("vgg8", "resnet50", "densenet121", "other3")]
     assert names == ["VGG8", "ResNet-50", "DenseNet-121", "other3"]
+    names = [network_label(name) for name in ("efficientnet_b0", "mobilenet_v3_small")]
+    assert names == ["EfficientNet-B0", "MobileNetV3-small"]
 
 
 def test_every_norm_has_its_own_look() -> None:

@@ -217,6 +217,8 @@ _FAMILIES = {
     "densenet": IMAGENETTE,
     "resnet": IMAGEWOOF,
     "knresnet": IMAGEWOOF,
+    "efficientnet": IMAGEWOOF,
+    "mobilenet": IMAGEWOOF,
 }
 
 
@@ -226,7 +228,7 @@ def recipe_for(
     """Return the recipe of a case study, or one for any model and dataset.
 
     A model without a case is trained by the recipe of the paper's case study with a network of its
-    family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, resnet and knresnet by
+    family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, all others by
     Imagewoof-ResNet18.
     The images of a named dataset that is not the recipe's own keep their size.
 

@@ -30,6 +30,8 @@ _NETWORKS = {
     "resnet": "ResNet-",
     "densenet": "DenseNet-",
     "knresnet": "KNResNet-",
+    "efficientnet_b": "EfficientNet-B",
+    "mobilenet_v3_small": "MobileNetV3-small",
 }
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers for black and white. Lines

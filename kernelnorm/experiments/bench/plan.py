@@ -173,9 +173,10 @@ def _cases(
 
 
 def _size_of_family(network: str) -> int:
-    """Return the image size of the case study with a network of the same family."""
+    """Return the image size of the case study with a network of the same family, or ResNet-18's."""
     family = network.rstrip("0123456789")
-    return next(size for study, size in CASE_STUDIES.items() if study.startswith(family))
+    sizes = (size for study, size in CASE_STUDIES.items() if study.startswith(family))
+    return next(sizes, CASE_STUDIES["resnet18"])
 
 
 def _check_names(option: str, values: Sequence[str], known: Collection[str]) -> None:
