@@ -19,7 +19,9 @@ ops.concatenation ops.knconv
 arguments functional
 modules norms
 models
+conversion
 kernelnorm
+hub timm
 experiments experiments.data experiments.heap experiments.style
 experiments.runs experiments.recipes experiments.launch experiments.trained experiments.evaluation
 experiments.published
