@@ -11,7 +11,8 @@ PIP := -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 # The cluster is started by test-cluster alone: beside other tests it would run out of time.
-PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal --ignore tests/test_cluster.py
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal \
+	--ignore tests/test_cluster.py --ignore tests/zoo
 # The layers' tests need neither the training programs nor their dependencies.
 LAYERS := $(shell grep -L 'kernelnorm\.\(cli\|experiments\)' tests/test_*.py)
 C_FILES := $(wildcard kernelnorm/ops/backends/cpu/*.c kernelnorm/ops/backends/cpu/*.h)
@@ -20,8 +21,8 @@ SANITIZED := build/sanitize/kernels.so
 EXPERIMENTS := $(or $(wildcard $(VENV)/.dev),$(VENV)/.experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-cluster test-newest test-sanitize gpu-check wheel-check check \
-	format figures clean
+.PHONY: help demo test test-slow test-all test-cluster test-newest test-zoo test-sanitize gpu-check \
+	wheel-check check format figures clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,10 @@ test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they s
 test-newest: $(VENV)/.dev $(NEWEST)/.tests  ## run the layers' tests with the newest PyTorch
 	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python $(PYTEST) -m "not slow" $(LAYERS)
 
+test-zoo: $(VENV)/.dev $(NEWEST)/.tests  ## test beside timm, torchvision, MONAI and others
+	PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 \
+		--dist worksteal tests/zoo
+
 test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 \
@@ -61,7 +66,7 @@ check: $(VENV)/.dev  ## check style, types and the examples of the docstrings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --doctest-modules kernelnorm
+	$(BIN)/python -m pytest --doctest-modules kernelnorm --ignore kernelnorm/timm.py
 
 format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff check --fix
@@ -87,11 +92,17 @@ $(VENV)/.cluster: $(INSTALLED)
 	$(call install,dev$(comma)cluster)
 
 # Has nothing of kernelnorm: the tests take it, with its C kernels, from this folder.
+# torchvision's packages need the PyTorch that they were built for. Those without dependencies name
+# an older timm and an OpenCV for desktops; the packages that they import are listed above them.
 $(NEWEST)/.tests: constraints.txt Makefile
 	$(call create,$(NEWEST))
 	@grep -v '^\(torch\|triton\)==' constraints.txt > $(NEWEST)/constraints.txt
-	@$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt 'torch==2.14.1' \
-		hypothesis numpy onnxruntime onnxscript pytest pytest-xdist setuptools
+	@$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt 'torch==2.14.1' 'torchvision==0.29.1' \
+		hypothesis numpy onnxruntime onnxscript pytest pytest-xdist setuptools \
+		huggingface_hub monai pillow safetensors segmentation_models_pytorch timm \
+		addict einops opencv-python-headless rich termcolor yapf
+	@$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt --no-deps \
+		dynamic-network-architectures mmcv-lite mmengine-lite
 	@touch $@
 
 $(SANITIZED): $(C_FILES) Makefile
