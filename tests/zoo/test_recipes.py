@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pydoc
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 
+import kernelnorm.timm
 from kernelnorm import KernelNorm2d, KNConv2d, KNConv3d
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
@@ -56,6 +60,16 @@ def test_no_norm_is_left_but_kernel_norm(heading: str) -> None:
 def test_the_names_in_a_plans_file_are_found() -> None:
     (name,) = re.findall(r'"conv_op": "(.*?)"', PAGE)
     assert pydoc.locate(name) is KNConv3d
+
+
+@pytest.mark.parametrize("name", [name for name in kernelnorm.timm.__all__ if "kernel_" in name])
+def test_the_table_has_the_reductions_of_each_network(name: str) -> None:
+    rows = re.findall(r"^\| (`kernel_.*?) \| ([\d, ]+) \|", PAGE, re.MULTILINE)
+    named = {pattern: row for names, row in rows for pattern in re.findall(r"`(.*?)`", names)}
+    (row,) = [row for pattern, row in named.items() if fnmatch(name, pattern)]
+    with torch.device("meta"):
+        info = timm.create_model(name, features_only=True).feature_info
+    assert row == ", ".join(map(str, info.reduction()))
 
 
 def test_the_last_feature_maps_are_kernel_normalised() -> None:
