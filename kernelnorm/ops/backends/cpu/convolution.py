@@ -6,7 +6,9 @@ anything else. Unfolded, the windows are small beside the filters, and they are 
 product, so that their mean needs no pass over the gradient.
 
 In bfloat16, on processors with instructions for it, oneDNN reads and writes outside of its memory
-for some geometries: gradients are wrong, or the process dies. Those are computed in another way.
+for some geometries: gradients are wrong, or the process dies. In float32 it is wrong for a slice of
+one channel of a ``channels_last`` tensor, where the output is one pixel wide. Those are computed in
+another way.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _LEAST_WEIGHTS = 1 << 19
 
 def convolution(x: Tensor, filters: Tensor, settings: Settings) -> Tensor:
     """See :func:`kernelnorm.ops.backends.eager.convolution`."""
+    x = _safe(x, filters, settings.geometry)
     if x.dtype == torch.bfloat16 and _needs_float32(x, filters, settings.geometry):
         return eager.convolution(x.float(), filters.float(), settings).to(x.dtype)
     return eager.convolution(x, filters, settings)
@@ -61,6 +64,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by convolutions, around the errors of oneDNN in bfloat16."""
     rest, needs_x, needs_filters = (mu, grad_sums, settings), *needs
+    x = _safe(x, filters, settings.geometry)
     if x.dtype != torch.bfloat16:
         return eager.convolution_backward(grad, x, filters, *rest, needs)
     if _needs_float32(x, filters, settings.geometry):
@@ -80,9 +84,17 @@ def _backward(
 
 def _needs_float32(x: Tensor, filters: Tensor, geometry: Geometry) -> bool:
     """True if the output or a gradient is wrong in bfloat16."""
-    last = len(geometry.stride) - 1
-    narrow = filters.shape[1] == 1 and geometry.positions(last, x.shape[-1]) == 1
-    return narrow or sees_only_padding(x.shape[2:], geometry)
+    return _is_narrow(x, filters, geometry) or sees_only_padding(x.shape[2:], geometry)
+
+
+def _safe(x: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
+    """``x``, or a contiguous copy where oneDNN takes the strides of one channel for others."""
+    return x.contiguous() if _is_narrow(x, filters, geometry) else x
+
+
+def _is_narrow(x: Tensor, filters: Tensor, geometry: Geometry) -> bool:
+    """True for filters of one channel whose output is one pixel wide."""
+    return filters.shape[1] == 1 and geometry.positions(-1, x.shape[-1]) == 1
 
 
 @functools.lru_cache(maxsize=4096)

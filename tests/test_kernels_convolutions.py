@@ -1,4 +1,4 @@
-"""Convolutions in bfloat16 for which oneDNN's results are wrong, or that end the process."""
+"""Convolutions for which oneDNN's results are wrong, or that end the process."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ CASES = {
     "dilated lines": ((7, 50), 16, 16, 16, Geometry((1, 2), (1, 1), (0, 0), (4, 1))),
     "one window wide": ((6, 4), 3, 21, 3, Geometry((2, 3), (1, 2), (1, 0), (1, 1))),
 }  # fmt: skip
+
+
+def test_slice_of_one_channel_in_float32():
+    geometry = Geometry((3, 3), (1, 5), (2, 2), (1, 1))
+    settings = Settings(geometry, 1, 0.0, False, EPS, slope=None)
+    case = Case(geometry, (1, 3), 3, 1, 1, 1, "slice of channels_last", seed=0)
+    x, (filters, _) = case.input(torch.float32), case.filters(torch.float32)
+    expected = eager.convolution(x.double().contiguous(), filters.double(), settings)
+    assert_same(cpu_convolution.convolution(x, filters, settings), expected, torch.float32)
 
 
 @pytest.mark.parametrize("name", CASES)
