@@ -321,8 +321,8 @@ def test_relu_stays_where_its_input_comes_from_another_layer():
         return self.relu(self.bn(self.conv(x)) + self.linear(x))
 
     model = Calling(
-        forward, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8), linear=nn.Conv2d(3, 8, 3, padding=1),
-        relu=nn.ReLU(),
+        forward, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8), relu=nn.ReLU(),
+        linear=nn.Conv2d(3, 8, 3, padding=1),
     )  # fmt: skip
     network, report = convert(model)
     assert isinstance(network.relu, nn.ReLU)
@@ -616,14 +616,14 @@ def test_what_is_no_module_or_scripted_is_refused():
         warnings.simplefilter("ignore")  # PyTorch's, that scripting is deprecated
         scripted = torch.jit.script(conv_norm_relu(3, 8))
     model = nn.Sequential(OrderedDict(part=scripted))
-    with pytest.raises(TypeError, match="its module 'part' is scripted.*script it then"):
+    with pytest.raises(TypeError, match=r"its module 'part' is scripted.*script it then"):
         kernelnorm.convert(model, IMAGE)
 
 
 def test_model_that_cannot_be_copied_can_be_converted_itself():
     model = conv_norm_relu(3, 8)
     model.generator = (i for i in range(3))
-    with pytest.raises(ValueError, match="model cannot be copied.*Pass inplace=True"):
+    with pytest.raises(ValueError, match=r"model cannot be copied.*Pass inplace=True"):
         kernelnorm.convert(model, IMAGE)
     network, _ = kernelnorm.convert(model, IMAGE, inplace=True)
     assert isinstance(network[0], KNConv2d)
