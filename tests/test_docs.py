@@ -59,6 +59,6 @@ def test_the_python_code_of_the_readme_runs(
     config = configure(recipe, norm="kernel", batch_size=4, lr=0.01, **options)
     train(config, Launch(out=Path("runs/photos"), verbose=False))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec("\n".join(blocks), {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
