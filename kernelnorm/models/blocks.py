@@ -13,6 +13,10 @@ III the ReLU is a part of the KNConv, so each branch of a residual block has its
 follows the addition, and the pre-activations of DenseNet become post-activations. The exception
 is the last KNConv of ResNet and DenseNet: after the addition or the concatenation comes the
 KernelNorm of rule IV. :class:`Rules` has what ablations vary.
+
+The paper has no networks with depthwise convolutions. In those here a depthwise convolution stays,
+with a bias, and a KernelNorm of kernel size 1 stands in the place of its norm. Other activations
+than the ReLU follow their convolution. ``docs/results/depthwise.md`` says what was measured.
 """
 
 from collections.abc import Callable, Mapping
