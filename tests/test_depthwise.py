@@ -137,7 +137,7 @@ def test_squeeze_excite_scales_channels_by_their_means():
 @pytest.mark.parametrize("mode", ["fan_in", "fan_out"])
 def test_initial_weights_of_a_group_are_those_of_a_convolution_of_its_own(mode: str):
     grouped, single = nn.Conv2d(512, 1024, 3, groups=512), nn.Conv2d(1, 2, 3)
-    init_convolutions(grouped, mode)
+    init_convolutions(grouped, mode, fan_of_group=True)
     fan = single.weight[0].numel() if mode == "fan_in" else single.weight[:, 0].numel()
     assert grouped.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05)
 
@@ -171,3 +171,11 @@ def test_gates_are_a_quarter_in_multiples_of_8():
     sizes = {m.fc1.in_channels: m.fc1.out_channels for m in gates}
     assert sizes == {16: 8, 96: 24, 240: 64, 120: 32, 144: 40, 288: 72, 576: 144}
     assert all(a < b for a, b in pairwise(sorted(sizes.values())))
+
+
+@pytest.mark.parametrize(("norm", "channels"), [("kernel", 1), ("batch", 96)])
+def test_depthwise_weights_start_larger_with_the_kernel_norm(norm: str, channels: int):
+    conv = triples(create_model("efficientnet_b0", norm=norm))["2.0.block.1"][0]
+    assert conv.weight.shape == (96, 1, 3, 3)
+    expected = (2 / 9 / channels) ** 0.5
+    assert conv.weight.std().item() == pytest.approx(expected, rel=0.15)

@@ -21,7 +21,7 @@ than the ReLU follow their convolution. ``docs/results/depthwise.md`` says what 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -120,6 +120,8 @@ class NormLayers:
     """
 
     name: str
+    fan_of_group: ClassVar[bool] = False
+    """The argument of :func:`init_convolutions`."""
 
     def conv(
         self,
@@ -189,6 +191,9 @@ class KernelLayers:
     """The layers of a KNConvNet: the methods of :class:`NormLayers` under rules I to IV."""
 
     rules: Rules
+    fan_of_group: ClassVar[bool] = True
+    """The argument of :func:`init_convolutions`: with the tiny depthwise weights of the other way
+    of counting, training makes the features of all images alike."""
 
     def conv(
         self,
@@ -311,18 +316,21 @@ def as_rules(rules: Rules | Mapping[str, Any]) -> Rules:
     return Rules(**rules)
 
 
-def init_convolutions(network: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
+def init_convolutions(
+    network: nn.Module, mode: Literal["fan_in", "fan_out"], *, fan_of_group: bool = False
+) -> None:
     """Draws the weights of all convolutions as He et al. (2015) do, and sets their biases to 0.
 
     Args:
         network: the module whose convolutions are initialised
-        mode: ``"fan_in"`` keeps the variance of the activations, ``"fan_out"`` of the gradients.
-            Either counts the connections inside a group
+        mode: ``"fan_in"`` keeps the variance of the activations, ``"fan_out"`` of the gradients
+        fan_of_group: of a convolution with groups, ``"fan_out"`` counts the connections inside a
+            group. By default it counts those of all groups, as in PyTorch
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-            if mode == "fan_out" and module.groups > 1:  # PyTorch counts those of all groups
+            if fan_of_group and mode == "fan_out":
                 with torch.no_grad():
                     module.weight.mul_(module.groups**0.5)
             if module.bias is not None:

@@ -144,7 +144,7 @@ class EfficientNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         classifier = nn.Linear(last, num_classes)
         self.classifier = nn.Sequential(nn.Dropout(dropout), classifier)
-        init_convolutions(self, mode="fan_out")
+        init_convolutions(self, mode="fan_out", fan_of_group=layers.fan_of_group)
         nn.init.zeros_(classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:

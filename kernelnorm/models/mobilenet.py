@@ -112,7 +112,7 @@ class MobileNetV3(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(last, 1024), nn.Hardswish(), nn.Dropout(dropout), nn.Linear(1024, num_classes)
         )
-        init_convolutions(self, mode="fan_out")
+        init_convolutions(self, mode="fan_out", fan_of_group=layers.fan_of_group)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
