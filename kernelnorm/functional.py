@@ -15,6 +15,7 @@ from kernelnorm.arguments import Evaluation
 from kernelnorm.ops import knconv, observers
 from kernelnorm.ops.backends import backend_for, compute_dtype, eager
 from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
+from kernelnorm.ops.pixel_norm import pixel_norm
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
 
@@ -68,40 +69,41 @@ def kernel_norm(
     p, masked = _dropout(dropout_p, training, evaluation)
     settings = Settings(geometry, 1, p, masked, eps, None)
     with knconv.without_autocast(x):
-        x_hat = (_normalize_masked if masked else _normalize)(x.to(compute_dtype(x)), settings)
+        x_hat = _normalize(x.to(compute_dtype(x)), settings)
     return (x_hat if input.dim() == d + 2 else x_hat.squeeze(0)).to(input.dtype)
 
 
 def _normalize(x: Tensor, settings: Settings) -> Tensor:
-    """The windows, normalised by their expected statistics and laid side by side."""
+    """The normalised windows, laid side by side."""
+    if settings.geometry.pointwise:
+        keys = draw_keys(x.shape, x.device) if settings.masked else None
+        return pixel_norm(x, keys, settings)
+    if settings.masked:
+        return _normalize_masked(x, settings)
     mu, rstd, *_ = eager.window_statistics(x, None, settings, with_means=False)
     geometry = settings.geometry
-    if not geometry.pointwise:
-        x = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
-        for i, (k, stride) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
-            place = torch.arange(mu.shape[2 + i] * k, device=x.device)
-            window = place // k
-            x = x.index_select(2 + i, window * stride + place % k)
-            mu, rstd = (maps.index_select(2 + i, window) for maps in (mu, rstd))
+    x = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
+    for i, (k, stride) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
+        place = torch.arange(mu.shape[2 + i] * k, device=x.device)
+        window = place // k
+        x = x.index_select(2 + i, window * stride + place % k)
+        mu, rstd = (maps.index_select(2 + i, window) for maps in (mu, rstd))
     return (x - mu) * rstd
 
 
 def _normalize_masked(x: Tensor, settings: Settings) -> Tensor:
     """The same with a mask for each window, by Equations 1 to 3 over unfolded windows."""
-    geometry, d, u = settings.geometry, x.dim() - 2, x
-    if not geometry.pointwise:
-        # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
-        u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
-        for i, (k, stride) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
-            u = u.unfold(2 + i, k, stride)
+    geometry, d = settings.geometry, x.dim() - 2
+    # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
+    u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
+    for i, (k, stride) in enumerate(zip(geometry.kernel_size, geometry.stride, strict=True)):
+        u = u.unfold(2 + i, k, stride)
     unit = [1, *range(2 + d, u.dim())]
     mask = keep(expand_keys(draw_keys(u.shape, u.device), u.shape, settings.p), u.dtype)
     dropped = u * mask / (1 - rounded_p(settings.p))
     mu = dropped.mean(unit, keepdim=True)
     var = (dropped - mu).square().mean(unit, keepdim=True)
     u_hat = (u - mu) * (var + settings.eps).rsqrt()
-    if geometry.pointwise:
-        return u_hat
     u_hat = u_hat.permute(0, 1, *(axis for i in range(d) for axis in (2 + i, 2 + d + i)))
     sizes = [k * u.shape[2 + i] for i, k in enumerate(geometry.kernel_size)]
     return u_hat.reshape(*x.shape[:2], *sizes)

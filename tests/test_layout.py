@@ -15,7 +15,7 @@ LAYERS = """
 reference
 ops ops.mask ops.observers ops.settings ops.strides ops.windows
 ops.backends
-ops.concatenation ops.knconv
+ops.concatenation ops.knconv ops.pixel_norm
 arguments functional
 modules norms
 models
