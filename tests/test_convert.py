@@ -258,6 +258,19 @@ def test_addition_in_place_changes_a_copy():
     assert kept == saved_bytes(convert(model)[0], IMAGE)
 
 
+def test_dropout_in_place_changes_a_copy():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.relu(self.dropout(self.bn(self.conv(x))) + self.relu(self.bn(self.conv(x))))
+
+    model = Calling(
+        forward, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8), relu=nn.ReLU(),
+        dropout=nn.Dropout(0.5, inplace=True),
+    )  # fmt: skip
+    network, report = convert(model)
+    assert network.conv.activation == "relu"
+    assert next(row.after for row in report.rows if row.name == "bn") == "Copy"
+
+
 def test_preactivations_become_postactivations():
     layers = [conv_norm_relu(3, 8), PreActivation(), PreActivation(), nn.BatchNorm2d(8)]
     network, report = convert(nn.Sequential(*layers))

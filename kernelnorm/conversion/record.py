@@ -44,7 +44,7 @@ class Call:
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     changed: set[int] = field(default_factory=set)
-    """The storages of the inputs that the call changed in place."""
+    """The storages of the inputs that the call changed in place, or does in training."""
 
 
 def record(
@@ -146,9 +146,11 @@ class _Recorder(TorchFunctionMode):
         self._end(output)
         return output
 
-    def _begin(self, call: Call, args: Any, kwargs: Any) -> None:
+    def _begin(self, call: Call, args: Any, kwargs: Mapping[str, Any]) -> None:
         tensors = [*_tensors((args, kwargs))]
         call.inputs = [self._value(tensor) for tensor in tensors]
+        if getattr(call.module, "inplace", False) or kwargs.get("inplace"):  # such as a dropout
+            call.changed.update(value.storage for value in call.inputs)
         self._running.append((call, tensors, [observers.version(tensor) for tensor in tensors]))
 
     def _end(self, result: Any) -> None:
