@@ -14,9 +14,9 @@ follows the addition, and the pre-activations of DenseNet become post-activation
 is the last KNConv of ResNet and DenseNet: after the addition or the concatenation comes the
 KernelNorm of rule IV. :class:`Rules` has what ablations vary.
 
-The paper has no networks with depthwise convolutions. In those here a depthwise convolution stays,
-with a bias, and a KernelNorm of kernel size 1 stands in the place of its norm. Other activations
-than the ReLU follow their convolution. ``docs/results/depthwise.md`` says what was measured.
+The paper has no networks with depthwise convolutions, gates or other activations than the ReLU. In
+those here, depthwise convolutions become KNConvs, too, the convolutions of gates stay, and other
+activations follow their KNConv. ``docs/results/depthwise.md`` has the measurements behind this.
 """
 
 from collections.abc import Callable, Mapping
@@ -236,22 +236,26 @@ class KernelLayers:
         activation: Activation | None = None,
         before_head: bool = False,
     ) -> nn.Sequential:
-        """Rules I to III, and the one for depthwise convolutions.
+        """Rules I to III. A ReLU is a part of the KNConv, another activation follows it.
 
-        A ReLU is a part of the KNConv, another activation follows it.
+        The windows of a depthwise KNConv have all channels, as those of any KNConv.
         """
-        p, evaluation = self.rules.dropout_p, self.rules.evaluation
-        shape = in_channels, out_channels, kernel_size, stride, kernel_size // 2
-        if groups > 1:
-            conv = nn.Conv2d(*shape, groups=groups)
-            norm = KernelNorm2d(1, 1, dropout_p=p, evaluation=evaluation)
-            return nn.Sequential(conv, norm, *_activations(activation))
         if before_head and self.rules.head:
             activation = nn.Identity
-        fused = "relu" if activation is nn.ReLU else None
+        fused = activation is nn.ReLU
+        conv = KNConv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            groups=groups,
+            dropout_p=self.rules.dropout_p,
+            activation="relu" if fused else None,
+            evaluation=self.rules.evaluation,
+        )
         after = nn.Identity if fused else activation
-        knconv = KNConv2d(*shape, dropout_p=p, activation=fused, evaluation=evaluation)
-        return nn.Sequential(knconv, nn.Identity(), *_activations(after))
+        return nn.Sequential(conv, self.norm(out_channels), *_activations(after))
 
     def relu(self) -> nn.Module:
         """Rule III: the convolution has it."""

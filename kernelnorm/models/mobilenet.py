@@ -137,9 +137,9 @@ def mobilenet_v3_small(
 ) -> MobileNetV3:
     """MobileNetV3-small.
 
-    With the kernel norm the depthwise convolutions stay, with a bias, and a KernelNorm of single
-    pixels stands in the place of their norm: see ``docs/results/depthwise.md``. The convolutions of
-    the squeeze-and-excite gates stay as they are under every norm.
+    With the kernel norm all convolutions are KNConvs, also the depthwise ones, but for those of the
+    squeeze-and-excite gates, which are the same under every norm. For the reasons, and learning
+    rates to start from, see ``docs/results/depthwise.md``.
 
     Args:
         norm: one of ``kernelnorm.norms.NORMS``
