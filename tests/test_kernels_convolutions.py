@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.strategies import Case
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # The package has a function of the same name.
-cpu_convolution = sys.modules["kernelnorm.ops.backends.cpu.convolution"]
+cpu_convolution = importlib.import_module("kernelnorm.ops.backends.cpu.convolution")
 
 CASES = {
     "windows in the padding": ((10, 1), 7, 1, 1, Geometry((2, 1), (5, 2), (0, 1), (4, 2))),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.strategies import LAYOUTS, laid_out
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # The package has a function of the same name.
-cpu_convolution = sys.modules["kernelnorm.ops.backends.cpu.convolution"]
+cpu_convolution = importlib.import_module("kernelnorm.ops.backends.cpu.convolution")
 
 WINDOWS = [
     Geometry((3,), (1,), (1,), (1,)),
