@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kernelnorm.conversion import convert
+from kernelnorm import convert
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "segmentation.py"))
 CLASSES, HEIGHT, WIDTH = EXAMPLE["CLASSES"], EXAMPLE["HEIGHT"], EXAMPLE["WIDTH"]
@@ -125,10 +125,7 @@ def build(network: str, norm: str) -> nn.Module:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     built = NETWORKS[network](group_norm if norm.endswith("group") else nn.BatchNorm2d)
     if norm == "kernel":
-        converted, _ = convert(built, torch.rand(1, 3, HEIGHT, WIDTH))
-        if network == "unet":
-            converted.head = built.head  # as in the example; FC-DenseNet's follows a norm
-        return converted
+        return convert(built, torch.rand(1, 3, HEIGHT, WIDTH))[0]
     if norm == "ws_group":
         for module in [*built.modules()]:
             if isinstance(module, nn.Conv2d) and module is not built.head:

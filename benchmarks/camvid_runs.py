@@ -18,7 +18,7 @@ import torch
 from camvid_networks import EXAMPLE, build
 from torch import Tensor, nn
 
-RATES = (0.0003, 0.001, 0.003)
+RATES = (0.0001, 0.0003, 0.001, 0.003)
 TUNING_EPOCHS, EPOCHS = 6, 24
 SEEDS = (0, 1, 2)
 WEIGHT_DECAY = 0.01

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernelnorm.conversion import convert
+from kernelnorm import convert
 
 CLASSES, VOID, WIDTH, HEIGHT = 11, 11, 128, 96
 
@@ -116,9 +116,7 @@ def ious(network, images, masks):
 if __name__ == "__main__":
     archive, epochs = (sys.argv[1], 24) if len(sys.argv) > 1 else (None, 2)
     images, masks = load(archive, "train")
-    unet = UNet()
-    network, report = convert(unet, images[:1])
-    network.head = unet.head  # the scores of the classes stay an ordinary convolution
+    network, report = convert(UNet(), images[:1])
     print(report)
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
