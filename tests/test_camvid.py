@@ -1,4 +1,7 @@
-"""The study on CamVid: its networks, the order of its runs, and that they resume."""
+"""The study on CamVid: its networks, the order of its runs, and that they resume.
+
+It needs the packages that kernelnorm.experiments needs.
+"""
 
 from __future__ import annotations
 
