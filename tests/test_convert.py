@@ -106,6 +106,8 @@ def why(report: kernelnorm.Report, name: str) -> str:
         ("resnet18", {"residual_relu": "both", "evaluation": "plain"}),
         ("resnet18", {"head": False}),
         ("resnet50", {"head_dropout_p": 0.4}),
+        ("mobilenet_v3_small", {}),
+        pytest.param("efficientnet_b0", {}, marks=pytest.mark.slow),
         pytest.param("densenet121", {}, marks=pytest.mark.slow),
     ],
 )
@@ -548,10 +550,24 @@ def test_pooled_preactivation_norm_becomes_the_kernel_norm():
     assert network.norm.dropout_p == 0.2
 
 
-def test_pooled_knconv_gets_none():
+def test_pooled_knconv_with_its_relu_gets_none():
     model = nn.Sequential(conv_norm_relu(3, 8), nn.AdaptiveAvgPool2d(1))
     network, _ = convert(model)
     assert isinstance(network[1], nn.AdaptiveAvgPool2d)
+
+
+def test_pooled_knconv_with_another_activation_gets_a_kernel_norm_before_that():
+    model = nn.Sequential(conv_norm_relu(3, 8), nn.AdaptiveAvgPool2d(1))
+    model[0][2] = nn.Hardswish()
+    network, _ = convert(model)
+    assert [type(layer) for layer in network[0][2]] == [KernelNorm2d, nn.Hardswish]
+
+
+def test_depthwise_convolutions_become_knconvs():
+    model = nn.Sequential(conv_norm_relu(3, 8), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8))
+    network, _ = convert(model)
+    assert isinstance(network[1], KNConv2d)
+    assert network[1].groups == 8
 
 
 # ---- without an example input

@@ -39,15 +39,17 @@ def convert(
 
     - Convolutions that a norm belongs to, before or after them, become KNConvs of the same shape.
       Others stay: gates of squeeze-and-excite, final classifiers, transposed convolutions.
-    - Norms of KNConvs go. A norm without a KNConv (after a depthwise or transposed convolution, or
-      without any convolution) becomes a KernelNorm of single pixels.
+    - Norms of KNConvs go. A norm without a KNConv (after a transposed convolution, or without any
+      convolution) becomes a KernelNorm of single pixels.
     - A ReLU moves into the KNConvs that make its input, also through sums, concatenations and
       pooling. Other activations, and ReLUs that the network calls as functions, stay in their
       place.
-    - Where a sum or concatenation is pooled before the classifier, a KernelNorm comes before that.
+    - Before the pooling that leads to the classifier comes a KernelNorm, unless a KNConv that took
+      over its ReLU is pooled.
 
     Train the network after that: normalisation by other statistics makes other numbers of the same
-    weights. Build the optimizer after converting.
+    weights. Build the optimizer after converting. For training from scratch draw the weights anew
+    with :func:`kernelnorm.models.init_convolutions`.
 
     Args:
         model: the network; a copy is converted

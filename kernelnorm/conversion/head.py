@@ -36,8 +36,8 @@ class Head:
 def plan_head(flow: Flow, rules: Rules) -> Head | None:
     """Finds the place of the KernelNorm, where there is one.
 
-    A sum, a concatenation or a pre-activation norm that is pooled gets a KernelNorm. The output of
-    a KNConv needs none, as in VGG8.
+    It stands before the pooling of a sum, of a concatenation, of a pre-activation, and of a KNConv
+    with another activation than a ReLU. A KNConv that takes over its ReLU gets none, as in VGG8.
     """
     pooling = _final_pooling(flow)
     if pooling is None:
@@ -53,13 +53,16 @@ def plan_head(flow: Flow, rules: Rules) -> Head | None:
             break
         value = call.inputs[0]
         call = value.maker
-    if call is None or kind_of(call) not in (Kind.SUM, Kind.CONCATENATION):
+    if call is None:
         return None
-    moved = rules.residual_relu == "branch" or kind_of(call) is Kind.CONCATENATION
+    kind, relu = kind_of(call), activation is None or kind_of(activation) is Kind.RELU
+    combined = kind in (Kind.SUM, Kind.CONCATENATION)
+    if not combined and (relu or kind is not Kind.CONVOLUTION):
+        return None
+    moved = rules.residual_relu == "branch" or kind is not Kind.SUM
     if activation is not None and activation.module is not None and _called_once(flow, activation):
-        is_relu = kind_of(activation) is Kind.RELU
-        return Head(activation.module, "before" if moved or not is_relu else "after")
-    if pooling.module is not None and _called_once(flow, pooling):
+        return Head(activation.module, "before" if moved or not relu else "after")
+    if combined and pooling.module is not None and _called_once(flow, pooling):
         return Head(pooling.module, "pooling", activation if moved else None)
     return None
 

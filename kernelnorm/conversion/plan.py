@@ -90,8 +90,6 @@ def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
         transposed = isinstance(module, kinds.TRANSPOSED)
         return Fate.KEPT if transposed else Fate.UNCONVERTED, obstacle
     assert isinstance(module, kinds.CONVOLUTIONS)
-    if 1 < module.groups == module.in_channels:
-        return Fate.KEPT, "depthwise convolution"
     if (size := kinds.window_size(module)) < LEAST_WINDOW:
         return Fate.KEPT, f"its windows have {size} elements"
     return Fate.KN_CONV, "rule I"

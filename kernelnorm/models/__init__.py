@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelnorm.models.blocks import Rules
+from kernelnorm.models.blocks import Rules, init_convolutions
 from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
 from kernelnorm.models.efficientnet import efficientnet_b0
 from kernelnorm.models.knresnet import knresnet13, knresnet18, knresnet34, knresnet50
@@ -23,6 +23,7 @@ __all__ = [
     "densenet169",
     "densenet201",
     "efficientnet_b0",
+    "init_convolutions",
     "knresnet13",
     "knresnet18",
     "knresnet34",

@@ -12,8 +12,8 @@ collect_ignore_glob = [] if find_spec("timm") else ["test_*.py"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
 HEAD = """
-| from | network | KNConvs | depthwise | kept | KernelNorms | unconverted |
-|---|---|---:|---:|---:|---:|---|
+| from | network | KNConvs | kept convolutions | KernelNorms | unconverted |
+|---|---|---:|---:|---:|---|
 """
 ROWS: dict[str, str] = {}
 
