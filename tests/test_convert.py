@@ -105,7 +105,7 @@ def why(report: kernelnorm.Report, name: str) -> str:
         ("resnet18", {"residual_relu": "sum", "dropout_p": 0.2}),
         ("resnet18", {"residual_relu": "both", "evaluation": "plain"}),
         ("resnet18", {"head": False}),
-        ("resnet50", {"head_dropout_p": 0.4}),
+        pytest.param("resnet50", {"head_dropout_p": 0.4}, marks=pytest.mark.slow),
         ("mobilenet_v3_small", {}),
         pytest.param("efficientnet_b0", {}, marks=pytest.mark.slow),
         pytest.param("densenet121", {}, marks=pytest.mark.slow),

@@ -190,6 +190,7 @@ def test_networks_with_published_weights_are_those_described(
     torch.testing.assert_close(scores, described(name, small, p, tensors, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "small"), [(name, small) for name in NAMES for small in (0, 1)])
 def test_smaller_images_than_the_docstring_says_are_refused(name: str, small: int) -> None:
     least = LEAST[name][small]

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     return root, torch.stack(central)
 
 
-@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("standardise", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_scores_are_those_of_the_central_pixels(
     weights: Path, folder: tuple[Path, Tensor], standardise: bool
 ) -> None:
@@ -172,6 +172,7 @@ def test_bench_compares_norms() -> None:
     assert "knresnet34" not in message
 
 
+@pytest.mark.slow
 def test_one_is_trained_and_evaluated_like_other_networks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

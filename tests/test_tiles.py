@@ -232,7 +232,10 @@ def test_kernel_norms_between_convolutions_are_local():
 
 @pytest.mark.parametrize(
     ("name", "options", "overlap"),
-    [("vgg8", {"width": 0.25}, 24), ("resnet18", {"small_images": True}, 56)],
+    [
+        ("vgg8", {"width": 0.25}, 24),
+        pytest.param("resnet18", {"small_images": True}, 56, marks=pytest.mark.slow),
+    ],
 )
 def test_the_pooling_is_a_mean_over_tiles_and_all_before_it_is_local(name, options, overlap):
     """Rule IV's head among it; so an image's scores are those of the mean of its tiles' maps."""
@@ -329,7 +332,11 @@ def in_batches(network: nn.Module, images: Tensor, labels: Tensor, size: int) ->
 
 @pytest.mark.parametrize(
     ("make", "count", "sizes"),
-    [(vgg8, 64, (1, 2, 16)), (resnet18, 4, (1,)), (densenet, 8, (1,))],
+    [
+        (vgg8, 64, (1, 2, 16)),
+        pytest.param(resnet18, 4, (1,), marks=pytest.mark.slow),
+        (densenet, 8, (1,)),
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 @pytest.mark.parametrize(("norm", "exact"), [("kernel", True), ("batch", False)])
