@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kernelnorm import arguments, functional
 from kernelnorm.arguments import Evaluation
@@ -228,6 +229,18 @@ class _KNConv(nn.modules.conv._ConvNd):
             evaluation=self.evaluation,
         )
         return self.activation(y) if isinstance(self.activation, nn.Module) and not fused else y
+
+    def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        """See :meth:`torch.nn.Module.register_forward_hook`.
+
+        Those of Opacus also keep the dropout mask, see :mod:`kernelnorm.privacy`.
+        """
+        owner = type(getattr(hook, "__self__", None))
+        if any(base.__module__.startswith("opacus.") for base in owner.__mro__):
+            from kernelnorm.privacy.samplers import with_call  # registers the samplers, too
+
+            hook = with_call(hook)
+        return super().register_forward_hook(hook, **options)
 
     def extra_repr(self) -> str:
         """The arguments, as ``print(module)`` shows them."""

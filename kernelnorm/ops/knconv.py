@@ -19,7 +19,7 @@ autograd function that calls the backend directly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -106,6 +106,15 @@ def forward(
     return Forward(y, numerator, statistics.mu, statistics.rstd, sums)
 
 
+Receiver = Callable[[Tensor, Tensor, Tensor, Tensor, Settings], None]
+r"""Takes the input, the numerator's gradient, mu, rstd and the settings of a call in its backward.
+
+The weight's gradient is the sum over all windows :math:`u` of
+:math:`\text{grad\_z}_k (u - \mu)`, that of the bias the sum of
+:math:`\text{grad\_z}_k / \text{rstd}`; private training needs these for each sample.
+"""
+
+
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -115,11 +124,13 @@ def backward(
     saved: Sequence[Tensor],
     settings: Settings,
     needs: Sequence[bool],
+    receive: Receiver | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the input, the weight and the bias, each ``None`` if not needed.
 
     Args:
         saved: the numerator or, with an activation, the output; then mu, rstd and filter sums
+        receive: called with what the gradients of the parameters are formed from, in their stead
     """
     kept, mu, rstd, sums = saved
     needs_x, needs_weight, needs_bias = needs
@@ -129,6 +140,11 @@ def backward(
         grad, kept, Statistics(mu, rstd), sums, bias, settings.slope,
         (factors.grad_mean, factors.grad_var),
     )  # fmt: skip
+    if receive is not None:
+        receive(x, grad_z, mu, rstd, settings)
+        needs_weight = needs_bias = False
+        if not needs_x:
+            return None, None, None
     filters = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     grad_x, grad_weight = backend.convolution_backward(
         grad_z, x, filters, mu, grad_sums, settings, (needs_x, needs_weight)
@@ -142,6 +158,47 @@ def backward(
         grad_weight,
         grad_bias.to(bias.dtype) if needs_bias and bias is not None else None,
     )
+
+
+class Call(NamedTuple):
+    """What a call keeps for its backward pass.
+
+    ``kept`` is the numerator or, with an activation, the output; the input is the concatenation of
+    ``parts``.
+    """
+
+    kept: Tensor
+    mu: Tensor
+    rstd: Tensor
+    parts: tuple[Tensor, ...]
+    settings: Settings
+
+
+def node_behind(y: Tensor, *parameters: Tensor | None) -> Any:
+    """The node of autograd's graph at which a KNConv with one of these parameters left ``y``.
+
+    ``None`` if there is none: compiled calls and functional transforms leave other nodes. Between
+    the node and ``y`` may be others, as of an activation. Until the backward pass,
+    :func:`call_at` tells what the node keeps, and its attribute ``receive`` can be set to a
+    :data:`Receiver`: then the parameters get no gradients.
+    """
+    found, nodes = {y.grad_fn}, [y.grad_fn]
+    for node in nodes:
+        others = [] if node is None else [other for other, _ in node.next_functions]
+        if isinstance(getattr(node, "settings", None), Settings):
+            variables = [getattr(other, "variable", None) for other in others]
+            if any(p is v for p in parameters for v in variables if v is not None):
+                return node
+        nodes += [other for other in others if other not in found]
+        found.update(others)
+    return None
+
+
+def call_at(node: Any) -> Call:
+    """The call that left a node, see :func:`node_behind`."""
+    _, _, _, *tensors = node.saved_tensors
+    kept, mu, rstd, _, *parts = (tensor.detach() for tensor in tensors)
+    return Call(kept, mu, rstd, tuple(parts), node.settings)
 
 
 class _KNConv(torch.autograd.Function):
@@ -162,7 +219,7 @@ class _KNConv(torch.autograd.Function):
         with without_autocast(x):
             result = forward(backend_for(x), x, weight, bias, keys, settings)
         y, numerator, *small = result
-        ctx.settings = settings
+        ctx.settings, ctx.receive = settings, None
         kept = y if numerator is None else numerator
         parts = parts_of(x)
         ctx.concatenation = TensorWeakRef(x) if len(parts) > 1 else None
@@ -175,15 +232,16 @@ class _KNConv(torch.autograd.Function):
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         needs = ctx.needs_input_grad[:3]
         with without_autocast(grad):
-            if torch.is_grad_enabled():  # this gradient will be differentiated once more
+            # With grad enabled, this gradient will be differentiated once more.
+            if torch.is_grad_enabled() and ctx.receive is None:
                 concatenation = ctx.concatenation and ctx.concatenation()
                 if concatenation is not None and len(parts_of(concatenation)) > 1:
                     x = concatenation  # with respect to which it may be differentiated
                 gradients = _differentiable_backward(grad, x, weight, bias, keys, ctx.settings)
                 gradients = tuple(g if n else None for g, n in zip(gradients, needs, strict=True))
             else:
-                saved = kept, mu, rstd, sums
-                gradients = backward(grad, x, weight, bias, keys, saved, ctx.settings, needs)
+                saved, options = (kept, mu, rstd, sums), (ctx.settings, needs, ctx.receive)
+                gradients = backward(grad, x, weight, bias, keys, saved, *options)
         return *gradients, None, None
 
 

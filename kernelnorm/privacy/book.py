@@ -1,0 +1,149 @@
+"""What private training keeps between the backward pass and the step: a book of all layers.
+
+Each layer enters the norms of its gradients in the backward pass, one per sample. When all norms
+are known, so are the factors that clip the samples, and each layer forms the sum of its clipped
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernelnorm.privacy import gradients
+from kernelnorm.privacy.gradients import Product
+
+
+class Entry(Protocol):
+    """The gradients of a layer's parameters in one backward pass."""
+
+    squared_norms: Tensor
+    """Shape :math:`(N,)`: over all parameters of the layer that are trained."""
+
+    def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """For each parameter the sum of the samples' gradients, each times its weight."""
+
+
+class Vectors:
+    """Gradients that are formed for each sample, since they are small.
+
+    Shape:
+        - each gradient: :math:`(N, *)`, with the shape of its parameter after the first dimension
+    """
+
+    def __init__(self, of: dict[nn.Parameter, Tensor]) -> None:
+        self.of = of
+        norms = [gradients.squares(gradient) for gradient in of.values()]
+        self.squared_norms = torch.stack(norms).sum(0)
+
+    def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """See :class:`Entry`."""
+        for parameter, gradient in self.of.items():
+            total = weights.to(gradient.dtype) @ gradient.flatten(1)
+            yield parameter, total.view(parameter.shape)
+
+
+class Weight:
+    """The gradient of a weight, from which the gradients of the samples are not kept."""
+
+    def __init__(self, parameter: nn.Parameter, product: Product) -> None:
+        self.parameter, self.product = parameter, product
+        self.squared_norms = gradients.squared_norms(product)
+
+    def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """See :class:`Entry`."""
+        total = gradients.weighted_sum(self.product, weights)
+        yield self.parameter, total.view(self.parameter.shape)
+
+
+def weight_entry(parameter: nn.Parameter, product: Product) -> Entry:
+    """The entry of a convolution's weight, in the way that takes less time and memory."""
+    if gradients.is_kept(product):
+        return Vectors({parameter: gradients.per_sample(product)})
+    return Weight(parameter, product)
+
+
+class Book:
+    """The entries of all layers of a network in one step.
+
+    Args:
+        names: the name of each layer with parameters that are trained
+        mean: the loss is the mean over the batch, not the sum
+    """
+
+    def __init__(self, names: dict[nn.Module, str], mean: bool) -> None:
+        self._names, self._mean = names, mean
+        self._entries: dict[nn.Module, list[Entry]] = {}
+        self._called: set[nn.Module] = set()
+
+    def begin(self, *_: Any) -> None:
+        """Starts a forward pass."""
+        if not torch.is_grad_enabled():
+            return
+        if self._entries:
+            raise RuntimeError(
+                "a second forward pass before optimizer.step(): gradients cannot be accumulated. "
+                "Call optimizer.step() and optimizer.zero_grad() after each backward pass; for "
+                "batches larger than the memory use opacus.utils.batch_memory_manager"
+            )
+        self._called.clear()
+
+    def call(self, layer: nn.Module) -> None:
+        """Notes a call of a layer, which may be the only one of its forward pass."""
+        if layer in self._called:
+            raise NotImplementedError(
+                f"layer {self._names[layer]!r} is called more than once in a forward pass, which "
+                'bookkeeping does not support: use grad_sample_mode="hooks"'
+            )
+        self._called.add(layer)
+
+    def enter(self, layer: nn.Module, entries: list[Entry]) -> None:
+        """Takes the entries of a layer in the backward pass."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError("private training takes no backward(create_graph=True)")
+        if layer in self._entries:
+            raise RuntimeError(
+                f"a second backward pass through layer {self._names[layer]!r} before "
+                "optimizer.step(): gradients cannot be accumulated"
+            )
+        self._entries[layer] = entries
+
+    def norms(self) -> Tensor:
+        """The norm of each sample's gradient over all parameters, shape :math:`(N,)`."""
+        sizes = {
+            self._names[layer]: len(entries[0].squared_norms)
+            for layer, entries in self._entries.items()
+        }
+        if len({*sizes.values()}) != 1:
+            raise RuntimeError(
+                "expected the gradients of a backward pass, with one batch size in all layers, got "
+                f"{sizes}"
+            )
+        (samples,) = {*sizes.values()}
+        norms = [entry.squared_norms for entries in self._entries.values() for entry in entries]
+        total = torch.stack([norm.to(norms[0]) for norm in norms]).sum(0).sqrt()
+        return total * samples if self._mean else total
+
+    def clipped_sums(self, max_norm: float) -> dict[nn.Parameter, Tensor]:
+        """The sum over the samples of their gradients, clipped to ``max_norm``; empties the book.
+
+        Each gradient of a sample is multiplied by
+        :math:`\\min(1, \\text{max\\_norm} / (\\text{norm} + 10^{-6}))`, as Opacus does it.
+        """
+        norms = self.norms()
+        weights = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        if self._mean:
+            weights = weights * len(weights)
+        sums: dict[nn.Parameter, Tensor] = {}
+        while self._entries:  # each entry is released before the next sum is formed
+            _, entries = self._entries.popitem()
+            for entry in entries:
+                sums.update(entry.weighted_sums(weights))
+        return sums
+
+    def clear(self) -> None:
+        """Releases all entries."""
+        self._entries.clear()

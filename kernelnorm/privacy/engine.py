@@ -1,0 +1,204 @@
+"""Opacus' PrivacyEngine with one more way to the clipped gradients: bookkeeping.
+
+The accountant, the noise and the Poisson sampling are Opacus' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import opacus
+import torch
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizerFastGradientClipping
+from torch import Tensor, nn
+
+from kernelnorm.privacy.book import Book
+from kernelnorm.privacy.layers import LAYERS, close_book, keep_book
+
+__all__ = ["BookkeepingModule", "BookkeepingOptimizer", "PrivacyEngine"]
+
+MODE = "bookkeeping"
+
+
+class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
+    """A network whose backward pass leaves what the clipped gradients are formed from.
+
+    It calls the network; :meth:`to_standard_module` gives the network back as it was.
+
+    Args:
+        m: the network; the forward passes of its layers are replaced
+        batch_first: must be ``True``
+        loss_reduction: of the loss over the batch, ``"mean"`` or ``"sum"``
+
+    Raises:
+        NotImplementedError: a layer with parameters that are trained has a type that is not known,
+            or shares a parameter
+    """
+
+    def __init__(
+        self, m: nn.Module, *, batch_first: bool = True, loss_reduction: str = "mean"
+    ) -> None:
+        if not batch_first:
+            raise ValueError("bookkeeping needs batch_first=True")
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        names = _layers(m)
+        super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
+        self.book = Book(names, loss_reduction == "mean")
+        self._layers = [*names]
+        self._handles = [m.register_forward_pre_hook(self.book.begin)]
+        for layer, name in names.items():
+            keep_book(layer, self.book)
+            for p_name, parameter in _trained(layer):
+                hook = _Outside(f"{name}.{p_name}" if name else p_name)
+                self._handles.append(parameter.register_hook(hook))
+
+    def remove_hooks(self) -> None:
+        """Gives the layers their own forward passes back."""
+        self.book.clear()
+        while self._handles:
+            self._handles.pop().remove()
+        for layer in self._layers:
+            close_book(layer)
+
+
+class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """Opacus' optimizer, which forms the sum of the clipped gradients when it steps."""
+
+    book: Book
+
+    def accumulate(self) -> None:
+        """Adds the clipped gradients of the last backward pass to those of the step."""
+        sums = self.book.clipped_sums(self.max_grad_norm)
+        for parameter in self.params:
+            gradient = sums.get(parameter)
+            if gradient is None:  # the layer was not called
+                gradient = torch.zeros_like(parameter)
+            if parameter.summed_grad is None:
+                parameter.summed_grad = gradient.to(parameter.dtype)
+            else:
+                parameter.summed_grad.add_(gradient)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """See :meth:`torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self.book.clear()
+
+
+class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
+    """Opacus' PrivacyEngine, by default with ``grad_sample_mode="bookkeeping"``.
+
+    The other arguments, the other modes and what is returned are those of
+    :class:`opacus.PrivacyEngine`. Bookkeeping gives the gradients of ``"hooks"``, up to rounding,
+    in about the time of an ordinary step. It takes flat clipping, one process, and networks whose
+    trained parameters are those of KNConv, Conv, Linear and GroupNorm layers, each called once in a
+    forward pass; others are refused by name.
+
+    Example::
+
+        >>> engine = PrivacyEngine(accountant="rdp")  # doctest: +SKIP
+        >>> network, optimizer, loader = engine.make_private(
+        ...     module=network, optimizer=optimizer, data_loader=loader,
+        ...     noise_multiplier=1.0, max_grad_norm=1.0,
+        ... )  # doctest: +SKIP
+    """
+
+    def make_private(self, *, grad_sample_mode: str = MODE, **options: Any) -> tuple[Any, ...]:
+        """See :meth:`opacus.PrivacyEngine.make_private`."""
+        if grad_sample_mode == MODE:
+            for name, value in (("clipping", "flat"), ("wrap_model", True)):
+                if options.get(name, value) != value:
+                    raise ValueError(
+                        f"grad_sample_mode={MODE!r} needs {name}={value!r}, got {options[name]!r}"
+                    )
+        result: tuple[Any, ...] = super().make_private(grad_sample_mode=grad_sample_mode, **options)
+        if grad_sample_mode == MODE:
+            module, optimizer, _ = result
+            optimizer.book = module.book
+        return result
+
+    def make_private_with_epsilon(
+        self, *, grad_sample_mode: str = MODE, **options: Any
+    ) -> tuple[Any, ...]:
+        """See :meth:`opacus.PrivacyEngine.make_private_with_epsilon`."""
+        result: tuple[Any, ...] = super().make_private_with_epsilon(
+            grad_sample_mode=grad_sample_mode, **options
+        )
+        return result
+
+    def _prepare_model(self, module: nn.Module, **options: Any) -> Any:
+        if options.get("grad_sample_mode") != MODE:
+            return super()._prepare_model(module, **options)
+        self.validate(module=module, optimizer=None, data_loader=None)
+        if isinstance(module, BookkeepingModule):
+            module = module.to_standard_module()
+        return BookkeepingModule(
+            module, batch_first=options["batch_first"], loss_reduction=options["loss_reduction"]
+        )
+
+    def _prepare_optimizer(self, *, grad_sample_mode: str = MODE, **options: Any) -> Any:
+        if grad_sample_mode != MODE:
+            return super()._prepare_optimizer(grad_sample_mode=grad_sample_mode, **options)
+        if options.pop("distributed", False):
+            raise ValueError(f"grad_sample_mode={MODE!r} trains in one process")
+        options.pop("clipping", None)
+        optimizer = options.pop("optimizer")
+        if isinstance(optimizer, opacus.optimizers.DPOptimizer):
+            optimizer = optimizer.original_optimizer
+        generator = self.secure_rng if self.secure_mode else options.pop("noise_generator", None)
+        options.pop("noise_generator", None)
+        return BookkeepingOptimizer(
+            optimizer, generator=generator, secure_mode=self.secure_mode, **options
+        )
+
+
+class _Outside:
+    """A hook of a parameter to which autograd gives a gradient that the book does not know."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            raise RuntimeError(
+                f"parameter {self.name!r} is used outside of its layer, where its gradient cannot "
+                "be clipped"
+            )
+
+
+def _trained(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in layer.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _layers(network: nn.Module) -> dict[nn.Module, str]:
+    """The layers with parameters that are trained, and their names; refuses unknown ones."""
+    names: dict[nn.Module, str] = {}
+    owners: dict[nn.Parameter, str] = {}
+    problems = []
+    for name, layer in network.named_modules(remove_duplicate=False):
+        parameters = dict(_trained(layer))
+        if not parameters:
+            continue
+        if layer in names:
+            problems.append(f"{name!r} is also {names[layer]!r}")
+            continue
+        names[layer] = name
+        if type(layer) not in LAYERS or not {*parameters} <= {"weight", "bias"}:
+            problems.append(f"{name!r} is a {type(layer).__module__}.{type(layer).__qualname__}")
+        elif "forward" in vars(layer):
+            problems.append(f"the forward method of {name!r} was replaced")
+        for p_name, parameter in parameters.items():
+            if parameter in owners:
+                problems.append(f"{p_name!r} of {name!r} also belongs to {owners[parameter]!r}")
+            owners[parameter] = name
+    if problems:
+        known = ", ".join(layer.__name__ for layer in LAYERS)
+        raise NotImplementedError(
+            f"bookkeeping trains {known} with parameters of their own, but {'; '.join(problems)}. "
+            'Use grad_sample_mode="hooks", or set requires_grad to False'
+        )
+    return names

@@ -1,0 +1,240 @@
+r"""Gradients of convolutions for each sample: whole, as norms, and as a weighted sum.
+
+The gradient that sample :math:`i` gives to the filters is a product of its output gradients and its
+windows, :math:`G_i = \sum_t z_t (u_t - \mu_t)^\top` over the positions :math:`t`; :math:`\mu` is
+zero for ordinary convolutions. With groups, each has its channels of the windows and its filters,
+and :math:`\mu_t` is that of all channels. There are two ways to its norm:
+
+.. math::
+    \|G_i\|^2 = \sum_{k,j} (G_i)_{kj}^2
+        = \sum_{t,s} (z_t \cdot z_s) (u_t - \mu_t) \cdot (u_s - \mu_s)
+
+The second, the *ghost norm*, forms no gradient. It takes less time where positions are few. The
+products of windows are sums of products of pixels, :math:`u_t \cdot u_s = \sum_o x_{t+o} \cdot
+x_{s+o}` over the offsets :math:`o` of a window, so windows need not be unfolded for it.
+
+Source: the ghost norm is that of Li et al., `Large language models can be strong differentially
+private learners <https://arxiv.org/abs/2110.05679>`_, for convolutions that of Bu et al., `Scalable
+and efficient training of large convolutional neural networks with differential privacy
+<https://arxiv.org/abs/2205.10683>`_; one backward pass that keeps both factors, `Differentially
+private optimization on large model at small cost <https://arxiv.org/abs/2210.00038>`_.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernelnorm.ops.backends import backend_for, compute_dtype
+from kernelnorm.ops.settings import Settings
+from kernelnorm.ops.windows import Geometry, box_sum
+
+_KEPT = 4
+"""Largest size of the kept gradients of all samples, in sizes of the input and the output."""
+
+_SAMPLES = 8
+"""Samples whose gradients are formed at a time. The convolutions of single ones take longer."""
+
+_CHUNK = {"cpu": 1 << 20}
+_CHUNK_ELSEWHERE = 1 << 26
+"""Elements of intermediate results that are formed at a time: on CPUs they stay in the cache."""
+
+
+class Product(NamedTuple):
+    r"""The gradient of a convolution's filters, before its sum over samples and positions.
+
+    Args:
+        x: the input, shape :math:`(N, C, *)`
+        z: the gradient of the convolution's output, shape :math:`(N, K, *)`
+        mu: what is subtracted from each window, shape :math:`(N, 1, *)`, or ``None``
+        settings: of the convolution
+    """
+
+    x: Tensor
+    z: Tensor
+    mu: Tensor | None
+    settings: Settings
+
+    @property
+    def filter_shape(self) -> tuple[int, ...]:
+        """The shape of the filters."""
+        channels = self.x.shape[1] // self.settings.groups
+        return self.z.shape[1], channels, *self.settings.geometry.kernel_size
+
+    def samples(self, chosen: slice) -> Product:
+        """The same of some samples."""
+        mu = None if self.mu is None else self.mu[chosen]
+        return Product(self.x[chosen], self.z[chosen], mu, self.settings)
+
+
+def unnormalised(geometry: Geometry, groups: int) -> Settings:
+    """The settings of a convolution without a norm."""
+    return Settings(geometry, groups, 0.0, False, 1.0, None)
+
+
+def per_sample(product: Product) -> Tensor:
+    """The gradient of the filters for each sample, shape :math:`(N, K, C / groups, *)`."""
+    dtype = compute_dtype(product.z)
+    result = product.z.new_empty((len(product.x), *product.filter_shape), dtype=dtype)
+    for chosen, gradients in _per_sample(product):
+        result[chosen] = gradients
+    return result
+
+
+def squared_norms(product: Product) -> Tensor:
+    """The squared norm of the filters' gradient for each sample, shape :math:`(N,)`."""
+    if ghost_is_faster(product, kept=False):
+        norms = [_ghost(chunk) for chunk in _chunks(product, _pixels(product) ** 2)]
+    else:
+        norms = [squares(gradients) for _, gradients in _per_sample(product)]
+    return torch.cat(norms) if norms else product.z.new_zeros(0, dtype=compute_dtype(product.z))
+
+
+def weighted_sum(product: Product, weights: Tensor) -> Tensor:
+    """The sum of the samples' gradients of the filters, each times its weight."""
+    x, z, mu, settings = product
+    z = z * weights.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
+    if len(settings.geometry.kernel_size) == 1 and settings.geometry.pointwise and mu is None:
+        total: Tensor = torch.tensordot(z, x.to(z.dtype), dims=([0, 2], [0, 2]))
+        return total.unsqueeze(2)
+    sums = None if mu is None else per_filter(z, mu).sum(0)
+    filters = z.new_empty(product.filter_shape)
+    return _convolved(x.to(z.dtype), z, mu, sums, settings, filters)
+
+
+def is_kept(product: Product) -> bool:
+    """True if the gradients of the samples are worth keeping until their weights are known."""
+    if ghost_is_faster(product, kept=True):
+        return False
+    size = len(product.x) * prod(product.filter_shape)
+    return size <= _KEPT * (product.x.numel() + product.z.numel())
+
+
+def ghost_is_faster(product: Product, kept: bool) -> bool:
+    """True if the ghost norm takes fewer operations than the gradients of the samples.
+
+    Args:
+        kept: the gradients are kept, and save forming their weighted sum from ``z`` and ``x``
+    """
+    filters, *window = product.filter_shape
+    groups, channels = product.settings.groups, product.x.shape[1]
+    positions, pixels = prod(product.z.shape[2:]), _pixels(product)
+    offsets = prod(product.settings.geometry.kernel_size)
+    ghost = pixels**2 * channels + positions**2 * (filters + groups * offsets)
+    whole = positions * filters * prod(window)
+    return ghost + whole * kept < whole
+
+
+def per_filter(z: Tensor, map_: Tensor) -> Tensor:
+    """The sum over positions of ``z`` times a map, for each sample and filter: :math:`(N, K)`."""
+    z = z.flatten(2).to(map_.dtype)
+    return torch.bmm(z, map_.reshape(len(z), -1, 1)).squeeze(2)
+
+
+def squares(gradients: Tensor) -> Tensor:
+    """The squared norm of each sample's part."""
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return norms.square()
+
+
+def _chunks(product: Product, elements: int) -> Iterator[Product]:
+    """Some samples at a time, of which each needs that many elements."""
+    most = _CHUNK.get(product.x.device.type, _CHUNK_ELSEWHERE)
+    step = max(1, most // max(1, elements))
+    for start in range(0, len(product.x), step):
+        yield product.samples(slice(start, start + step))
+
+
+def _per_sample(product: Product) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients of some samples at a time, by a convolution with a group for each."""
+    dtype, shape = compute_dtype(product.z), product.filter_shape
+    for start in range(0, len(product.x), _SAMPLES):
+        chosen = slice(start, start + _SAMPLES)
+        x, z, mu, settings = product.samples(chosen)
+        n, sums = len(x), None if mu is None else per_filter(z, mu).flatten()
+        x, z = (t.to(dtype).reshape(1, -1, *t.shape[2:]) for t in (x, z))
+        settings = settings._replace(groups=n * settings.groups)
+        filters = z.new_empty(z.shape[1], *shape[1:])
+        yield chosen, _convolved(x, z, mu, sums, settings, filters).view(n, *shape)
+
+
+def _convolved(
+    x: Tensor,
+    z: Tensor,
+    mu: Tensor | None,
+    sums: Tensor | None,
+    settings: Settings,
+    filters: Tensor,
+) -> Tensor:
+    """The gradient of filters by a convolution of the whole batch.
+
+    Args:
+        sums: of the products of ``z`` and ``mu`` for each filter
+    """
+    if mu is None:
+        mu = z.new_zeros((len(z), 1, *z.shape[2:]), dtype=compute_dtype(z))
+    if sums is None:
+        sums = mu.new_zeros(len(filters))
+    _, gradient = backend_for(z).convolution_backward(
+        z, x, filters, mu, sums, settings, (False, True)
+    )
+    assert gradient is not None
+    return gradient
+
+
+def _ghost(product: Product) -> Tensor:
+    """The squared norms of the samples by products of positions, shape :math:`(n,)`."""
+    x, z, mu, settings = product
+    geometry, groups, dtype = settings.geometry, settings.groups, compute_dtype(z)
+    x, z = x.to(dtype), z.flatten(2).unflatten(1, (groups, -1)).to(dtype)
+    of_gradients = z.transpose(2, 3) @ z
+    padded = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)])
+    norms: Tensor
+    if mu is None:
+        norms = (_window_products(padded, settings) * of_gradients).flatten(1).sum(1)
+        return norms.clamp_min_(0)
+    # The windows and mu less a constant: the same difference of smaller numbers.
+    constant = padded.flatten(1).mean(1)
+    padded -= constant.view(-1, *[1] * (x.dim() - 1))
+    mu = mu.flatten(2).transpose(1, 2) - constant.view(-1, 1, 1)
+    norms = (_window_products(padded, settings) * of_gradients).flatten(1).sum(1)
+    unpadded = geometry._replace(padding=(0,) * len(geometry.padding))
+    sums = box_sum(padded.unflatten(1, (groups, -1)).sum(2), unpadded).flatten(2)
+    elements = prod(product.filter_shape[1:])
+    through = (of_gradients @ mu.unsqueeze(1)).squeeze(3)
+    norms += ((elements * mu.transpose(1, 2) - 2 * sums) * through).flatten(1).sum(1)
+    return norms.clamp_min_(0)
+
+
+def _window_products(padded: Tensor, settings: Settings) -> Tensor:
+    """The products of each two windows of a padded input, shape :math:`(n, G, P, P)`."""
+    geometry, sizes = settings.geometry, padded.shape[2:]
+    flat = padded.flatten(2).unflatten(1, (settings.groups, -1))
+    products: Tensor = flat.transpose(2, 3) @ flat
+    if geometry.pointwise:
+        return products
+    products = products.unflatten(3, sizes).unflatten(2, sizes)
+    d = len(sizes)
+    every = (slice(None),) * (2 + d)
+    for i, size in enumerate(sizes):
+        count, stride = geometry.kernel_size[i], geometry.stride[i]
+        span = (size - geometry.reach(i)) // stride * stride + 1
+        total: Tensor | None = None
+        for start in range(0, count * geometry.dilation[i], geometry.dilation[i]):
+            chosen = slice(start, start + span, stride)
+            part = products[(*every[: 2 + i], chosen, *every[: d - 1], chosen)]
+            total = part.clone() if total is None else total.add_(part)
+        assert total is not None
+        products = total
+    return products.flatten(2, 1 + d).flatten(3)
+
+
+def _pixels(product: Product) -> int:
+    """The pixels of a padded sample."""
+    padding = product.settings.geometry.padding
+    return prod(size + 2 * p for size, p in zip(product.x.shape[2:], padding, strict=True))

@@ -1,0 +1,238 @@
+"""The layers that bookkeeping knows: the forward pass of each, which fills the book backwards.
+
+Autograd gives their parameters no gradients: the sum over the batch is formed once, when each
+sample's weight in it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernelnorm import arguments
+from kernelnorm.modules import KNConv1d, KNConv2d, KNConv3d
+from kernelnorm.ops.knconv import node_behind
+from kernelnorm.ops.settings import Settings
+from kernelnorm.ops.windows import Geometry
+from kernelnorm.privacy import gradients
+from kernelnorm.privacy.book import Book, Entry, Vectors, weight_entry
+from kernelnorm.privacy.gradients import Product
+
+Forward = Callable[[Any, Book, Tensor], Tensor]
+"""The forward pass of a layer that enters its gradients into a book."""
+
+
+def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) -> Tensor:
+    """KNConv, by its own backward pass."""
+    y = type(layer).forward(layer, input)
+    node = node_behind(y, layer.weight, layer.bias)
+    if node is None:
+        raise NotImplementedError(
+            f"private training found no call of {layer} behind its output: compiled layers and "
+            "functional transforms are not supported"
+        )
+
+    def receive(x: Tensor, z: Tensor, mu: Tensor, rstd: Tensor, settings: Settings) -> None:
+        product = Product(x.detach(), z, mu, settings)
+        _enter(book, layer, product, rstd)
+
+    node.receive = receive
+    return y
+
+
+def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Tensor) -> Tensor:
+    """The convolutions of torch.nn."""
+    geometry = arguments.geometry(
+        input.dim() - 2, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    )
+    pads = arguments.pads(geometry, layer.padding)
+    if layer.padding_mode != "zeros" or any(before != after for before, after in pads):
+        sides = [side for pair in reversed(pads) for side in pair]
+        input = F.pad(input, sides, arguments.PADDING_MODES[layer.padding_mode])
+        pads = [(0, 0)] * len(pads)
+    geometry = geometry._replace(padding=tuple(before for before, _ in pads))
+
+    settings = gradients.unnormalised(geometry, layer.groups)
+
+    def receive(x: Tensor, z: Tensor) -> None:
+        _enter(book, layer, Product(x, z, None, settings))
+
+    options = geometry, layer.groups, receive
+    y: Tensor = _Convolution.apply(input, layer.weight, layer.bias, *options)  # type: ignore[no-untyped-call]
+    return y
+
+
+def linear(layer: nn.Linear, book: Book, input: Tensor) -> Tensor:
+    """Linear; dimensions between the first and the last are positions."""
+
+    def receive(x: Tensor, z: Tensor) -> None:
+        x, z = (t.flatten(1, -2).mT if t.dim() > 2 else t.unsqueeze(2) for t in (x, z))
+        _enter(book, layer, Product(x, z, None, _LINEAR))
+
+    y: Tensor = _Linear.apply(input, layer.weight, layer.bias, receive)  # type: ignore[no-untyped-call]
+    return y
+
+
+def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
+    """GroupNorm with weight and bias."""
+
+    def receive(of_weight: Tensor, of_bias: Tensor) -> None:
+        of = {layer.weight: of_weight, layer.bias: of_bias}
+        book.enter(layer, [Vectors({p: g for p, g in of.items() if p.requires_grad})])
+
+    options = layer.num_groups, layer.eps, receive
+    y: Tensor = _GroupNorm.apply(input, layer.weight, layer.bias, *options)  # type: ignore[no-untyped-call]
+    return y
+
+
+_LINEAR = gradients.unnormalised(Geometry((1,), (1,), (0,), (1,)), 1)
+"""Linear layers as convolutions of one pixel."""
+
+LAYERS: dict[type[nn.Module], Forward] = {
+    KNConv1d: kn_conv,
+    KNConv2d: kn_conv,
+    KNConv3d: kn_conv,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.Linear: linear,
+    nn.GroupNorm: group_norm,
+}
+"""By exact type: a subclass may compute something else."""
+
+
+def keep_book(layer: nn.Module, book: Book) -> None:
+    """Replaces the forward pass of a layer by one that fills the book; see :func:`close_book`."""
+    layer.forward = partial(_forward, layer, book)
+
+
+def close_book(layer: nn.Module) -> None:
+    """Gives a layer its own forward pass back."""
+    vars(layer).pop("forward", None)
+
+
+def _forward(layer: nn.Module, book: Book, input: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        y: Tensor = type(layer).forward(layer, input)
+        return y
+    book.call(layer)
+    return LAYERS[type(layer)](layer, book, input)
+
+
+def _enter(book: Book, layer: Any, product: Product, rstd: Tensor | None = None) -> None:
+    """Enters the gradients of a convolution or linear layer.
+
+    Args:
+        rstd: by which ``product.z`` was multiplied, which the bias's gradient is not
+    """
+    entries: list[Entry] = []
+    if layer.weight.requires_grad:
+        entries.append(weight_entry(layer.weight, product))
+    if layer.bias is not None and layer.bias.requires_grad:
+        if rstd is not None:
+            of_bias = gradients.per_filter(product.z, rstd.reciprocal())
+        else:
+            of_bias = product.z.flatten(2).sum(2)
+        entries.append(Vectors({layer.bias: of_bias}))
+    book.enter(layer, entries)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        groups: int,
+        receive: Callable[[Tensor, Tensor], None],
+    ) -> Tensor:
+        _, stride, padding, dilation = geometry
+        ctx.options = stride, padding, dilation, False, (0,) * len(stride), groups
+        ctx.receive = receive
+        ctx.save_for_backward(x, weight)
+        return torch.convolution(x, weight, bias, *ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.receive(x.detach(), grad)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 6
+        grad_x, *_ = torch.ops.aten.convolution_backward.default(
+            grad, x.to(grad.dtype), weight.to(grad.dtype), None, *ctx.options, (True, False, False)
+        )
+        return grad_x.to(x.dtype), *[None] * 5
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        receive: Callable[[Tensor, Tensor], None],
+    ) -> Tensor:
+        ctx.receive = receive
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.receive(x.detach(), grad)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 4
+        return (grad @ weight.to(grad.dtype)).to(x.dtype), None, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Receives the gradients of the weight and the bias for each sample, shape :math:`(N, C)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        receive: Callable[[Tensor, Tensor], None],
+    ) -> Tensor:
+        x, weight, bias = _dense(x), weight.to(x.dtype), bias.to(x.dtype)
+        ctx.shape = len(x), x.shape[1], prod(x.shape[2:]), groups
+        y, mean, rstd = torch.ops.aten.native_group_norm.default(x, weight, bias, *ctx.shape, eps)
+        ctx.receive = receive
+        ctx.save_for_backward(x, weight, mean, rstd)
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x, *_ = torch.ops.aten.native_group_norm_backward.default(
+                _dense(grad), x, mean, rstd, weight, *ctx.shape, (True, False, False)
+            )
+        repeats = x.shape[1] // ctx.shape[-1]
+        mean, rstd = (t.repeat_interleave(repeats, 1) for t in (mean, rstd))
+        of_bias = grad.flatten(2).sum(2, dtype=rstd.dtype)
+        of_x = (grad * x).flatten(2).sum(2, dtype=rstd.dtype)
+        ctx.receive((of_x - mean * of_bias) * rstd, of_bias)
+        return grad_x, *[None] * 5
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` in a memory format that PyTorch's GroupNorm takes."""
+    if x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()

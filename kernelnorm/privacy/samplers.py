@@ -1,0 +1,140 @@
+"""Opacus' samplers for KNConv: gradients and norms of gradients for each sample.
+
+A sampler gets the input of the layer and the gradient of its output. The dropout mask, which
+neither tells, has to be that of the forward pass: another mask gives other gradients. So what the
+forward pass keeps for its own backward pass is taken from autograd's graph, and put beside the
+input that Opacus keeps, for exactly as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from opacus.grad_sample import (
+    AbstractGradSampleHooks,
+    register_grad_sampler,
+    register_norm_sampler,
+)
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from kernelnorm.modules import KNConv1d, KNConv2d, KNConv3d
+from kernelnorm.ops.knconv import Call, call_at, node_behind
+from kernelnorm.privacy import gradients
+from kernelnorm.privacy.gradients import Product
+
+__all__ = ["with_call"]
+
+KNConv = KNConv1d | KNConv2d | KNConv3d
+KNCONVS = [KNConv1d, KNConv2d, KNConv3d]
+
+
+class Memory:
+    """A call of a layer, beside the input that Opacus keeps of it.
+
+    Args:
+        output: of the layer
+        owner: of the hooks that Opacus has on the layer
+    """
+
+    def __init__(self, layer: KNConv, output: Tensor, owner: Any) -> None:
+        node = node_behind(output, layer.weight, layer.bias)
+        if node is None:
+            raise RuntimeError(
+                f"private training found no call of {layer} behind its output: compiled layers and "
+                "functional transforms are not supported"
+            )
+        self.call: Call = call_at(node)
+        self._owner = owner
+        # By which Opacus multiplies gradients before it calls a sampler
+        self._factor = len(output) if owner.loss_reduction == "mean" else 1
+        self._gradient: Tensor | None = None
+        self._edges: tuple[GradientEdge, GradientEdge] | None = None
+        if output.grad_fn is not node:
+            assert output.grad_fn is not None
+            self._edges = GradientEdge(output.grad_fn, output.output_nr), GradientEdge(node, 0)
+            node.register_prehook(self._receive)
+
+    def _receive(self, gradients: tuple[Tensor, ...]) -> None:
+        self._gradient = gradients[0].detach()
+
+    def gradient_of_output(self, gradient: Tensor) -> Tensor:
+        """The gradient of the KNConv's own output, given that of the layer's.
+
+        An activation that is a module stands between them. The gradient has passed it already,
+        unless the layer's input needs no gradient: then Opacus calls before it does.
+        """
+        if self._edges is None:
+            return gradient
+        if self._gradient is not None:
+            return self._gradient * self._factor
+        output, own = self._edges
+        self._owner.disable_hooks()  # those of an activation with parameters come later
+        (result,) = torch.autograd.grad([output], [own], [gradient], retain_graph=True)
+        self._owner.enable_hooks()
+        return result
+
+
+def with_call(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook of Opacus that also keeps what the call of a KNConv left, else ``hook``."""
+    owner = getattr(hook, "__self__", None)
+    if not isinstance(owner, AbstractGradSampleHooks) or getattr(owner, "force_functorch", False):
+        return hook
+    return _WithCall(hook, owner)
+
+
+class _WithCall:
+    def __init__(self, hook: Callable[..., Any], owner: AbstractGradSampleHooks) -> None:
+        self.hook, self.owner = hook, owner
+
+    def __call__(self, layer: KNConv, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        before = len(getattr(layer, "activations", ()))
+        self.hook(layer, inputs, output)
+        kept: list[list[Any]] = getattr(layer, "activations", [])
+        if len(kept) == before:
+            return
+        if not self.owner.batch_first or inputs[0].dim() != layer.weight.dim():
+            raise ValueError(
+                f"private training needs batch_first=True and a batch, got batch_first="
+                f"{self.owner.batch_first} and an input of shape {tuple(inputs[0].shape)}"
+            )
+        # The last one stays the input: Opacus reads the size of the batch from it.
+        kept[-1].insert(0, Memory(layer, output, self.owner))
+
+
+@register_grad_sampler(KNCONVS)  # type: ignore[untyped-decorator]
+def grad_samples(layer: KNConv, activations: list[Any], backprops: Tensor) -> dict[Tensor, Tensor]:
+    """The gradient of each parameter for each sample, shape :math:`(N, *)`."""
+    product, before_activation = _gradients(activations, backprops)
+    result: dict[Tensor, Tensor] = {}
+    if layer.weight.requires_grad:
+        result[layer.weight] = gradients.per_sample(product)
+    if layer.bias is not None and layer.bias.requires_grad:
+        result[layer.bias] = before_activation.flatten(2).sum(2)
+    return result
+
+
+@register_norm_sampler(KNCONVS)  # type: ignore[untyped-decorator]
+def norm_samples(layer: KNConv, activations: list[Any], backprops: Tensor) -> dict[Tensor, Tensor]:
+    """The norm of each parameter's gradient for each sample, shape :math:`(N,)`."""
+    product, before_activation = _gradients(activations, backprops)
+    result: dict[Tensor, Tensor] = {}
+    if layer.weight.requires_grad:
+        result[layer.weight] = gradients.squared_norms(product).sqrt()
+    if layer.bias is not None and layer.bias.requires_grad:
+        result[layer.bias] = torch.linalg.vector_norm(before_activation.flatten(2).sum(2), dim=1)
+    return result
+
+
+def _gradients(activations: list[Any], backprops: Tensor) -> tuple[Product, Tensor]:
+    """The weight's gradient as a product, and the gradient before the fused activation."""
+    memory: Memory = activations[0]
+    kept, mu, rstd, parts, settings = memory.call
+    gradient = memory.gradient_of_output(backprops).to(rstd.dtype)
+    if settings.slope is not None:
+        gradient = torch.where(kept <= 0, gradient * settings.slope, gradient)
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    product = Product(x, (gradient * rstd).to(x.dtype), mu, settings)
+    return product, gradient
