@@ -288,8 +288,10 @@ def test_functional_relu_stays():
     def forward(self: Any, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-    network, _ = convert(Calling(forward, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8)))
-    assert network.conv.activation is None
+    model = Calling(forward, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8))
+    network, report = convert(nn.Sequential(model))
+    assert network[0].conv.activation is None
+    assert "0 calls a ReLU as a function" in str(report)
     assert (network(IMAGE) >= 0).all()
 
 

@@ -182,6 +182,12 @@ def _report(
         f"Build the optimizer after converting: {len(now - parameters)} parameters are new, "
         f"{len(parameters - now)} are gone."
     ]
+    if functions := [*plan.activations.functions]:
+        others = f" (and {len(functions) - 1} other modules)" if functions[1:] else ""
+        notes.append(
+            f"{functions[0] or 'The model'}{others} calls a ReLU as a function: it stays, and keeps "
+            "its output for the backward pass. KNConvs take over nn.ReLU modules."
+        )
     if any(module in plan.why for module in guessed):
         notes.append(
             "Guesses follow the order of registration, since no recorded call shows the layers. "

@@ -31,12 +31,14 @@ class Activations:
         taken: the activation that a KNConv takes over
         removed: activations that nothing is left of
         copied: norms that become a copy, since what follows changes the KNConv's output in place
+        functions: the modules whose ``forward`` calls a ReLU as a function that could move
         why: the reason for each activation that has to do with a KNConv
     """
 
     taken: Mapping[nn.Module, nn.Module]
     removed: Collection[nn.Module]
     copied: Collection[nn.Module]
+    functions: Collection[str]
     why: Mapping[nn.Module, str]
 
 
@@ -88,6 +90,13 @@ def plan_activations(
             why[module] = f"stays: {obstacle}"
             del moving[module]
 
+    functions = dict[str, None]()
+    for call in flow.calls:
+        if call.module is None and kind_of(call) is Kind.RELU:
+            origin = _origin(call, convolutions, removed_norms, rules)
+            if origin.calls and not origin.obstacle:
+                functions[call.owner] = None
+
     taken: dict[nn.Module, nn.Module] = {}
     removed, copied = [], []
     for module, origins in moving.items():
@@ -101,7 +110,7 @@ def plan_activations(
             why[module] = (
                 f"rule III: moved into the {'KNConvs' if gathered else 'KNConv'} before it"
             )
-    return Activations(taken, removed, copied, why)
+    return Activations(taken, removed, copied, functions, why)
 
 
 def _origin(
