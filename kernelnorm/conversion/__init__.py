@@ -185,8 +185,8 @@ def _report(
     if functions := [*plan.activations.functions]:
         others = f" (and {len(functions) - 1} other modules)" if functions[1:] else ""
         notes.append(
-            f"{functions[0] or 'The model'}{others} calls a ReLU as a function: it stays, and keeps "
-            "its output for the backward pass. KNConvs take over nn.ReLU modules."
+            f"{functions[0] or 'The model'}{others} calls a ReLU as a function: it stays, and its "
+            "output is kept for the backward pass. KNConvs take over nn.ReLU modules."
         )
     if any(module in plan.why for module in guessed):
         notes.append(
