@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kernelnorm import convert
+from kernelnorm.models import Rules
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "segmentation.py"))
 CLASSES, HEIGHT, WIDTH = EXAMPLE["CLASSES"], EXAMPLE["HEIGHT"], EXAMPLE["WIDTH"]
@@ -20,6 +21,7 @@ Factory = Callable[[int], nn.Module]
 
 NORMS = {
     "kernel": "kernel, converted",
+    "kernel_p0": "kernel, without dropout",
     "group": "GroupNorm",
     "ws_group": "Weight Standardization, GroupNorm",
     "batch": "BatchNorm",
@@ -124,8 +126,9 @@ def build(network: str, norm: str) -> nn.Module:
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     built = NETWORKS[network](group_norm if norm.endswith("group") else nn.BatchNorm2d)
-    if norm == "kernel":
-        return convert(built, torch.rand(1, 3, HEIGHT, WIDTH))[0]
+    if norm.startswith("kernel"):
+        rules = Rules(dropout_p=0) if norm == "kernel_p0" else Rules()
+        return convert(built, torch.rand(1, 3, HEIGHT, WIDTH), rules=rules)[0]
     if norm == "ws_group":
         for module in [*built.modules()]:
             if isinstance(module, nn.Conv2d) and module is not built.head:

@@ -27,59 +27,87 @@ from torch import Tensor, nn
 from kernelnorm.experiments.bench.measure import saved_bytes
 from kernelnorm.experiments.report.statistics import difference, estimate
 
+COLOURS = {  # of the classes, in their order
+    "sky": "#9BC8F0", "building": "#A05A4A", "pole": "#E8E0C0", "road": "#6B6B7B",
+    "pavement": "#E3A7C7", "tree": "#4F8F3A", "sign": "#F0C419", "fence": "#B08D57",
+    "car": "#2C4BA0", "pedestrian": "#D62728", "bicyclist": "#17BECF",
+}  # fmt: skip
 
-def test_values(results: Results, network: str, norm: str, batch_size: int) -> dict[int, float]:
-    """Returns the mean IoU on the test images at the best rate, by seed."""
+
+def full_runs(results: Results, network: str, norm: str, batch_size: int) -> dict[int, Run]:
+    """Returns the runs at the best rate, by seed."""
     best = best_rate(results, network, norm, batch_size)
-    return {
-        run.seed: mean_iou(result, "test")
-        for run, result in results.items()
-        if (run.network, run.norm, run.batch_size, run.rate, run.epochs)
-        == (network, norm, batch_size, best, EPOCHS)
-    }
+    runs = (Run(network, norm, batch_size, best, seed, EPOCHS) for seed in SEEDS if best)
+    return {run.seed: run for run in runs if run in results}
 
 
 def print_tables(folder: Path) -> None:
+    """Prints what results.jsonl has, as Markdown."""
     results = read_results(folder)
-    print("Mean IoU on the test images in %, of the last epoch\n")
-    print("| network | norm | batch size | learning rate | seeds | mean IoU | deviation |")
+    cases = [(n, norm, size) for n in NETWORKS for norm in NORMS for size in (1, 2, 8)]
+    print_accuracies(results, cases)
+    print_differences(results)
+    print_classes(results)
+    print_rates(results, cases)
+
+
+def print_accuracies(results: Results, cases: list[tuple[str, str, int]]) -> None:
+    """Prints the mean IoU of the last epoch, at the best rate: mean and deviation over seeds."""
+    print("| network | norm | batch size | rate | seeds | validation [%] | test [%] |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    for network in NETWORKS:
-        for norm, label in NORMS.items():
-            for batch_size in (1, 2, 8):
-                values = test_values(results, network, norm, batch_size)
-                if (found := estimate([*values.values()])) is None:
-                    continue
-                rate = best_rate(results, network, norm, batch_size)
-                deviation = "" if found.deviation is None else f"{found.deviation:.1f}"
-                print(
-                    f"| {network} | {label} | {batch_size} | {rate} | {found.runs} | "
-                    f"{found.mean:.1f} | {deviation} |"
-                )
-    print("\nDifferences, paired by seed, with 95 % confidence intervals\n")
-    print("| difference | points | interval |\n|---|---:|---:|")
-    comparisons = [(("kernel", b), (other, b)) for b in (1, 2) for other in ("group", "ws_group")]
-    for first, second in [*comparisons, (("kernel", 1), ("kernel", 8))]:
-        found = difference(
-            test_values(results, "unet", *first), test_values(results, "unet", *second)
-        )
-        if found is not None and found.interval is not None:
-            low, high = found.interval
-            names = [f"{NORMS[norm]} at {batch_size}" for norm, batch_size in (first, second)]
-            print(f"| {' - '.join(names)} | {found.mean:+.1f} | {low:+.1f} to {high:+.1f} |")
-    print("\nMean IoU on the validation images in %, after the short runs that choose the rate\n")
-    print(f"| network | norm | batch size | {' | '.join(map(str, RATES))} |")
-    print("|---|---|---:|" + "---:|" * len(RATES))
-    for network in NETWORKS:
-        for norm, label in NORMS.items():
-            for batch_size in (1, 2, 8):
-                runs = [Run(network, norm, batch_size, r, SEEDS[0], TUNING_EPOCHS) for r in RATES]
-                if any(run in results for run in runs):
-                    cells = (
-                        f"{mean_iou(results[run], 'val'):.1f}" if run in results else ""
-                        for run in runs
-                    )
-                    print(f"| {network} | {label} | {batch_size} | {' | '.join(cells)} |")
+    for network, norm, batch_size in cases:
+        if runs := full_runs(results, network, norm, batch_size):
+            cells = [str(next(iter(runs.values())).rate), str(len(runs))]
+            for split in ("val", "test"):
+                found = estimate([mean_iou(results[run], split) for run in runs.values()])
+                assert found is not None
+                spread = "" if found.deviation is None else f" ± {found.deviation:.1f}"
+                cells.append(f"{found.mean:.1f}{spread}")
+            print(f"| {network} | {NORMS[norm]} | {batch_size} | {' | '.join(cells)} |")
+
+
+def print_differences(results: Results) -> None:
+    """Prints differences, paired by seed, with 95 % confidence intervals."""
+    print("\n| U-Net | split | difference [points] | 95 % interval |\n|---|---|---:|---:|")
+    pairs = [(("kernel", b), (other, b)) for b in (1, 2) for other in ("group", "ws_group")]
+    for pair in [*pairs, (("kernel", 1), ("kernel", 8))]:
+        for split in ("val", "test"):
+            first, second = (
+                {
+                    seed: mean_iou(results[run], split)
+                    for seed, run in full_runs(results, "unet", *case).items()
+                }
+                for case in pair
+            )
+            found = difference(first, second)
+            if found is not None and found.interval is not None:
+                low, high = found.interval
+                names = " - ".join(f"{NORMS[norm]} at {size}" for norm, size in pair)
+                print(f"| {names} | {split} | {found.mean:+.1f} | {low:+.1f} to {high:+.1f} |")
+
+
+def print_classes(results: Results, batch_size: int = 1) -> None:
+    """Prints the IoU of each class on the test images, the mean over seeds."""
+    print(f"\n| test IoU [%], batch size {batch_size} | {' | '.join(COLOURS)} |")
+    print("|---|" + "---:|" * CLASSES)
+    for norm, label in NORMS.items():
+        if runs := full_runs(results, "unet", norm, batch_size):
+            ious = zip(*(results[run]["test"] for run in runs.values()), strict=True)
+            cells = (f"{100 * statistics.fmean(values):.0f}" for values in ious)
+            print(f"| {label} | {' | '.join(cells)} |")
+
+
+def print_rates(results: Results, cases: list[tuple[str, str, int]]) -> None:
+    """Prints the mean IoU on the validation images at each rate, for the first seed."""
+    print(f"\n| validation [%] | norm | batch size | epochs | {' | '.join(map(str, RATES))} |")
+    print("|---|---|---:|---:|" + "---:|" * len(RATES))
+    for network, norm, batch_size in cases:
+        for epochs in (TUNING_EPOCHS, EPOCHS):
+            runs = [Run(network, norm, batch_size, rate, SEEDS[0], epochs) for rate in RATES]
+            cells = [f"{mean_iou(results[r], 'val'):.1f}" if r in results else "" for r in runs]
+            if any(cells):
+                label = f"{network} | {NORMS[norm]} | {batch_size} | {epochs}"
+                print(f"| {label} | {' | '.join(cells)} |")
 
 
 def print_costs(rounds: int = 20) -> None:
@@ -121,11 +149,6 @@ def _step(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     return step
 
 
-COLOURS = {  # of the classes, in their order
-    "sky": "#9BC8F0", "building": "#A05A4A", "pole": "#E8E0C0", "road": "#6B6B7B",
-    "pavement": "#E3A7C7", "tree": "#4F8F3A", "sign": "#F0C419", "fence": "#B08D57",
-    "car": "#2C4BA0", "pedestrian": "#D62728", "bicyclist": "#17BECF",
-}  # fmt: skip
 COLUMNS = {"batch": "BatchNorm", "group": "GroupNorm", "kernel": "kernel, converted"}
 
 

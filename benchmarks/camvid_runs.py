@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,26 +44,40 @@ class Run:
 Results = dict[Run, dict[str, list[float]]]
 """The IoU of each class, by split."""
 
-STAGES = (
-    ("unet", 1, ("kernel", "group"), SEEDS),
-    ("unet", 8, ("kernel",), SEEDS),
-    ("unet", 1, ("batch",), SEEDS[:1]),
-    ("unet", 1, ("ws_group",), SEEDS),
-    ("unet", 2, ("kernel", "group"), SEEDS),
-    ("unet", 2, ("batch", "ws_group"), SEEDS[:1]),
-    ("unet", 8, ("group", "ws_group", "batch"), SEEDS[:1]),
-    ("fcdensenet", 1, ("kernel", "group", "batch"), SEEDS[:1]),
+STAGES: tuple[tuple[str, int, tuple[str, ...], tuple[int, ...], float | None], ...] = (
+    ("unet", 1, ("kernel", "group"), SEEDS, None),
+    ("unet", 8, ("kernel",), SEEDS, None),
+    ("unet", 1, ("batch",), SEEDS[:1], None),
+    ("unet", 1, ("kernel", "group"), SEEDS[:1], 0.001),  # whether short runs choose well
+    ("unet", 1, ("kernel_p0",), SEEDS[:1], 0.0003),
+    ("unet", 1, ("ws_group",), SEEDS, None),
+    ("unet", 2, ("kernel", "group"), SEEDS, None),
+    ("unet", 2, ("batch", "ws_group"), SEEDS[:1], None),
+    ("unet", 8, ("group", "ws_group", "batch"), SEEDS[:1], None),
+    ("fcdensenet", 1, ("kernel", "group", "batch"), SEEDS[:1], None),
 )
-"""Networks, batch sizes, norms and seeds, in the order in which they are trained."""
+"""Networks, batch sizes, norms, seeds and learning rates, in the order in which they are trained.
+
+Without a learning rate, short runs choose it.
+"""
 
 
 def mean_iou(result: dict[str, list[float]], split: str) -> float:
     return 100 * statistics.fmean(result[split])
 
 
+def tuning_runs(network: str, batch_size: int, norms: Iterable[str]) -> list[Run]:
+    """Returns the short runs that choose learning rates."""
+    return [
+        Run(network, norm, batch_size, rate, SEEDS[0], TUNING_EPOCHS)
+        for norm in norms
+        for rate in RATES
+    ]
+
+
 def best_rate(results: Results, network: str, norm: str, batch_size: int) -> float | None:
     """Returns the best rate on the validation images, once all of them have been tried."""
-    tried = [Run(network, norm, batch_size, r, SEEDS[0], TUNING_EPOCHS) for r in RATES]
+    tried = tuning_runs(network, batch_size, [norm])
     if not all(run in results for run in tried):
         return None
     return max(tried, key=lambda run: mean_iou(results[run], "val")).rate
@@ -71,17 +85,16 @@ def best_rate(results: Results, network: str, norm: str, batch_size: int) -> flo
 
 def missing(results: Results) -> Iterator[Run]:
     """Yields the runs that have no result yet and can be started, in order."""
-    for network, batch_size, norms, seeds in STAGES:
-        for norm in norms:
-            for rate in RATES:
-                run = Run(network, norm, batch_size, rate, SEEDS[0], TUNING_EPOCHS)
+    for network, batch_size, norms, seeds, rate in STAGES:
+        if rate is None:
+            for run in tuning_runs(network, batch_size, norms):
                 if run not in results:
                     yield run
         for seed in seeds:
             for norm in norms:
-                best = best_rate(results, network, norm, batch_size)
-                if best is not None:
-                    run = Run(network, norm, batch_size, best, seed, EPOCHS)
+                chosen = rate or best_rate(results, network, norm, batch_size)
+                if chosen is not None:
+                    run = Run(network, norm, batch_size, chosen, seed, EPOCHS)
                     if run not in results:
                         yield run
 

@@ -32,7 +32,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import camvid_report
     import camvid_runs
 
-    stages = (("unet", 2, ("kernel", "group"), (0, 1)),)
+    stages = (("unet", 2, ("kernel", "group"), (0, 1), None),)
     for module in (camvid_runs, camvid_report):
         monkeypatch.setattr(module, "RATES", (0.001, 0.01))
         monkeypatch.setattr(module, "SEEDS", (0, 1))
@@ -68,7 +68,7 @@ def test_kernel_networks_have_no_batchnorm_and_the_same_convolutions(
 
 
 @pytest.mark.parametrize("network", ["unet", "fcdensenet"])
-@pytest.mark.parametrize("norm", ["batch", "group", "ws_group", "kernel"])
+@pytest.mark.parametrize("norm", ["batch", "group", "ws_group", "kernel", "kernel_p0"])
 def test_scores_have_the_size_of_the_image(study: ModuleType, network: str, norm: str):
     x = torch.rand(1, 3, 45, 62)  # odd sizes on the way down
     assert networks(study).build(network, norm)(x).shape == (1, 11, 45, 62)
@@ -175,6 +175,6 @@ def test_runs_go_on_from_the_results_and_end_in_tables_and_a_picture(
     report(study).print_tables(tmp_path)
     tables = capsys.readouterr().out
     assert "| unet | GroupNorm | 2 |" in tables
-    assert "GroupNorm at 2" in tables
+    assert "kernel, converted at 2 - GroupNorm at 2 | test |" in tables
     report(study).draw_picture(None, tmp_path, tmp_path / "picture.png", batch_size=2)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
