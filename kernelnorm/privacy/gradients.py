@@ -133,7 +133,7 @@ def ghost_is_faster(product: Product, kept: bool) -> bool:
 def per_filter(z: Tensor, map_: Tensor) -> Tensor:
     """The sum over positions of ``z`` times a map, for each sample and filter: :math:`(N, K)`."""
     z = z.flatten(2).to(map_.dtype)
-    return torch.bmm(z, map_.reshape(len(z), -1, 1)).squeeze(2)
+    return torch.bmm(z, map_.flatten(1).unsqueeze(2)).squeeze(2)
 
 
 def squares(gradients: Tensor) -> Tensor:

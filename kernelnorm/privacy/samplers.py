@@ -8,6 +8,7 @@ input that Opacus keeps, for exactly as long.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -55,10 +56,14 @@ class Memory:
         if output.grad_fn is not node:
             assert output.grad_fn is not None
             self._edges = GradientEdge(output.grad_fn, output.output_nr), GradientEdge(node, 0)
-            node.register_prehook(self._receive)
+            memory = weakref.ref(self)  # as this holds the node
 
-    def _receive(self, gradients: tuple[Tensor, ...]) -> None:
-        self._gradient = gradients[0].detach()
+            def receive(gradients: tuple[Tensor, ...]) -> None:
+                self = memory()
+                if self is not None:
+                    self._gradient = gradients[0].detach()
+
+            node.register_prehook(receive)
 
     def gradient_of_output(self, gradient: Tensor) -> Tensor:
         """The gradient of the KNConv's own output, given that of the layer's.

@@ -1,0 +1,407 @@
+"""Bookkeeping: the sum of the clipped gradients of whole networks, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+pytest.importorskip("opacus")
+
+from opacus import PrivacyEngine as OpacusEngine
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch.optim import SGD
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernelnorm as kn
+from kernelnorm.models import create_model, vgg8
+from kernelnorm.ops.windows import Geometry
+from kernelnorm.privacy import PrivacyEngine
+from kernelnorm.privacy.book import Vectors, Weight, weight_entry
+from kernelnorm.privacy.gradients import Product, unnormalised
+from tests.per_sample import (
+    SEED,
+    assert_close,
+    clipped_sums,
+    loader,
+    norms,
+    reduced,
+    sample_gradients,
+    trained,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+]
+
+
+def classification(y: Tensor) -> Tensor:
+    """The cross-entropy of each sample; sample i has label i modulo the classes."""
+    labels = torch.arange(len(y)) % y.shape[1]
+    return F.cross_entropy(y, labels, reduction="none")
+
+
+def private(network: nn.Module, x: Tensor, batch_size: int | None = None, **options: Any) -> Any:
+    """The network, optimizer and loader that ``make_private`` returns."""
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 0.5, **options}
+    return PrivacyEngine(accountant="rdp").make_private(
+        module=network,
+        optimizer=SGD(network.parameters(), lr=0.1),
+        data_loader=loader(x, batch_size or max(len(x), 1)),
+        **options,
+    )
+
+
+def step(network: nn.Module, optimizer: Any, x: Tensor, reduction: str = "mean") -> None:
+    """Without noise, after which the parameters have the sum in ``summed_grad``."""
+    optimizer.zero_grad()
+    torch.manual_seed(SEED)
+    reduced(classification(network(x)), reduction).backward()
+    optimizer.step()
+
+
+def small(p: float = 0.5) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        kn.KNConv2d(3, 8, 3, padding=1, dropout_p=p, activation="relu"),
+        kn.KNConv2d(8, 6, 3, stride=2, groups=2, dropout_p=p, activation=nn.SiLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
+
+
+def images(n: int, size: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def tokens() -> nn.Module:
+    """Linear layers on sequences, with positions between the batch and the features."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(2),
+        nn.Linear(81, 7),
+        nn.Tanh(),
+        nn.Linear(7, 5, bias=False),
+        nn.Flatten(1),
+        nn.Linear(15, 4),
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "small": small,
+    "vgg8": lambda: vgg8(width=0.125),
+    "vgg8 with GroupNorm": lambda: vgg8("group", width=0.125),
+    "resnet18": lambda: create_model("resnet18", num_classes=4),
+    "knresnet13": lambda: create_model("knresnet13", num_classes=4),
+    "sequences": tokens,
+}
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sum_is_clip_then_add(name: str, max_norm: float) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double()
+    x = images(3, size=9 if name in ("small", "sequences") else 16)
+    expected = clipped_sums(sample_gradients(network, x, classification), max_norm)
+    network, optimizer, _ = private(network, x, max_grad_norm=max_norm)
+    step(network, optimizer, x)
+    for parameter, total in zip(trained(network), expected, strict=True):
+        assert_close(parameter.summed_grad, total)
+        assert_close(parameter.grad, total / 3)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("name", ["small", "vgg8 with GroupNorm", "sequences"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batches_of_none_and_one(n: int, name: str, reduction: str) -> None:
+    network, x = NETWORKS[name]().double(), images(2, size=9)[:n]
+    expected = clipped_sums(sample_gradients(network, x, classification), 0.5)
+    network, optimizer, _ = private(network, images(2), loss_reduction=reduction)
+    step(network, optimizer, x, reduction)
+    for parameter, total in zip(trained(network), expected, strict=True):
+        assert_close(parameter.summed_grad, total)
+        assert not parameter.grad.isnan().any()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    max_norm=st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_sample_moves_the_sum_by_more_than_the_bound(
+    seed: int, max_norm: float, scale: float
+) -> None:
+    """In float32: the norm of the sum for a single sample is at most the bound."""
+    torch.manual_seed(seed)
+    network, x = small(), torch.randn(1, 3, 9, 9) * scale + scale
+    wrapped, optimizer, _ = private(network, x, max_grad_norm=max_norm)
+    step(wrapped, optimizer, x)
+    total = norms([parameter.summed_grad[None] for parameter in trained(network)])
+    assert total.item() <= max_norm * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("norm", ["kernel", "group"])
+def test_float32_agrees_with_float64(norm: str) -> None:
+    torch.manual_seed(0)
+    network, x = vgg8(norm, width=0.25), images(6, size=32, dtype=torch.float32)
+    expected = clipped_sums(sample_gradients(network.double(), x.double(), classification), 0.5)
+    network, optimizer, _ = private(network.float(), x)
+    step(network, optimizer, x)
+    for parameter, total in zip(trained(network), expected, strict=True):
+        assert_close(parameter.summed_grad.double(), total, tolerance=1e-4)
+
+
+def test_autocast_to_bfloat16() -> None:
+    network, x = small(), images(4, dtype=torch.float32)
+    expected = clipped_sums(sample_gradients(network, x, classification), 0.5)
+    network, optimizer, _ = private(network, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(network, optimizer, x)
+    for parameter, total in zip(trained(network), expected, strict=True):
+        assert parameter.summed_grad.dtype == torch.float32
+        assert_close(parameter.summed_grad, total, tolerance=0.05)
+
+
+@pytest.mark.parametrize(("positions", "entry"), [(4, Weight), (1024, Vectors)])
+def test_gradients_are_kept_where_positions_are_many(positions: int, entry: type) -> None:
+    pointwise = Geometry((1,), (1,), (0,), (1,))
+    weight = nn.Parameter(torch.zeros(64, 64, 1))
+    x, z = torch.randn(2, 2, 64, positions)
+    made = weight_entry(weight, Product(x, z, None, unnormalised(pointwise, 1)))
+    assert isinstance(made, entry)
+
+
+def test_large_gradients_are_not_kept() -> None:
+    geometry = Geometry((7, 7), (1, 1), (3, 3), (1, 1))
+    x, z = torch.randn(2, 1, 32, 24, 24)
+    made = weight_entry(
+        nn.Parameter(torch.zeros(32, 32, 7, 7)), Product(x, z, None, unnormalised(geometry, 1))
+    )
+    assert isinstance(made, Vectors)
+    x, z = torch.randn(2, 1, 256, 12, 12)
+    made = weight_entry(
+        nn.Parameter(torch.zeros(256, 256, 7, 7)), Product(x, z, None, unnormalised(geometry, 1))
+    )
+    assert isinstance(made, Weight)
+
+
+def test_batch_memory_manager_splits_batches() -> None:
+    x = images(7, dtype=torch.float64)
+    results = []
+    for size in (7, 3):
+        network = small(p=0).double()
+        wrapped, optimizer, batches = private(network, x, poisson_sampling=False)
+        with BatchMemoryManager(
+            data_loader=batches, max_physical_batch_size=size, optimizer=optimizer
+        ) as parts:
+            for part, _ in parts:
+                optimizer.zero_grad()
+                wrapped(part).square().sum(1).mean().backward()
+                optimizer.step()
+        results.append([p.detach() for p in network.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+def test_evaluation_is_untouched() -> None:
+    network, x = small(), images(2, dtype=torch.float32)
+    expected = network.eval()(x)
+    wrapped, *_ = private(network.train(), x)
+    wrapped.eval()
+    with torch.no_grad():
+        assert torch.equal(wrapped(x), expected)
+        assert torch.equal(wrapped(x), expected)
+
+
+def test_network_comes_back_as_it_was() -> None:
+    network, x = small(), images(2, dtype=torch.float32)
+    wrapped, optimizer, _ = private(network, x)
+    step(wrapped, optimizer, x)
+    assert wrapped.to_standard_module() is network
+    network.zero_grad()
+    for _ in range(2):  # no book complains
+        classification(network(x)).mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    again, optimizer, _ = private(network, x)
+    step(again, optimizer, x)
+
+
+@pytest.mark.parametrize("mode", ["bookkeeping", "hooks", "ghost"])
+def test_memory_is_released(mode: str) -> None:
+    network, x = small(), images(5, dtype=torch.float32)
+    made = private(network, x, grad_sample_mode=mode)
+    wrapped, optimizer = made[:2]
+    criterion = made[2] if len(made) == 4 else nn.CrossEntropyLoss()
+    outputs: list[weakref.ref[Tensor]] = []
+    network[1].register_forward_hook(lambda *call: outputs.append(weakref.ref(call[2])))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = criterion(wrapped(x), torch.arange(5) % 4)
+        loss.backward()
+        optimizer.step()
+        del loss
+    gc.collect()
+    assert len(outputs) == 3
+    assert not [reference for reference in outputs if reference() is not None]
+    alive = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape[:1] == (5,)]
+    # Opacus keeps the gradients of the samples until the next call of zero_grad().
+    of_samples = {(5, *p.shape) for p in network.parameters()} if mode == "hooks" else set()
+    assert {tuple(t.shape) for t in alive} <= {tuple(x.shape), (5,), *of_samples}
+
+
+def test_activations_are_released_by_zero_grad() -> None:
+    network, x = small(), images(4, dtype=torch.float32)
+    wrapped, optimizer, _ = private(network, x)
+    classification(wrapped(x)).mean().backward()
+    optimizer.zero_grad()
+    step(wrapped, optimizer, x)
+
+
+# What is refused
+
+
+def test_unknown_layers_are_named() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.LayerNorm(7))
+    with pytest.raises(NotImplementedError, match=r"'1' is a torch.nn.*PReLU; '2' is.*LayerNorm"):
+        private(network, images(2))
+    for parameter in [*network[1].parameters(), *network[2].parameters()]:
+        parameter.requires_grad_(False)
+    private(network, images(2))
+
+
+def test_subclasses_are_unknown() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(NotImplementedError, match=r"'0' is a .*Scaled"):
+        private(nn.Sequential(Scaled(3, 3)), images(2))
+
+
+def test_shared_parameters_are_named() -> None:
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    other.weight = one.weight
+    with pytest.raises(NotImplementedError, match="'weight' of '1' also belongs to '0'"):
+        private(nn.Sequential(one, other), images(2))
+    with pytest.raises(NotImplementedError, match="'1' is also '0'"):
+        private(nn.Sequential(one, one), images(2))
+
+
+def test_replaced_forward_methods_are_named() -> None:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda x: x
+    with pytest.raises(NotImplementedError, match="forward method of '0' was replaced"):
+        private(nn.Sequential(layer), images(2))
+
+
+class Around(nn.Module):
+    """Does something else with a layer."""
+
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.use = nn.Linear(4, 4), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.layer, x)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda layer, x: layer(layer(x)), "layer 'layer' is called more than once"),
+        (lambda layer, x: layer(x) @ layer.weight, "'layer.weight' is used outside of its layer"),
+    ],
+)
+def test_uses_that_would_not_be_clipped_are_refused(
+    use: Callable[[nn.Linear, Tensor], Tensor], message: str
+) -> None:
+    network, optimizer, _ = private(Around(use), images(2))
+    optimizer.zero_grad()
+    with pytest.raises((NotImplementedError, RuntimeError), match=message):
+        network(torch.randn(2, 4)).sum().backward()
+
+
+def test_a_batch_that_is_folded_is_refused() -> None:
+    """Samples that became positions of one have no norms of their own."""
+    network = nn.Sequential(
+        nn.Linear(4, 4), nn.Flatten(0), nn.Unflatten(0, (1, 8)), nn.Linear(8, 2)
+    )
+    network, optimizer, _ = private(network, images(2))
+    network(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"one batch size in all layers.*'0': 2.*|'3': 1"):
+        optimizer.step()
+
+
+def test_gradients_are_not_accumulated() -> None:
+    network, optimizer, _ = private(small(), images(2))
+    x = images(2, dtype=torch.float32)
+    classification(network(x)).mean().backward()
+    with pytest.raises(RuntimeError, match="second forward pass before"):
+        network(x)
+    optimizer.zero_grad()
+    loss = classification(network(x)).mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass through layer"):
+        loss.backward()
+
+
+def test_a_step_needs_a_backward_pass() -> None:
+    _, optimizer, _ = private(small(), images(2))
+    with pytest.raises(RuntimeError, match="expected the gradients of a backward pass"):
+        optimizer.step()
+
+
+def test_second_derivatives_are_refused() -> None:
+    network, _, _ = private(small(), images(2))
+    loss = classification(network(images(2, dtype=torch.float32))).mean()
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        loss.backward(create_graph=True)
+
+
+def test_compiled_networks_are_refused() -> None:
+    network, _, _ = private(nn.Sequential(kn.KNConv2d(3, 4, 3)), images(2))
+    refused = pytest.raises(NotImplementedError, match="compiled layers")
+    with FlopCounterMode(display=False), refused:
+        network(images(2, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clipping": "per_layer"}, {"wrap_model": False}, {"batch_first": False}],
+)
+def test_options_of_other_modes_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="bookkeeping"):
+        private(small(), images(2), **options)
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the")
+def test_make_private_with_epsilon_keeps_books_too() -> None:
+    network = small()
+    wrapped, optimizer, _ = PrivacyEngine(accountant="rdp").make_private_with_epsilon(
+        module=network,
+        optimizer=SGD(network.parameters(), lr=0.1),
+        data_loader=loader(images(8, dtype=torch.float32), 2),
+        target_epsilon=4.0,
+        target_delta=1e-3,
+        epochs=2,
+        max_grad_norm=1.0,
+    )
+    assert optimizer.noise_multiplier > 0
+    step(wrapped, optimizer, images(4, dtype=torch.float32))
+
+
+def test_is_an_engine_of_opacus() -> None:
+    assert issubclass(PrivacyEngine, OpacusEngine)
