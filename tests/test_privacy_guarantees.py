@@ -26,7 +26,7 @@ MNIST = 60_000
 
 PUBLISHED = [
     # sampling rate, noise multiplier, steps, published epsilon at delta = 1e-5
-    pytest.param(0.01, 4.0, 10_000, 1.26, id="Abadi et al. 2016, Section 3.2"),
+    pytest.param(0.01, 4.0, 10_000, 1.26, id="Abadi et al. 2016, arXiv:1607.00133"),
     pytest.param(256 / MNIST, 1.12, 60 * MNIST // 256, 2.92, id="TensorFlow Privacy's tutorial"),
     pytest.param(256 / MNIST, 1.2, 10 * MNIST // 256, 1.20, id="its table, 10 epochs"),
 ]
