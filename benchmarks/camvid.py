@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("archive", type=Path, nargs="?", help="default: generated images")
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"))
     parser.add_argument("--limit", type=int, default=1000, help="runs, then stop")
+    parser.add_argument("--scale", type=int, default=1, help="of the images, for cost")
     parser.add_argument("--picture", type=Path, default=Path("camvid.png"), help="file to draw")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "table":
         print_tables(args.out)
     elif args.command == "cost":
-        print_costs()
+        print_costs(args.scale)
     else:
         draw_picture(args.archive, args.out, args.picture)
 

@@ -110,15 +110,21 @@ def print_rates(results: Results, cases: list[tuple[str, str, int]]) -> None:
                 print(f"| {label} | {' | '.join(cells)} |")
 
 
-def print_costs(rounds: int = 20) -> None:
-    """Prints bytes kept for the backward pass and the seconds of a step, in interleaved rounds."""
+def print_costs(scale: int, rounds: int = 20) -> None:
+    """Prints bytes kept for the backward pass and the CPU time of a step, in interleaved rounds.
+
+    Args:
+        scale: the images are that many times as large as those of the runs
+        rounds: timings of each step; the first is left out, the table has the median
+    """
+    height, width = scale * HEIGHT, scale * WIDTH
     print("| network | norm | batch size | kept [MB] | step [ms] | of BatchNorm |")
     print("|---|---|---:|---:|---:|---:|")
     for network in NETWORKS:
         for batch_size in (1, 2, 8):
-            x = torch.rand(batch_size, 3, HEIGHT, WIDTH)
+            x = torch.rand(batch_size, 3, height, width)
             x = x.contiguous(memory_format=torch.channels_last)
-            y = torch.randint(CLASSES, (batch_size, HEIGHT, WIDTH))
+            y = torch.randint(CLASSES, (batch_size, height, width))
             networks = {
                 norm: build(network, norm).to(memory_format=torch.channels_last) for norm in NORMS
             }
