@@ -180,7 +180,7 @@ def test_gradients_are_kept_where_positions_are_many(positions: int, entry: type
     pointwise = Geometry((1,), (1,), (0,), (1,))
     weight = nn.Parameter(torch.zeros(64, 64, 1))
     x, z = torch.randn(2, 2, 64, positions)
-    made = weight_entry(weight, Product(x, z, None, unnormalised(pointwise, 1)))
+    made = weight_entry(weight, Product(x, z, unnormalised(pointwise, 1)))
     assert isinstance(made, entry)
 
 
@@ -188,12 +188,12 @@ def test_large_gradients_are_not_kept() -> None:
     geometry = Geometry((7, 7), (1, 1), (3, 3), (1, 1))
     x, z = torch.randn(2, 1, 32, 24, 24)
     made = weight_entry(
-        nn.Parameter(torch.zeros(32, 32, 7, 7)), Product(x, z, None, unnormalised(geometry, 1))
+        nn.Parameter(torch.zeros(32, 32, 7, 7)), Product(x, z, unnormalised(geometry, 1))
     )
     assert isinstance(made, Vectors)
     x, z = torch.randn(2, 1, 256, 12, 12)
     made = weight_entry(
-        nn.Parameter(torch.zeros(256, 256, 7, 7)), Product(x, z, None, unnormalised(geometry, 1))
+        nn.Parameter(torch.zeros(256, 256, 7, 7)), Product(x, z, unnormalised(geometry, 1))
     )
     assert isinstance(made, Weight)
 

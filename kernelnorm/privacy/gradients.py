@@ -51,14 +51,16 @@ class Product(NamedTuple):
     Args:
         x: the input, shape :math:`(N, C, *)`
         z: the gradient of the convolution's output, shape :math:`(N, K, *)`
-        mu: what is subtracted from each window, shape :math:`(N, 1, *)`, or ``None``
         settings: of the convolution
+        mu: what is subtracted from each window, shape :math:`(N, 1, *)`, or ``None``
+        sums: with ``mu``, the sum of :math:`z_t \mu_t` over the positions, shape :math:`(N, K)`
     """
 
     x: Tensor
     z: Tensor
-    mu: Tensor | None
     settings: Settings
+    mu: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def filter_shape(self) -> tuple[int, ...]:
@@ -68,8 +70,8 @@ class Product(NamedTuple):
 
     def samples(self, chosen: slice) -> Product:
         """The same of some samples."""
-        mu = None if self.mu is None else self.mu[chosen]
-        return Product(self.x[chosen], self.z[chosen], mu, self.settings)
+        mu, sums = (None if t is None else t[chosen] for t in (self.mu, self.sums))
+        return Product(self.x[chosen], self.z[chosen], self.settings, mu, sums)
 
 
 def unnormalised(geometry: Geometry, groups: int) -> Settings:
@@ -97,12 +99,12 @@ def squared_norms(product: Product) -> Tensor:
 
 def weighted_sum(product: Product, weights: Tensor) -> Tensor:
     """The sum of the samples' gradients of the filters, each times its weight."""
-    x, z, mu, settings = product
+    x, z, settings, mu, sums = product
     z = z * weights.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
     if len(settings.geometry.kernel_size) == 1 and settings.geometry.pointwise and mu is None:
         total: Tensor = torch.tensordot(z, x.to(z.dtype), dims=([0, 2], [0, 2]))
         return total.unsqueeze(2)
-    sums = None if mu is None else per_filter(z, mu).sum(0)
+    sums = None if sums is None else weights.to(sums.dtype) @ sums
     filters = z.new_empty(product.filter_shape)
     return _convolved(x.to(z.dtype), z, mu, sums, settings, filters)
 
@@ -130,10 +132,14 @@ def ghost_is_faster(product: Product, kept: bool) -> bool:
     return ghost + whole * kept < whole
 
 
-def per_filter(z: Tensor, map_: Tensor) -> Tensor:
-    """The sum over positions of ``z`` times a map, for each sample and filter: :math:`(N, K)`."""
-    z = z.flatten(2).to(map_.dtype)
-    return torch.bmm(z, map_.flatten(1).unsqueeze(2)).squeeze(2)
+def per_filter(z: Tensor, maps: Tensor) -> Tensor:
+    """The sum over positions of ``z`` times each of ``M`` maps.
+
+    Shape:
+        - z: :math:`(N, K, *)`, maps: :math:`(N, M, *)`
+        - Output: :math:`(N, K, M)`
+    """
+    return torch.bmm(z.flatten(2).to(maps.dtype), maps.flatten(2).mT)
 
 
 def squares(gradients: Tensor) -> Tensor:
@@ -155,8 +161,8 @@ def _per_sample(product: Product) -> Iterator[tuple[slice, Tensor]]:
     dtype, shape = compute_dtype(product.z), product.filter_shape
     for start in range(0, len(product.x), _SAMPLES):
         chosen = slice(start, start + _SAMPLES)
-        x, z, mu, settings = product.samples(chosen)
-        n, sums = len(x), None if mu is None else per_filter(z, mu).flatten()
+        x, z, settings, mu, sums = product.samples(chosen)
+        n, sums = len(x), None if sums is None else sums.flatten()
         x, z = (t.to(dtype).reshape(1, -1, *t.shape[2:]) for t in (x, z))
         settings = settings._replace(groups=n * settings.groups)
         filters = z.new_empty(z.shape[1], *shape[1:])
@@ -174,7 +180,7 @@ def _convolved(
     """The gradient of filters by a convolution of the whole batch.
 
     Args:
-        sums: of the products of ``z`` and ``mu`` for each filter
+        sums: of the products of ``z`` and ``mu``, for each filter
     """
     if mu is None:
         mu = z.new_zeros((len(z), 1, *z.shape[2:]), dtype=compute_dtype(z))
@@ -189,7 +195,7 @@ def _convolved(
 
 def _ghost(product: Product) -> Tensor:
     """The squared norms of the samples by products of positions, shape :math:`(n,)`."""
-    x, z, mu, settings = product
+    x, z, settings, mu, _ = product
     geometry, groups, dtype = settings.geometry, settings.groups, compute_dtype(z)
     x, z = x.to(dtype), z.flatten(2).unflatten(1, (groups, -1)).to(dtype)
     of_gradients = z.transpose(2, 3) @ z

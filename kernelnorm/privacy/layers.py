@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernelnorm import arguments
 from kernelnorm.modules import KNConv1d, KNConv2d, KNConv3d
+from kernelnorm.ops.backends import compute_dtype
 from kernelnorm.ops.knconv import node_behind
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
@@ -39,8 +40,8 @@ def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) ->
         )
 
     def receive(x: Tensor, z: Tensor, mu: Tensor, rstd: Tensor, settings: Settings) -> None:
-        product = Product(x.detach(), z, mu, settings)
-        _enter(book, layer, product, rstd)
+        sums, of_bias = gradients.per_filter(z, torch.cat([mu, 1 / rstd], 1)).unbind(2)
+        _enter(book, layer, Product(x.detach(), z, settings, mu, sums), of_bias)
 
     node.receive = receive
     return y
@@ -61,7 +62,7 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Ten
     settings = gradients.unnormalised(geometry, layer.groups)
 
     def receive(x: Tensor, z: Tensor) -> None:
-        _enter(book, layer, Product(x, z, None, settings))
+        _enter(book, layer, Product(x, z, settings))
 
     options = geometry, layer.groups, receive
     y: Tensor = _Convolution.apply(input, layer.weight, layer.bias, *options)  # type: ignore[no-untyped-call]
@@ -73,7 +74,7 @@ def linear(layer: nn.Linear, book: Book, input: Tensor) -> Tensor:
 
     def receive(x: Tensor, z: Tensor) -> None:
         x, z = (t.flatten(1, -2).mT if t.dim() > 2 else t.unsqueeze(2) for t in (x, z))
-        _enter(book, layer, Product(x, z, None, _LINEAR))
+        _enter(book, layer, Product(x, z, _LINEAR))
 
     y: Tensor = _Linear.apply(input, layer.weight, layer.bias, receive)  # type: ignore[no-untyped-call]
     return y
@@ -125,20 +126,18 @@ def _forward(layer: nn.Module, book: Book, input: Tensor) -> Tensor:
     return LAYERS[type(layer)](layer, book, input)
 
 
-def _enter(book: Book, layer: Any, product: Product, rstd: Tensor | None = None) -> None:
+def _enter(book: Book, layer: Any, product: Product, of_bias: Tensor | None = None) -> None:
     """Enters the gradients of a convolution or linear layer.
 
     Args:
-        rstd: by which ``product.z`` was multiplied, which the bias's gradient is not
+        of_bias: the gradients of the bias, shape :math:`(N, K)`. Default: the sums of ``product.z``
     """
     entries: list[Entry] = []
     if layer.weight.requires_grad:
         entries.append(weight_entry(layer.weight, product))
     if layer.bias is not None and layer.bias.requires_grad:
-        if rstd is not None:
-            of_bias = gradients.per_filter(product.z, rstd.reciprocal())
-        else:
-            of_bias = product.z.flatten(2).sum(2)
+        if of_bias is None:
+            of_bias = product.z.flatten(2).sum(2, dtype=compute_dtype(product.z))
         entries.append(Vectors({layer.bias: of_bias}))
     book.enter(layer, entries)
 

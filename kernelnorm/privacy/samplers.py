@@ -141,5 +141,6 @@ def _gradients(activations: list[Any], backprops: Tensor) -> tuple[Product, Tens
     if settings.slope is not None:
         gradient = torch.where(kept <= 0, gradient * settings.slope, gradient)
     x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    product = Product(x, (gradient * rstd).to(x.dtype), mu, settings)
-    return product, gradient
+    z = (gradient * rstd).to(x.dtype)
+    sums = gradients.per_filter(z, mu).squeeze(2)
+    return Product(x, z, settings, mu, sums), gradient
