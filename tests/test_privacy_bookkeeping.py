@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernelnorm as kn
 from kernelnorm.models import create_model, vgg8
+from kernelnorm.models.densenet import DenseNet
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import PrivacyEngine
 from kernelnorm.privacy.book import Vectors, Weight, weight_entry
@@ -33,6 +34,7 @@ from tests.per_sample import (
     clipped_sums,
     loader,
     norms,
+    projection,
     reduced,
     sample_gradients,
     trained,
@@ -104,6 +106,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg8 with GroupNorm": lambda: vgg8("group", width=0.125),
     "resnet18": lambda: create_model("resnet18", num_classes=4),
     "knresnet13": lambda: create_model("knresnet13", num_classes=4),
+    "densenet": lambda: DenseNet(4, (2, 1, 1, 2), 8, "kernel", 4, 3, True, None),
     "sequences": tokens,
 }
 
@@ -133,6 +136,39 @@ def test_batches_of_none_and_one(n: int, name: str, reduction: str) -> None:
     for parameter, total in zip(trained(network), expected, strict=True):
         assert_close(parameter.summed_grad, total)
         assert not parameter.grad.isnan().any()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_concatenations_with_opacus_own_modes(mode: str) -> None:
+    """KNConvs keep the parts of a concatenation, which the samplers put together."""
+    torch.manual_seed(0)
+    network, x = NETWORKS["densenet"]().double(), images(3, size=16)
+    expected = clipped_sums(sample_gradients(network, x, classification), 0.5)
+    wrapped, optimizer, *others = private(network, x, grad_sample_mode=mode)
+    criterion = others[0] if mode == "ghost" else nn.CrossEntropyLoss()
+    torch.manual_seed(SEED)
+    criterion(wrapped(x), torch.arange(3)).backward()
+    optimizer.step()
+    for parameter, total in zip(trained(network), expected, strict=True):
+        assert_close(parameter.summed_grad, total)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 5, 3), (4, 6, 2, 3, 2), (0, 6, 3)])
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+def test_group_norm_of_any_shape(shape: tuple[int, ...], frozen: str | None) -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.GroupNorm(3, 6)).double(), torch.randn(shape).double() + 1
+    nn.init.normal_(network[0].weight)
+    if frozen is not None:
+        getattr(network[0], frozen).requires_grad_(False)
+    expected = clipped_sums(sample_gradients(network, x, projection), 0.5)
+    if len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    network, optimizer, _ = private(network, images(2))
+    projection(network(x)).mean().backward()
+    optimizer.step()
+    for parameter, total in zip(trained(network), expected, strict=True):
+        assert_close(parameter.summed_grad, total)
 
 
 @given(
@@ -343,6 +379,15 @@ def test_a_batch_that_is_folded_is_refused() -> None:
     network(torch.randn(2, 4)).sum().backward()
     with pytest.raises(RuntimeError, match=r"one batch size in all layers.*'0': 2.*|'3': 1"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(4, 4), (4,)), (nn.Conv2d(3, 4, 3), (3, 5, 5))]
+)
+def test_inputs_without_a_batch_are_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    network, _, _ = private(nn.Sequential(layer), images(2))
+    with pytest.raises(ValueError, match="needs a batch"):
+        network(torch.randn(shape))
 
 
 def test_gradients_are_not_accumulated() -> None:

@@ -63,11 +63,12 @@ class Layer:
     reduction: str
     needs_input: bool
 
-    def module(self) -> nn.Module:
+    def module(self, eps: float) -> nn.Module:
         torch.manual_seed(self.case.seed)
         return KNCONVS[self.case.d](
             *self.arguments(),
             dropout_p=self.dropout_p,
+            eps=eps,
             activation=ACTIVATIONS[self.activation](),
             evaluation="monte_carlo",
         ).double()
@@ -148,7 +149,8 @@ MODES = [check_hooks, check_ghost, check_bookkeeping]
 @given(layer=layers())
 @settings(max_examples=100, deadline=None)
 def test_gradients_of_random_layers(layer: Layer, ghost: bool) -> None:
-    network, x = layer.module(), layer.input()
+    # Windows without variance have large gradients, which cancel: too much so for ghost norms.
+    network, x = layer.module(eps=0.1 if ghost else 1e-5), layer.input()
     expected = sample_gradients(network, x, projection)
     with mock.patch.object(gradients, "ghost_is_faster", return_value=ghost):
         for check in MODES:
@@ -274,6 +276,19 @@ def test_samplers_are_there_without_an_import_of_this_package() -> None:
     GradSampleHooks.GRAD_SAMPLERS[kn.KNConv2d] = sampler
     projection(wrapped(images().float())).mean().backward()
     assert all(len(p.grad_sample) == 5 for p in network.parameters())
+
+
+@pytest.mark.parametrize("wrap", [GradSampleModule, GradSampleModuleFastGradientClipping])
+def test_subclasses_raise_rather_than_draw_another_mask(wrap: type) -> None:
+    """Opacus runs layers of unknown types once more."""
+
+    class Doubled(kn.KNConv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    network = wrap(Doubled(3, 4, 3))
+    with pytest.raises(RuntimeError, match="random"):
+        projection(network(torch.randn(2, 3, 5, 5))).mean().backward()
 
 
 def test_hooks_of_others_stay_as_they_are() -> None:

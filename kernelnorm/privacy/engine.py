@@ -1,6 +1,7 @@
 """Opacus' PrivacyEngine with one more way to the clipped gradients: bookkeeping.
 
-The accountant, the noise and the Poisson sampling are Opacus' own.
+The accountant, the noise and the Poisson sampling are Opacus' own. Opacus has no public place for
+another way to the gradients, so two of its methods with an underscore are overridden.
 """
 
 from __future__ import annotations

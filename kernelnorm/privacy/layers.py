@@ -49,6 +49,7 @@ def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) ->
 
 def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Tensor) -> Tensor:
     """The convolutions of torch.nn."""
+    _check_batch(layer, input, layer.weight.dim())
     geometry = arguments.geometry(
         input.dim() - 2, layer.kernel_size, layer.stride, layer.padding, layer.dilation
     )
@@ -71,6 +72,7 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Ten
 
 def linear(layer: nn.Linear, book: Book, input: Tensor) -> Tensor:
     """Linear; dimensions between the first and the last are positions."""
+    _check_batch(layer, input, max(2, input.dim()))
 
     def receive(x: Tensor, z: Tensor) -> None:
         x, z = (t.flatten(1, -2).mT if t.dim() > 2 else t.unsqueeze(2) for t in (x, z))
@@ -124,6 +126,14 @@ def _forward(layer: nn.Module, book: Book, input: Tensor) -> Tensor:
         return y
     book.call(layer)
     return LAYERS[type(layer)](layer, book, input)
+
+
+def _check_batch(layer: nn.Module, input: Tensor, dims: int) -> None:
+    if input.dim() != dims:
+        raise ValueError(
+            f"private training needs a batch: {dims} dimensions for {layer}, got an input of "
+            f"shape {tuple(input.shape)}"
+        )
 
 
 def _enter(book: Book, layer: Any, product: Product, of_bias: Tensor | None = None) -> None:
@@ -206,7 +216,7 @@ class _GroupNorm(torch.autograd.Function):
         eps: float,
         receive: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
-        x, weight, bias = _dense(x), weight.to(x.dtype), bias.to(x.dtype)
+        x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
         ctx.shape = len(x), x.shape[1], prod(x.shape[2:]), groups
         y, mean, rstd = torch.ops.aten.native_group_norm.default(x, weight, bias, *ctx.shape, eps)
         ctx.receive = receive
@@ -220,18 +230,13 @@ class _GroupNorm(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x, *_ = torch.ops.aten.native_group_norm_backward.default(
-                _dense(grad), x, mean, rstd, weight, *ctx.shape, (True, False, False)
+                grad.contiguous(), x, mean, rstd, weight, *ctx.shape, (True, False, False)
             )
         repeats = x.shape[1] // ctx.shape[-1]
         mean, rstd = (t.repeat_interleave(repeats, 1) for t in (mean, rstd))
-        of_bias = grad.flatten(2).sum(2, dtype=rstd.dtype)
-        of_x = (grad * x).flatten(2).sum(2, dtype=rstd.dtype)
+        of_bias, of_x = (
+            (t.flatten(2) if t.dim() > 2 else t.unsqueeze(2)).sum(2, dtype=rstd.dtype)
+            for t in (grad, grad * x)
+        )
         ctx.receive((of_x - mean * of_bias) * rstd, of_bias)
         return grad_x, *[None] * 5
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x`` in a memory format that PyTorch's GroupNorm takes."""
-    if x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()

@@ -98,8 +98,8 @@ class _WithCall:
         before = len(getattr(layer, "activations", ()))
         self.hook(layer, inputs, output)
         kept: list[list[Any]] = getattr(layer, "activations", [])
-        if len(kept) == before:
-            return
+        if len(kept) == before or type(layer) not in KNCONVS:
+            return  # no gradients are wanted, or Opacus runs a subclass once more
         if not self.owner.batch_first or inputs[0].dim() != layer.weight.dim():
             raise ValueError(
                 f"private training needs batch_first=True and a batch, got batch_first="
