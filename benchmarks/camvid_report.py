@@ -14,13 +14,13 @@ from camvid_runs import (
     EPOCHS,
     RATES,
     SEEDS,
-    TUNING_EPOCHS,
     Results,
     Run,
     best_rate,
     load,
     mean_iou,
     read_results,
+    tuning_runs,
 )
 from torch import Tensor, nn
 
@@ -99,15 +99,13 @@ def print_classes(results: Results, batch_size: int = 1) -> None:
 
 def print_rates(results: Results, cases: list[tuple[str, str, int]]) -> None:
     """Prints the mean IoU on the validation images at each rate, for the first seed."""
-    print(f"\n| validation [%] | norm | batch size | epochs | {' | '.join(map(str, RATES))} |")
-    print("|---|---|---:|---:|" + "---:|" * len(RATES))
+    print(f"\n| validation [%] | norm | batch size | {' | '.join(map(str, RATES))} |")
+    print("|---|---|---:|" + "---:|" * len(RATES))
     for network, norm, batch_size in cases:
-        for epochs in (TUNING_EPOCHS, EPOCHS):
-            runs = [Run(network, norm, batch_size, rate, SEEDS[0], epochs) for rate in RATES]
-            cells = [f"{mean_iou(results[r], 'val'):.1f}" if r in results else "" for r in runs]
-            if any(cells):
-                label = f"{network} | {NORMS[norm]} | {batch_size} | {epochs}"
-                print(f"| {label} | {' | '.join(cells)} |")
+        runs = tuning_runs(network, batch_size, [norm])
+        cells = [f"{mean_iou(results[r], 'val'):.1f}" if r in results else "" for r in runs]
+        if any(cells):
+            print(f"| {network} | {NORMS[norm]} | {batch_size} | {' | '.join(cells)} |")
 
 
 def print_costs(scale: int, rounds: int = 20) -> None:
