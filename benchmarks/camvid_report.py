@@ -176,7 +176,7 @@ def draw_picture(archive: Path | None, folder: Path, file: Path, batch_size: int
         state = torch.load(folder / f"{run.name}.pt", weights_only=True)
         network.load_state_dict(state["network"])
         with torch.no_grad():
-            title = f"{label}\n{mean_iou(results[run], 'test'):.1f} % of all images"
+            title = f"{label}\nmean IoU {mean_iou(results[run], 'test'):.1f} %"
             columns[title] = palette[network(images[shown]).argmax(dim=1)]
     figure = plt.figure(figsize=(2.1 * len(columns), 5.8), layout="constrained")
     panels = figure.subplots(len(shown), len(columns))
