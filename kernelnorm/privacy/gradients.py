@@ -27,20 +27,25 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernelnorm.ops.backends import backend_for, compute_dtype
+from kernelnorm.ops.backends.eager import accumulate_dtype
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry, box_sum
 
 _KEPT = 4
 """Largest size of the kept gradients of all samples, in sizes of the input and the output."""
 
+_GHOST = 4
+_WEIGHT = 256
+"""Time of an operation of a ghost norm, and of writing and reading one weight of a sample's
+gradient, in operations of a convolution. Measured on a CPU."""
+
 _SAMPLES = 8
 """Samples whose gradients are formed at a time. The convolutions of single ones take longer."""
 
-_CHUNK = {"cpu": 1 << 20}
+_CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 26
 """Elements of intermediate results that are formed at a time: on CPUs they stay in the cache."""
 
@@ -118,18 +123,18 @@ def is_kept(product: Product) -> bool:
 
 
 def ghost_is_faster(product: Product, kept: bool) -> bool:
-    """True if the ghost norm takes fewer operations than the gradients of the samples.
+    """True if ghost norms are expected to take less time than the gradients of the samples.
 
     Args:
-        kept: the gradients are kept, and save forming their weighted sum from ``z`` and ``x``
+        kept: the gradients are kept, and save the convolution that forms their weighted sum
     """
     filters, *window = product.filter_shape
     groups, channels = product.settings.groups, product.x.shape[1]
     positions, pixels = prod(product.z.shape[2:]), _pixels(product)
     offsets = prod(product.settings.geometry.kernel_size)
     ghost = pixels**2 * channels + positions**2 * (filters + groups * offsets)
-    whole = positions * filters * prod(window)
-    return ghost + whole * kept < whole
+    weights = filters * prod(window)
+    return _GHOST * ghost < _WEIGHT * weights + (not kept) * positions * weights
 
 
 def per_filter(z: Tensor, maps: Tensor) -> Tensor:
@@ -194,53 +199,59 @@ def _convolved(
 
 
 def _ghost(product: Product) -> Tensor:
-    """The squared norms of the samples by products of positions, shape :math:`(n,)`."""
+    r"""The squared norms of the samples by products of positions, shape :math:`(n,)`.
+
+    In float64, as the terms cancel: where windows have a large mean beside their deviation, and
+    where some have large gradients and hardly any variance.
+    """
     x, z, settings, mu, _ = product
-    geometry, groups, dtype = settings.geometry, settings.groups, compute_dtype(z)
-    x, z = x.to(dtype), z.flatten(2).unflatten(1, (groups, -1)).to(dtype)
-    of_gradients = z.transpose(2, 3) @ z
-    padded = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)])
-    norms: Tensor
-    if mu is None:
-        norms = (_window_products(padded, settings) * of_gradients).flatten(1).sum(1)
-        return norms.clamp_min_(0)
-    # The windows and mu less a constant: the same difference of smaller numbers.
-    constant = padded.flatten(1).mean(1)
-    padded -= constant.view(-1, *[1] * (x.dim() - 1))
-    mu = mu.flatten(2).transpose(1, 2) - constant.view(-1, 1, 1)
-    norms = (_window_products(padded, settings) * of_gradients).flatten(1).sum(1)
-    unpadded = geometry._replace(padding=(0,) * len(geometry.padding))
-    sums = box_sum(padded.unflatten(1, (groups, -1)).sum(2), unpadded).flatten(2)
-    elements = prod(product.filter_shape[1:])
-    through = (of_gradients @ mu.unsqueeze(1)).squeeze(3)
-    norms += ((elements * mu.transpose(1, 2) - 2 * sums) * through).flatten(1).sum(1)
-    return norms.clamp_min_(0)
+    geometry, groups, dtype = settings.geometry, settings.groups, accumulate_dtype(x)
+    z = z.to(dtype).flatten(2).unflatten(1, (groups, -1))
+    of_gradients = z.mT @ z
+    x = x.to(dtype)
+    norms = (_window_products(x, settings) * of_gradients).flatten(1).sum(1)
+    if mu is not None:
+        mu = mu.to(dtype).flatten(2)
+        sums = box_sum(x.unflatten(1, (groups, -1)).sum(2), geometry).flatten(2)
+        through = (of_gradients @ mu.mT.unsqueeze(1)).squeeze(3)
+        elements = prod(product.filter_shape[1:])
+        norms = norms + ((elements * mu - 2 * sums) * through).flatten(1).sum(1)
+    result: Tensor = norms.clamp_min(0).to(compute_dtype(product.z))
+    return result
 
 
-def _window_products(padded: Tensor, settings: Settings) -> Tensor:
-    """The products of each two windows of a padded input, shape :math:`(n, G, P, P)`."""
-    geometry, sizes = settings.geometry, padded.shape[2:]
-    flat = padded.flatten(2).unflatten(1, (settings.groups, -1))
-    products: Tensor = flat.transpose(2, 3) @ flat
+def _window_products(x: Tensor, settings: Settings) -> Tensor:
+    """The products of each two windows of an input, shape :math:`(n, G, P, P)`."""
+    geometry, sizes, d = settings.geometry, x.shape[2:], x.dim() - 2
+    flat = x.flatten(2).unflatten(1, (settings.groups, -1))
+    products: Tensor = flat.mT @ flat
     if geometry.pointwise:
         return products
     products = products.unflatten(3, sizes).unflatten(2, sizes)
-    d = len(sizes)
-    every = (slice(None),) * (2 + d)
     for i, size in enumerate(sizes):
-        count, stride = geometry.kernel_size[i], geometry.stride[i]
-        span = (size - geometry.reach(i)) // stride * stride + 1
-        total: Tensor | None = None
-        for start in range(0, count * geometry.dilation[i], geometry.dilation[i]):
-            chosen = slice(start, start + span, stride)
-            part = products[(*every[: 2 + i], chosen, *every[: d - 1], chosen)]
-            total = part.clone() if total is None else total.add_(part)
-        assert total is not None
+        count, stride = geometry.positions(i, size), geometry.stride[i]
+        shape = list(products.shape)
+        shape[2 + i] = shape[2 + d + i] = count
+        total = products.new_zeros(shape)
+        for k in range(geometry.kernel_size[i]):
+            # Window t has pixel t * stride + start at offset k, if that is not in the padding.
+            start = k * geometry.dilation[i] - geometry.padding[i]
+            first = max(0, -(start // stride))
+            last = min(count - 1, (size - 1 - start) // stride)
+            if first <= last:
+                windows = slice(first, last + 1)
+                pixels = slice(first * stride + start, last * stride + start + 1, stride)
+                total[_both(windows, i, d)] += products[_both(pixels, i, d)]
         products = total
     return products.flatten(2, 1 + d).flatten(3)
 
 
+def _both(chosen: slice, i: int, d: int) -> tuple[slice, ...]:
+    """The index of dimension ``i`` of ``d``, of both windows or pixels of a product."""
+    every = (slice(None),)
+    return (*every * (2 + i), chosen, *every * (d - 1), chosen)
+
+
 def _pixels(product: Product) -> int:
-    """The pixels of a padded sample."""
-    padding = product.settings.geometry.padding
-    return prod(size + 2 * p for size, p in zip(product.x.shape[2:], padding, strict=True))
+    """The pixels of a sample."""
+    return prod(product.x.shape[2:])
