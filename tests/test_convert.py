@@ -330,7 +330,86 @@ def test_relu_stays_where_its_input_has_another_use():
     network, report = convert(model)
     assert isinstance(network.relu, nn.ReLU)
     assert (network(IMAGE) < 0).any()
-    assert why(report, "relu") == "stays: the output of the KNConv has another use, too"
+    assert why(report, "relu").endswith("has another use, too: what the model returns")
+
+
+CONV = {"conv": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8), "relu": nn.ReLU()}
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        lambda s, y: (s.relu(y), y),
+        lambda s, y: torch.cat([y, s.up(s.relu(s.pool(y)))], 1),
+        lambda s, y: s.relu(y.chunk(2, 1)[0]) + y.chunk(2, 1)[1].tanh(),
+        lambda s, y: s.relu(y * -1),
+        lambda s, y: s.relu(y / -2),
+        lambda s, y: s.relu(3 + y),
+        lambda s, y: s.relu(y + y.mean(1, keepdim=True)) + y,
+        lambda s, y: s.relu(y * y.tanh()),
+        lambda s, y: s.relu(torch.add(y, y, alpha=-2)),
+        lambda s, y: s.relu(F.pad(y, [1, 1, 1, 1], value=-1.0)),
+    ],
+)
+def test_a_relu_moves_only_if_nothing_else_sees_the_difference(uses: Callable[[Any, Tensor], Any]):
+    """The same network with the ReLU where it was gives the same output."""
+    layers = {**copy.deepcopy(CONV), "pool": nn.MaxPool2d(2), "up": nn.Upsample(scale_factor=2)}
+    model = Calling(lambda s, x: uses(s, s.bn(s.conv(x))), **layers)
+    network, report = kernelnorm.convert(model, IMAGE, rules={"head": False})
+    expected = copy.deepcopy(network)
+    expected.conv.activation, expected.relu = None, nn.ReLU()
+    outputs = (one.eval()(IMAGE) for one in (network, expected))
+    torch.testing.assert_close(*outputs)
+    assert isinstance(network.relu, nn.ReLU), str(report)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(inplace=True), nn.ReLU(inplace=True)])
+def test_what_is_changed_in_place_after_a_removed_norm_is_a_copy(activation: nn.Module):
+    """A norm gives a new tensor; the identity that it becomes must not give away its input."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return self.conv(self.act(self.bn(y))) + y
+
+    layers = {"bn": nn.BatchNorm2d(8), "act": activation, "conv": nn.Conv2d(8, 8, 3, padding=1)}
+    network, report = convert(Calling(forward, first=nn.Conv2d(3, 8, 1), **layers))
+    assert next(row.after for row in report.rows if row.name == "bn") == "Copy"
+    y = torch.tanh(network.first(IMAGE))
+    expected = network.conv.eval()(activation(y.clone())) + y
+    torch.testing.assert_close(network(IMAGE), expected)
+
+
+def test_input_of_the_network_is_not_changed():
+    x = IMAGE.clone()
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 8, 3))
+    network, _ = convert(model)
+    network(x)
+    assert torch.equal(x, IMAGE)
+
+
+def test_relu_with_two_uses_before_the_pooling_keeps_both():
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.relu(self.bn(self.conv(x)) + self.bn2(self.conv2(x)))
+        return self.pool(y), self.segment(y)
+
+    layers = copy.deepcopy(CONV)
+    layers |= {"conv2": nn.Conv2d(3, 8, 3, padding=1), "bn2": nn.BatchNorm2d(8)}
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "segment": nn.Identity()}
+    network, _ = kernelnorm.convert(Calling(forward, **layers), IMAGE)
+    assert (network(IMAGE)[1] >= 0).all()
+
+
+def test_empty_sequence_as_shortcut_is_none():
+    class Shortcut(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shortcut = nn.Sequential()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.shortcut(x))
+
+    network, report = convert(nn.Sequential(conv_norm_relu(3, 8), Shortcut()))
+    assert isinstance(network[1].relu, nn.Identity), str(report)
 
 
 def test_relu_stays_where_its_input_comes_from_another_layer():
@@ -424,6 +503,25 @@ def test_unknown_convolutions_are_named(conv: Callable[[], nn.Module], reason: s
     assert isinstance(network[3], nn.ReLU)
 
 
+class ReLUNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_unknown_norms_are_named_and_left_with_their_convolution():
+    network, report = convert(nn.Sequential(conv_norm_relu(3, 8), nn.Conv2d(8, 8, 3), ReLUNorm(8)))
+    assert type(network[1]) is nn.Conv2d
+    assert isinstance(network[2], ReLUNorm)
+    assert report.unconverted[0].why == "ReLUNorm has a forward of its own"
+
+
+def test_forward_of_an_instance_is_an_obstacle():
+    model = conv_norm_relu(3, 8)
+    model[0].forward = lambda x: F.conv2d(x, model[0].weight, padding=1)
+    _, report = convert(model, inplace=True)
+    assert report.unconverted[0].why == "this Conv2d has a forward of its own"
+
+
 class Conv2dSame(nn.Conv2d):
     """Padded like TensorFlow's."""
 
@@ -509,15 +607,16 @@ def test_activation_of_a_norm_that_becomes_a_kernel_norm_is_kept():
     assert [type(layer) for layer in network[1]] == [KernelNorm2d, nn.Identity, nn.ReLU]
 
 
-def test_norm_without_windows_is_left_and_named():
+@pytest.mark.parametrize("example", [IMAGE, None])
+def test_norm_without_windows_is_left_and_named(example: Tensor | None):
     model = nn.Sequential(
         conv_norm_relu(3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8),
         nn.BatchNorm1d(8),
     )  # fmt: skip
-    network, report = kernelnorm.convert(model, IMAGE)
+    network, report = kernelnorm.convert(model, example)
     assert isinstance(network[4], nn.BatchNorm1d)
     assert [row.name for row in report.unconverted] == ["4"]
-    assert "2 dimensions" in report.unconverted[0].why
+    assert "no windows" in report.unconverted[0].why
 
 
 @pytest.mark.parametrize(
@@ -657,6 +756,27 @@ def test_model_that_cannot_be_copied_can_be_converted_itself():
     with pytest.raises(ValueError, match=r"model cannot be copied.*Pass inplace=True"):
         kernelnorm.convert(model, IMAGE)
     network, _ = kernelnorm.convert(model, IMAGE, inplace=True)
+    assert isinstance(network[0], KNConv2d)
+
+
+def test_converts_in_inference_mode_and_leaves_the_example():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.layers(x.mul_(2))
+
+    x = IMAGE.clone()
+    with torch.inference_mode():
+        network, _ = kernelnorm.convert(Calling(forward, layers=conv_norm_relu(3, 8)), x)
+    assert torch.equal(x, IMAGE)
+    network(x).sum().backward()
+
+
+def test_norm_with_a_layer_called_norm():
+    class Named(BatchNormAct2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels, nn.SiLU())
+            self.norm = nn.Identity()
+
+    network, _ = convert(nn.Sequential(nn.Conv2d(3, 8, 3), Named(8)))
     assert isinstance(network[0], KNConv2d)
 
 

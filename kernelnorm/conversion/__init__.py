@@ -89,19 +89,24 @@ def convert(
     """
     given = as_rules({} if rules is None else rules)
     _check(model, norms)
-    network = model if inplace else _copied(model)
-    recorded = [] if example_input is None else _recorded(network, example_input)
-    guesses = guessed_calls(network, recorded)
-    plan = make_plan([*recorded, *guesses], norms, given)
-    old = {name: type(module).__name__ for name, module in network.named_modules()}
-    parameters = {*network.parameters()}
-    carry_out(plan, _spatial_dims([*recorded, *guesses]), given)
+    with torch.inference_mode(False):  # new parameters are ordinary ones
+        network = model if inplace else _copied(model)
+        recorded = [] if example_input is None else _recorded(network, example_input)
+        guesses = guessed_calls(network, recorded)
+        plan = make_plan([*recorded, *guesses], norms, given)
+        old = {name: type(module).__name__ for name, module in network.named_modules()}
+        parameters = {*network.parameters()}
+        carry_out(plan, _spatial_dims([*recorded, *guesses]), given)
     return network, _report(network, plan, old, parameters, {call.module for call in guesses})
 
 
 def _check(model: nn.Module, norms: Collection[str]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "cannot convert a DistributedDataParallel: convert its module, then wrap it"
+        )
     if isinstance(norms, str) or not {*norms} <= {*kinds.NORMS}:
         raise ValueError(f"norms must be names from {', '.join(kinds.NORMS)}, got {norms!r}")
     for name, module in model.named_modules():
@@ -141,9 +146,9 @@ def _recorded(network: nn.Module, example_input: Any) -> list[Call]:
     if isinstance(example_input, Mapping):
         options = example_input
     else:
-        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+        arguments = example_input if type(example_input) is tuple else (example_input,)
     try:
-        return record(network, arguments, options, kinds.is_layer)
+        return record(network, _cloned(arguments), _cloned(options), kinds.is_layer)
     except Exception as error:
         raise ValueError(
             f"model cannot run on example_input ({type(error).__name__}: {error}). Pass an input "
@@ -152,14 +157,25 @@ def _recorded(network: nn.Module, example_input: Any) -> list[Call]:
         ) from error
 
 
+def _cloned(value: Any) -> Any:
+    """The same with copies of its tensors, which the network may change in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {name: _cloned(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_cloned, value))
+    return value
+
+
 def _spatial_dims(calls: Iterable[Call]) -> dict[nn.Module, int]:
-    """The spatial dimensions of the maps that each layer takes; of guesses, by its name."""
+    """The spatial dimensions of the maps that each layer takes, by its name or its input."""
     dims = {}
     for call in calls:
         if call.module is not None and call.inputs:
             shape, name = call.inputs[0].shape, type(call.module).__name__
-            named = next((d for d in (1, 3) if f"{d}d" in name), 2)
-            dims[call.module] = len(shape) - 2 if shape else named
+            named = next((d for d in (1, 2, 3) if f"{d}d" in name), None)
+            dims[call.module] = named or (len(shape) - 2 if shape else 2)
     return dims
 
 

@@ -1,20 +1,22 @@
 """Rule III: which activations move into the KNConvs that make their input.
 
-A ReLU moves to all of these, through sums, concatenations and pooling, or it stays. One module may
-be called in several places: it moves if all of its calls can.
+A ReLU moves to all KNConvs that make its input, through sums, concatenations and pooling, or it
+stays. Whatever else their outputs are used for must not see the difference: every way from such a
+KNConv leads to a ReLU, or through a sum to a norm. One module may be called in several places: it
+moves if all of its calls can.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from kernelnorm.arguments import LEAST_SLOPE
 from kernelnorm.conversion import kinds
-from kernelnorm.conversion.flow import Flow
+from kernelnorm.conversion.flow import Flow, is_global_pooling
 from kernelnorm.conversion.head import Head
 from kernelnorm.conversion.kinds import Kind, kind_of
 from kernelnorm.conversion.record import Call, Value
@@ -30,7 +32,7 @@ class Activations:
     Args:
         taken: the activation that a KNConv takes over
         removed: activations that nothing is left of
-        copied: norms that become a copy, since what follows changes the KNConv's output in place
+        copied: norms and activations that become a copy, since what follows changes it in place
         functions: the modules whose ``forward`` calls a ReLU as a function that could move
         why: the reason for each activation that has to do with a KNConv
     """
@@ -49,6 +51,7 @@ class _Origin:
     calls: list[Call] = field(default_factory=list)  # of KNConvs
     summed: bool = False
     gathered: bool = False
+    normalized: bool = False  # by a norm that goes
     obstacle: str = ""
 
 
@@ -74,43 +77,45 @@ def plan_activations(
         kind = kinds.kind_of_module(module)
         if kind not in (Kind.RELU, Kind.LEAKY_RELU) or (head and module is head.module):
             continue
+        replaced = [call for call in calls if head is not None and call is head.replaces]
         origins = [
             _origin(call, convolutions, removed_norms, rules)
             for call in calls
-            if head is None or call is not head.replaces
+            if call not in replaced
         ]
         obstacle = next((origin.obstacle for origin in origins if origin.obstacle), "")
-        obstacle = obstacle or _obstacle_of_leaky_relu(module, origins)
-        if not obstacle:
-            moving[module] = origins
-        elif any(origin.calls for origin in origins):
+        obstacle = obstacle or _obstacle_of_module(module, origins)
+        if not replaced and not any(origin.calls or origin.normalized for origin in origins):
+            continue  # it has nothing to do with KNConvs
+        if obstacle:
             why[module] = f"stays: {obstacle}"
-    while lost := _cannot_move(flow, moving, removed_norms):
+        else:
+            moving[module] = origins
+    while lost := _cannot_move(flow, moving, removed_norms, head):
         for module, obstacle in lost.items():
             why[module] = f"stays: {obstacle}"
             del moving[module]
 
+    taken: dict[nn.Module, nn.Module] = {}
+    removed: list[nn.Module] = []
+    for module, origins in moving.items():
+        taken.update((call.module, module) for call in _calls(origins) if call.module is not None)
+        if rules.residual_relu == "branch" or not any(origin.summed for origin in origins):
+            removed.append(module)
+            several = any(origin.gathered for origin in origins)
+            why[module] = (
+                f"rule III: moved into the {'KNConvs' if several else 'KNConv'} before it"
+                if any(_calls(origins))
+                else "its input is not negative"
+            )
     functions = dict[str, None]()
     for call in flow.calls:
         if call.module is None and kind_of(call) is Kind.RELU:
             origin = _origin(call, convolutions, removed_norms, rules)
             if origin.calls and not origin.obstacle:
                 functions[call.owner] = None
-
-    taken: dict[nn.Module, nn.Module] = {}
-    removed, copied = [], []
-    for module, origins in moving.items():
-        for call in _calls(origins):
-            assert call.module is not None
-            taken[call.module] = module
-            copied += _norms_to_copy(flow, call, {*removed_norms, *moving}) or []
-        if rules.residual_relu == "branch" or not any(origin.summed for origin in origins):
-            removed.append(module)
-            gathered = any(origin.gathered for origin in origins)
-            why[module] = (
-                f"rule III: moved into the {'KNConvs' if gathered else 'KNConv'} before it"
-            )
-    return Activations(taken, removed, copied, functions, why)
+    gone = {*removed_norms, *removed}
+    return Activations(taken, removed, [*_to_copy(flow, gone, taken)], functions, why)
 
 
 def _origin(
@@ -121,39 +126,64 @@ def _origin(
 ) -> _Origin:
     found, seen = _Origin(), set[int]()
 
-    def walk(value: Value, has_other_use: bool = False) -> None:
+    def walk(value: Value) -> None:
         call = value.maker
         if call is None:
             found.obstacle = "its input is no output of a KNConv"
         if call is None or id(call) in seen:
             return
         seen.add(id(call))
-        kind, has_other_use = kind_of(call), has_other_use or len(value.users) > 1
+        kind = kind_of(call)
         if call.module in convolutions:
             found.calls.append(call)
-            if has_other_use and not found.gathered:
-                found.obstacle = "the output of the KNConv has another use, too"
         elif call.module in removed_norms or kind is Kind.PASSING:
-            walk(call.inputs[0], has_other_use)
-        elif kind in (Kind.SUM, Kind.CONCATENATION, Kind.POOLING):
+            found.normalized |= call.module in removed_norms
+            walk(call.inputs[0])
+        elif kind in _GATHERING and not kinds.pools_maps(call):
             found.gathered = True
             found.summed |= kind is Kind.SUM
+            if kind is Kind.SUM and (len(call.inputs) < 2 or call.options.get("alpha", 1) != 1):
+                found.obstacle = "a number is added to its input, or multiplied"
             for part in call.inputs:
                 walk(part)
-        elif kind is Kind.PRODUCT:  # with a gate
-            for part in call.inputs:
-                if part.shape == value.shape:
-                    walk(part, has_other_use)
+        elif kind is Kind.PRODUCT and (factor := _gated(call, value)) is not None:
+            walk(factor)
         elif kind not in (Kind.RELU, Kind.BOUNDED):  # whose output is not negative anyway
             found.obstacle = f"its input comes from {call.name or 'another function'}, too"
 
     walk(activation.inputs[0])
+    if any(value.shape != activation.inputs[0].shape for value in activation.outputs):
+        found.obstacle = "it changes a part of a tensor in place"
     if found.summed and rules.residual_relu == "sum" and not found.obstacle:
         found.obstacle = "rule residual_relu='sum'"
     return found
 
 
-def _obstacle_of_leaky_relu(module: nn.Module, origins: list[_Origin]) -> str:
+def _gated(product: Call, value: Value) -> Value | None:
+    """The factor of a product that is a map, if the other is not negative."""
+    maps = [part for part in product.inputs if part.shape == value.shape and not _positive(part)]
+    others = [part for part in product.inputs if part not in maps]
+    numbers = [number for number in product.arguments if isinstance(number, (int, float))]
+    if len(maps) != 1 or not all(map(_positive, others)) or any(n <= 0 for n in numbers):
+        return None
+    divided = product.name.strip("_") in ("div", "truediv")
+    return None if divided and product.inputs[0] is not maps[0] else maps[0]
+
+
+def _positive(value: Value) -> bool:
+    """True for what a sigmoid or ReLU has made, perhaps in another shape: never negative."""
+    call = value.maker
+    while call is not None and kind_of(call) in (Kind.PASSING, Kind.POOLING):
+        call = call.inputs[0].maker
+    if call is not None and kind_of(call) is Kind.PRODUCT:
+        numbers = [number for number in call.arguments if isinstance(number, (int, float))]
+        return all(map(_positive, call.inputs)) and all(number > 0 for number in numbers)
+    return call is not None and kind_of(call) in (Kind.RELU, Kind.BOUNDED)
+
+
+def _obstacle_of_module(module: nn.Module, origins: list[_Origin]) -> str:
+    if "forward" in vars(module):
+        return "it has a forward of its own"
     if not isinstance(module, nn.LeakyReLU):
         return ""
     if not LEAST_SLOPE <= module.negative_slope <= 1:
@@ -166,48 +196,129 @@ def _cannot_move(
     flow: Flow,
     moving: Mapping[nn.Module, list[_Origin]],
     removed_norms: Collection[nn.Module],
+    head: Head | None,
 ) -> dict[nn.Module, str]:
-    """The activations that a call of a convolution holds back, with the reason."""
+    """The activations that something after a KNConv holds back, with the reason."""
     covered = {id(call) for origins in moving.values() for call in _calls(origins)}
     takers: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
     for module, origins in moving.items():
         for call in _calls(origins):
             assert call.module is not None
             takers[call.module].add(module)
-    absorbed, lost = {*removed_norms, *moving}, dict[nn.Module, str]()
+    lost = dict[nn.Module, str]()
     for convolution, modules in takers.items():
         calls, reason = flow.calls_of[convolution], ""
+        uses = [use for call in calls for use in _other_uses(call, moving, removed_norms, head)]
         if any(id(call) not in covered for call in calls):
             reason = "the KNConv is also called without it"
-        elif len({_settings(module) for module in modules}) > 1:
+        elif len({_slope(module) for module in modules}) > 1:
             reason = "the KNConv has another activation, too"
-        elif any(_norms_to_copy(flow, call, absorbed) is None for call in calls):
+        elif uses:
+            reason = f"the output of the KNConv has another use, too: {uses[0]}"
+        elif any(_is_changed(flow, call, {*removed_norms, *moving}) for call in calls):
             reason = "what follows changes the output of the KNConv in place"
         lost.update(dict.fromkeys(modules, reason) if reason else {})
     return lost
 
 
-def _norms_to_copy(
-    flow: Flow, call: Call, absorbed: Collection[nn.Module]
-) -> list[nn.Module] | None:
-    """The norm after a KNConv with an activation whose output is changed in place.
+def _other_uses(
+    convolution: Call,
+    moving: Collection[nn.Module],
+    removed_norms: Collection[nn.Module],
+    head: Head | None,
+) -> Iterator[str]:
+    """The names of what would see the difference if the KNConv had its activation at once."""
+    waiting, seen = [(convolution, False)], {id(convolution)}
+    while waiting:
+        call, summed = waiting.pop()
+        for user in (user for value in call.outputs for user in value.users):
+            kind = kind_of(user)
+            if user.module in moving or kind is Kind.RELU or id(user) in seen:
+                continue
+            seen.add(id(user))
+            if head and (user.module is head.module or user is head.replaces):
+                continue
+            if kind is Kind.POOLING and is_global_pooling(user) and _is_gate(user):
+                continue
+            if kind is Kind.NORM and user.module not in removed_norms and summed:
+                continue
+            if user.module in removed_norms or kind in _WAYS:
+                waiting.append((user, summed or kind is Kind.SUM))
+            else:
+                yield "what the model returns" if user.end else user.name or "a function"
 
-    Returns:
-        No norm if nothing changes the output; ``None`` if something does and there is no norm.
+
+_GATHERING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING)
+_FORGETTING = (Kind.CONVOLUTION, Kind.SUM, Kind.CONCATENATION)
+"""Those that do not keep their output for the backward pass."""
+_WAYS = (Kind.PASSING, Kind.CONCATENATION, Kind.POOLING, Kind.SUM, Kind.PRODUCT)
+
+
+def _is_gate(pooling: Call) -> bool:
+    """True if all that follows a pooling of whole maps are factors of products."""
+    waiting, seen = [pooling], {id(pooling)}
+    while waiting:
+        users = [user for value in waiting.pop().outputs for user in value.users]
+        for user in users:
+            if user.end:
+                return False
+            if id(user) not in seen and kind_of(user) is not Kind.PRODUCT:
+                seen.add(id(user))
+                waiting.append(user)
+    return True
+
+
+def _is_changed(flow: Flow, convolution: Call, removed: Collection[nn.Module]) -> bool:
+    """True if a KNConv's output is changed in place, and no removed layer can make a copy of it."""
+    (value, *_) = convolution.outputs
+    users = [user for user in value.users if user.module in removed]
+    return not users and _changes(flow, {value.storage}, removed)
+
+
+def _to_copy(
+    flow: Flow, removed: Collection[nn.Module], taken: Collection[nn.Module]
+) -> Iterator[nn.Module]:
+    """The removed layers that have to be copies of their input.
+
+    An identity hands on its input itself. Where that is changed in place afterwards, or its output
+    is, others would see it: another use of the input, the caller of the network, and what made the
+    input and keeps it for the backward pass, such as a KNConv with an activation.
     """
-    value, norms = call.outputs[0], []
-    while len(value.users) == 1 and value.users[0].module in absorbed and value.users[0].outputs:
-        user = value.users[0]
-        norms += [user.module] if user.module in flow.norms and user.module is not None else []
-        value = user.outputs[-1]
-    changing = (c for c in flow.calls if value.storage in c.changed and c.module not in absorbed)
-    return (norms or None) if any(changing) else []
+    for call in flow.calls:
+        if call.module is None or call.module not in removed:
+            continue
+        value = call.inputs[0]
+        maker = value.maker
+        forgets = maker is not None and maker.module not in taken and kind_of(maker) in _FORGETTING
+        shared = len(value.users) > 1 or not (forgets or (maker and maker.module in removed))
+        if shared and _changes(flow, {value.storage, *_storages(call, removed)}, removed, call):
+            yield call.module
+
+
+def _storages(call: Call, removed: Collection[nn.Module]) -> set[int]:
+    """The storages that become one with the output of a removed layer."""
+    found = {value.storage for value in call.outputs}
+    for user in (user for value in call.outputs for user in value.users):
+        if user.module in removed and user is not call:
+            found |= _storages(user, removed)
+    return found
+
+
+def _changes(
+    flow: Flow,
+    storages: Collection[int],
+    removed: Collection[nn.Module],
+    after: Call | None = None,
+) -> bool:
+    """True if a call of something that is left changes one of the storages in place."""
+    calls = flow.calls if after is None else flow.calls[flow.calls.index(after) + 1 :]
+    return any(c.module not in removed and not c.changed.isdisjoint(storages) for c in calls)
 
 
 def _calls(origins: list[_Origin]) -> list[Call]:
     return [call for origin in origins for call in origin.calls]
 
 
-def _settings(activation: nn.Module) -> float:
-    """The slope, which is all that ReLUs and LeakyReLUs differ in."""
+def _slope(activation: nn.Module) -> float:
+    """All that ReLUs and LeakyReLUs differ in."""
     return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0

@@ -31,7 +31,9 @@ class Flow:
         for call in calls:
             if call.module is not None:
                 self.calls_of[call.module].append(call)
-        self.norms = [m for m in self.calls_of if kinds.name_of_norm(m) in norms]
+        named = [m for m in self.calls_of if kinds.name_of_norm(m) in norms]
+        self.norms = [norm for norm in named if kinds.obstacle_of_norm(norm) is None]
+        self.unknown_norms = [norm for norm in named if norm not in self.norms]
         self.before = {norm: self._before(norm) for norm in self.norms}
         """The convolutions whose output a norm normalises."""
         self.after = {norm: self._after(norm) for norm in self.norms}

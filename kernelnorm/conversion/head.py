@@ -63,7 +63,8 @@ def plan_head(flow: Flow, rules: Rules) -> Head | None:
     if activation is not None and activation.module is not None and _called_once(flow, activation):
         return Head(activation.module, "before" if moved or not relu else "after")
     if combined and pooling.module is not None and _called_once(flow, pooling):
-        return Head(pooling.module, "pooling", activation if moved else None)
+        alone = activation is not None and all(len(v.users) == 1 for v in activation.outputs)
+        return Head(pooling.module, "pooling", activation if moved and alone else None)
     return None
 
 

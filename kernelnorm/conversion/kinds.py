@@ -22,6 +22,8 @@ __all__ = [
     "kind_of_module",
     "name_of_norm",
     "obstacle",
+    "obstacle_of_norm",
+    "pools_maps",
     "window_size",
 ]
 
@@ -40,13 +42,21 @@ NORMS = {
 }
 """The classes of each norm, by name; classes derived from these count, too."""
 
+_KNOWN_NORMS = (
+    *("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "BatchNormAct2d", "SyncBatchNormAct"),
+    *("GroupNormAct", "GroupNorm1Act"),
+)
+"""Norms of torchvision and timm that have a forward of their own."""
+
 
 class Kind(Enum):
     """The part that a call has in a network, with the classes and functions that have it."""
 
     RELU = "ReLU relu"
     LEAKY_RELU = "LeakyReLU leaky_relu"
-    BOUNDED = "ReLU6 Sigmoid Hardsigmoid Softmax relu6 sigmoid hardsigmoid softmax"
+    BOUNDED = (
+        "ReLU6 Sigmoid Hardsigmoid Softmax relu6 sigmoid hardsigmoid softmax exp square abs sqrt"
+    )
     """Another activation whose output is not negative."""
     ACTIVATION = (
         "SiLU GELU Hardswish Mish ELU SELU CELU PReLU Tanh Softplus Hardtanh "
@@ -64,11 +74,13 @@ class Kind(Enum):
     """Pooling or interpolation: its output is not negative if its input is not."""
     PRODUCT = "mul __mul__ __rmul__ __imul__ div __truediv__"
     PASSING = (
-        "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout Flatten Unflatten "
+        "Identity Sequential Dropout Dropout1d Dropout2d Dropout3d Flatten Unflatten "
         "PixelShuffle PixelUnshuffle ChannelShuffle ZeroPad1d ZeroPad2d ZeroPad3d "
+        "ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d "
+        "ReplicationPad3d CircularPad1d CircularPad2d CircularPad3d "
         "dropout dropout2d chunk split unbind view reshape flatten unflatten squeeze unsqueeze "
-        "transpose permute contiguous __getitem__ narrow roll pad to clone pixel_shuffle "
-        "channel_shuffle"
+        "transpose permute contiguous __getitem__ narrow roll flip expand expand_as pad to float "
+        "half bfloat16 double type detach clone pixel_shuffle channel_shuffle"
     )
     """Passes its elements on, in another order or with zeros between them."""
     CONVOLUTION = "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d"
@@ -85,14 +97,29 @@ def kind_of(call: Call) -> Kind:
     """The part of a call."""
     if call.module is not None:
         return kind_of_module(call.module)
-    in_place = not call.name.endswith("__")
-    return _KINDS.get(call.name.removesuffix("_") if in_place else call.name, Kind.OTHER)
+    name = call.name if call.name.endswith("__") else call.name.removesuffix("_")
+    kind = _KINDS.get(name, Kind.OTHER)
+    if name in ("clamp", "clamp_min"):
+        least = call.options.get("min", call.arguments[1] if len(call.arguments) > 1 else None)
+        kind = Kind.BOUNDED if isinstance(least, (int, float)) and least >= 0 else Kind.OTHER
+    if name == "pad" and (len(call.arguments) > 2 or {"mode", "value"} & {*call.options}):
+        kind = Kind.OTHER
+    if name == "interpolate" and call.options.get("mode") == "bicubic":
+        kind = Kind.OTHER
+    return kind
 
 
 def kind_of_module(module: nn.Module) -> Kind:
     """The part of a layer: that of the nearest of its classes that has one."""
     names = (base.__name__ for base in type(module).__mro__)
     return next((_KINDS[name] for name in names if name in _KINDS), Kind.OTHER)
+
+
+def pools_maps(call: Call) -> bool:
+    """True for a pooling that makes one pixel of a map of any size."""
+    name = call.name if call.module is None else type(call.module).__name__
+    one = bool(call.outputs) and all(size == 1 for size in call.outputs[0].shape[2:])
+    return kind_of(call) is Kind.POOLING and one and ("daptive" in name or name in ("mean", "amax"))
 
 
 def name_of_norm(module: nn.Module) -> str | None:
@@ -130,11 +157,27 @@ def obstacle(convolution: nn.Module) -> str | None:
         return f"{kind} is parametrised"
     if "weight" not in dict(convolution.named_parameters(recurse=False)):
         return f"{kind} computes its weight"
+    if "forward" in vars(convolution):
+        return f"this {kind} has a forward of its own"
     for base in type(convolution).__mro__:
         if base in CONVOLUTIONS:
             break
+        if "__slots__" in vars(base):
+            return f"{kind} has slots"
         if base.__name__ != "Conv2dSame" and {"forward", "_conv_forward"}.intersection(vars(base)):
             return f"{kind} has a forward of its own"
+    return None
+
+
+def obstacle_of_norm(norm: nn.Module) -> str | None:
+    """Why it is not known what a norm does, or ``None`` if it is."""
+    if "forward" in vars(norm):
+        return f"this {type(norm).__name__} has a forward of its own"
+    for base in type(norm).__mro__:
+        if base.__module__.startswith("torch.nn.") or base.__name__ in _KNOWN_NORMS:
+            break
+        if "forward" in vars(base):
+            return f"{type(norm).__name__} has a forward of its own"
     return None
 
 

@@ -64,6 +64,8 @@ def make_plan(calls: Sequence[Call], norms: Collection[str], rules: Rules) -> Pl
             reasons[module] = _fate_of_convolution(module, has_norm=module in owners)
     for norm in flow.norms:
         reasons[norm] = _fate_of_norm(norm, flow, reasons)
+    for norm in flow.unknown_norms:
+        reasons[norm] = Fate.UNCONVERTED, kinds.obstacle_of_norm(norm) or ""
     fates = {module: fate for module, (fate, _) in reasons.items()}
     why = {module: reason for module, (_, reason) in reasons.items()}
 
@@ -106,4 +108,6 @@ def _fate_of_norm(
     shapes = [call.inputs[0].shape for call in flow.calls_of[norm]]
     if any(len(shape) in (1, 2) or len(shape) > 5 for shape in shapes):
         return Fate.UNCONVERTED, f"no windows in an input of {len(shapes[0])} dimensions"
+    if not neighbours and not shapes[0] and "1d" in type(norm).__name__:  # of vectors, likely
+        return Fate.UNCONVERTED, "no windows, unless its input is a sequence"
     return Fate.PIXELS, reasons[others[0]][1] if others else "no convolution belongs to it"

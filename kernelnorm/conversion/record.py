@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -41,10 +41,17 @@ class Call:
     module: nn.Module | None
     owner: str
     """The qualified name of the module in whose ``forward`` it was called."""
+    arguments: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     changed: set[int] = field(default_factory=set)
     """The storages of the inputs that the call changed in place, or does in training."""
+
+    @property
+    def end(self) -> bool:
+        """True for the network's return, which takes what the network gives."""
+        return self.name == "return" and self.module is None
 
 
 def record(
@@ -55,7 +62,8 @@ def record(
 ) -> list[Call]:
     """Runs the network once, in evaluation and without gradients, and returns its calls in order.
 
-    Random number generators and the training modes of all modules are left as they were.
+    The last call is the network's return. Random number generators and the training modes of all
+    modules are left as they were.
 
     Args:
         network: any module
@@ -64,14 +72,16 @@ def record(
     """
     training = {module: module.training for module in network.modules()}
     recorder = _Recorder()
+    generators = torch.random.fork_rng(range(torch.cuda.device_count()))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.hooks(network, is_layer):
-            network.eval()
-            with recorder:
-                network(*arguments, **options)
+        for module in training:
+            module.training = False
+        with torch.no_grad(), generators, recorder.hooks(network, is_layer), recorder:
+            output = network(*arguments, **options)
     finally:
         for module, mode in training.items():
             module.training = mode
+    recorder.end(output)
     return recorder.calls
 
 
@@ -100,6 +110,11 @@ class _Recorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def end(self, output: Any) -> None:
+        """Records what the network returned."""
+        self._begin(Call("return", None, ""), (output,), {})
+        self._end(output)
 
     def _layer_hooks(self, name: str, module: nn.Module) -> tuple[Any, Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -147,6 +162,7 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _begin(self, call: Call, args: Any, kwargs: Mapping[str, Any]) -> None:
+        call.arguments, call.options = tuple(args), kwargs
         tensors = [*_tensors((args, kwargs))]
         call.inputs = [self._value(tensor) for tensor in tensors]
         if getattr(call.module, "inplace", False) or kwargs.get("inplace"):  # such as a dropout
@@ -159,19 +175,22 @@ class _Recorder(TorchFunctionMode):
         for tensor, value, version in zip(inputs, call.inputs, versions, strict=True):
             if observers.version(tensor) != version:
                 call.changed.add(value.storage)
-                if all(tensor is not output for output in outputs):
-                    outputs.append(tensor)
+                outputs += self._sharing(value.storage)
         if not outputs:
             return  # a size, or anything else that is no tensor
         self.calls.append(call)
         for value in call.inputs:
             value.users.append(call)
-        for tensor in outputs:
+        for tensor in {id(tensor): tensor for tensor in outputs}.values():
             known = self._values.get(id(tensor))
-            if known is None or id(tensor) in given:
+            if known is None or id(tensor) in given or known[1].storage in call.changed:
                 value = Value(call, tensor.shape, _storage(tensor))
                 call.outputs.append(value)
                 self._values[id(tensor)] = tensor, value
+
+    def _sharing(self, storage: int) -> list[Tensor]:
+        """The tensors in the same memory: views of each other, which change together."""
+        return [tensor for tensor, value in self._values.values() if value.storage == storage]
 
     def _value(self, tensor: Tensor) -> Value:
         if id(tensor) not in self._values:
@@ -184,7 +203,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and mappings."""
+    """The tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -193,6 +212,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -36,22 +36,23 @@ def carry_out(plan: Plan, dims: Mapping[nn.Module, int], rules: Rules) -> None:
         dims: the spatial dimensions of the maps that each layer takes
         rules: the dropout and the evaluation of the new layers
     """
+    copied, new = plan.activations.copied, dict[nn.Module, nn.Module]()
+    for module in plan.activations.removed:
+        new[module] = Copy() if module in copied else nn.Identity()
+    for module, fate in plan.fates.items():
+        if fate is Fate.REMOVED:
+            new[module] = _with_rest(Copy() if module in copied else nn.Identity(), module)
+        elif fate is Fate.PIXELS:
+            new[module] = _with_rest(_pixel_norm(dims[module], rules.dropout_p, rules), module)
+    if plan.head is not None:
+        norm = _pixel_norm(dims[plan.head.module], rules.head_dropout_p, rules)
+        new[plan.head.module] = _head(plan.head, norm)
+    # All is ready: from here on nothing fails.
     for module, fate in plan.fates.items():
         if fate is Fate.KN_CONV:
             _become_kn_conv(module, plan.activations.taken.get(module), rules)
-    for module in plan.activations.removed:
-        _become(module, nn.Identity())
-    for module, fate in plan.fates.items():
-        if module in plan.activations.copied:
-            _become(module, _with_rest(Copy(), module))
-        elif fate is Fate.REMOVED:
-            _become(module, _with_rest(nn.Identity(), module))
-        elif fate is Fate.PIXELS:
-            norm = _pixel_norm(dims[module], rules.dropout_p, rules)
-            _become(module, _with_rest(norm, module))
-    if plan.head is not None:
-        norm = _pixel_norm(dims[plan.head.module], rules.head_dropout_p, rules)
-        _become(plan.head.module, _head(plan.head, norm))
+    for module, layer in new.items():
+        _become(module, layer)
 
 
 def _head(head: Head, norm: nn.Module) -> nn.Module:
@@ -92,7 +93,8 @@ def _become_kn_conv(convolution: nn.Module, activation: nn.Module | None, rules:
 def _with_rest(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """The layer, and what else a norm with layers inside of it does, such as its activation."""
     rest = OrderedDict(norm.named_children())
-    return nn.Sequential(OrderedDict(norm=layer, **rest)) if rest else layer
+    name = "norm" if "norm" not in rest else "kernel_norm"
+    return nn.Sequential(OrderedDict([(name, layer), *rest.items()])) if rest else layer
 
 
 def _twin(module: nn.Module) -> nn.Module:
