@@ -20,8 +20,9 @@ ROWS: dict[str, str] = {}
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Collects the rows of the table of converted networks, also those of other processes."""
-    if report.when == "call":
-        ROWS.update({report.nodeid: row for name, row in report.user_properties if name == "row"})
+    for name, row in report.user_properties:
+        if name == "row" and report.when == "call":
+            ROWS[report.nodeid] = row
 
 
 @pytest.hookimpl(wrapper=True)

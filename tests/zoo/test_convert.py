@@ -71,8 +71,7 @@ def test_converted_network_trains_on_one_image(
     for name in left:  # such a norm refuses a single image in training
         modules[name].eval()
     loss = sum(
-        output.float().square().mean()
-        for output in tensors(network(*training_arguments(example)))
+        output.float().square().mean() for output in tensors(network(*training_arguments(example)))
     )
     assert torch.isfinite(loss)
     loss.backward()
