@@ -22,6 +22,7 @@ from kernelnorm.privacy import PrivacyEngine, gradients
 from kernelnorm.privacy.engine import BookkeepingModule
 from tests.per_sample import (
     assert_close,
+    clipped_sums,
     loader,
     losses_of,
     norms,
@@ -139,6 +140,10 @@ def check_bookkeeping(
     wrapped = BookkeepingModule(network, loss_reduction=reduction)
     backward(wrapped, x, reduction)
     assert_same_norms(wrapped.book.norms(), norms(expected))
+    bound = 0.5 * norms(expected).mean().item() if len(x) else 1.0
+    sums = wrapped.book.clipped_sums(bound)
+    for parameter, total in zip(trained(network), clipped_sums(expected, bound), strict=True):
+        assert_close(sums[parameter], total)
     wrapped.to_standard_module()
 
 
@@ -165,6 +170,17 @@ def test_gradients_of_ordinary_convolutions(layer: Layer, ghost: bool) -> None:
     expected = sample_gradients(network, x, projection)
     with mock.patch.object(gradients, "ghost_is_faster", return_value=ghost):
         check_bookkeeping(network, x, expected, layer.reduction)
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layer", [nn.Conv1d, kn.KNConv1d, nn.Conv2d, kn.KNConv2d])
+def test_windows_of_one_pixel(layer: type[nn.Module], groups: int, ghost: bool) -> None:
+    torch.manual_seed(0)
+    network = layer(4, 6, 1, groups=groups).double()
+    x = torch.randn(3, 4, *[5] * (network.weight.dim() - 2)).double()
+    with mock.patch.object(gradients, "ghost_is_faster", return_value=ghost):
+        check_bookkeeping(network, x, sample_gradients(network, x, projection), "mean")
 
 
 def network_of(activation: str | nn.Module | None = "relu", p: float = 0.5) -> nn.Sequential:

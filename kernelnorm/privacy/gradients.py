@@ -106,7 +106,7 @@ def weighted_sum(product: Product, weights: Tensor) -> Tensor:
     """The sum of the samples' gradients of the filters, each times its weight."""
     x, z, settings, mu, sums = product
     z = z * weights.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
-    if len(settings.geometry.kernel_size) == 1 and settings.geometry.pointwise and mu is None:
+    if settings.geometry.pointwise and x.dim() == 3 and settings.groups == 1 and mu is None:
         total: Tensor = torch.tensordot(z, x.to(z.dtype), dims=([0, 2], [0, 2]))
         return total.unsqueeze(2)
     sums = None if sums is None else weights.to(sums.dtype) @ sums
