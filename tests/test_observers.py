@@ -462,12 +462,12 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dispatch_modes_see_the_operators_and_change_nothing(x: Tensor, training: bool):
-    module = conv_and_norm().train(training)
+    module = conv_and_norm()[:-1].train(training)  # a KernelNorm of pixels rounds in other orders
     parameters = [*module.parameters()]
     expected = run(module, x, parameters)
     with Recorder() as recorder:
         results = run(module, x, parameters)
-    assert_all_close(results, expected)  # KernelNorm's operations round in another order
+    assert_all_close(results, expected, tolerance=0)
     assert recorder.seen[KNConv] == recorder.seen[KNConvBackward] == 2
 
 
