@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from kernelnorm.cli import COMMANDS
@@ -62,3 +63,24 @@ def test_the_python_code_of_the_readme_runs(
     assert len(blocks) == 4
     exec("\n".join(blocks), {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
+
+
+def test_the_code_of_the_page_on_conversion_prints_what_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, printed = re.findall(
+        r"```(?:python)?\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL
+    )
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == printed.strip()
+
+
+@pytest.mark.filterwarnings("ignore")  # of Opacus, about its generator of random numbers
+def test_the_code_of_the_page_on_private_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("opacus")
+    page = (ROOT / "docs" / "private.md").read_text()
+    (code, *_) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    data = torch.utils.data.TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    exec(code, {"torch": torch, "F": torch.nn.functional, "loader": loader})
+    assert float(capsys.readouterr().out) > 0
