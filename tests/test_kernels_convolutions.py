@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ def test_slice_of_one_channel_in_float32():
     x, (filters, _) = case.input(torch.float32), case.filters(torch.float32)
     expected = eager.convolution(x.double().contiguous(), filters.double(), settings)
     assert_same(cpu_convolution.convolution(x, filters, settings), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_windows_take_pytorchs_own_convolutions(dtype: torch.dtype):
+    """With several threads oneDNN writes outside of its memory there."""
+    x, filters = torch.randn(2, 3, 3, 6, 3, dtype=dtype), torch.randn(7, 3, 2, 2, 1, dtype=dtype)
+    geometry = Geometry((2, 2, 1), (5, 1, 3), (1, 1, 0), (4, 1, 2))
+    settings = Settings(geometry, 1, 0.0, False, EPS, slope=None)
+    with mock.patch.object(eager, "convolution", wraps=eager.convolution) as called:
+        y = cpu_convolution.convolution(x, filters, settings)
+    assert called.call_args.args[0].dtype == torch.float64
+    assert y.dtype == dtype
+    assert not y.any()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,6 +96,7 @@ def test_what_sees_only_padding(drawn: tuple[int, Geometry]):
         [0 <= window * stride + weight * dilation - padding < size for weight in range(k)]
         for window in range(geometry.positions(0, size))
     ]
+    assert cpu_convolution.has_empty_window((size,), geometry) == (not all(map(any, seen)))
     all_see_pixels = all(map(any, seen)) and all(map(any, zip(*seen, strict=True)))
     too_large = geometry.reach(0) > size
     assert cpu_convolution.sees_only_padding((size,), geometry) == (too_large or not all_see_pixels)

@@ -5,10 +5,10 @@ weights. Convolutions are not made for that, and each pass over the weights take
 anything else. Unfolded, the windows are small beside the filters, and they are centred before the
 product, so that their mean needs no pass over the gradient.
 
-In bfloat16, on processors with instructions for it, oneDNN reads and writes outside of its memory
-for some geometries: gradients are wrong, or the process dies. In float32 it is wrong for a slice of
-one channel of a ``channels_last`` tensor, where the output is one pixel wide. Those are computed in
-another way.
+For some geometries oneDNN reads and writes outside of its memory: results are wrong, or the process
+dies. In float32 these are windows that see nothing but padding, and a slice of one channel of a
+``channels_last`` tensor whose output is one pixel wide; in bfloat16, on processors with
+instructions for it, more. Those are computed in another way.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ _LEAST_WEIGHTS = 1 << 19
 
 def convolution(x: Tensor, filters: Tensor, settings: Settings) -> Tensor:
     """See :func:`kernelnorm.ops.backends.eager.convolution`."""
-    x = _safe(x, filters, settings.geometry)
-    if x.dtype == torch.bfloat16 and _needs_float32(x, filters, settings.geometry):
-        return eager.convolution(x.float(), filters.float(), settings).to(x.dtype)
-    return eager.convolution(x, filters, settings)
+    x, dtype = _safe(x, filters, settings.geometry), _safe_dtype(x, filters, settings.geometry)
+    return eager.convolution(x.to(dtype), filters.to(dtype), settings).to(x.dtype)
 
 
 def convolution_backward(
@@ -62,17 +60,16 @@ def _backward(
     settings: Settings,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients by convolutions, around the errors of oneDNN in bfloat16."""
+    """The gradients by convolutions, around the errors of oneDNN."""
     rest, needs_x, needs_filters = (mu, grad_sums, settings), *needs
-    x = _safe(x, filters, settings.geometry)
-    if x.dtype != torch.bfloat16:
-        return eager.convolution_backward(grad, x, filters, *rest, needs)
-    if _needs_float32(x, filters, settings.geometry):
+    x, dtype = _safe(x, filters, settings.geometry), _safe_dtype(x, filters, settings.geometry)
+    if dtype != x.dtype:
         grad_x, grad_filters = eager.convolution_backward(
-            grad.float(), x.float(), filters.float(), *rest, needs
+            grad.to(dtype), x.to(dtype), filters.to(dtype), *rest, needs
         )
         return None if grad_x is None else grad_x.to(x.dtype), grad_filters
-    if needs_filters and max(settings.geometry.dilation[:-1], default=1) > 1:
+    dilated = max(settings.geometry.dilation[:-1], default=1) > 1
+    if needs_filters and dilated and dtype == torch.bfloat16:
         # The gradient of the filters is wrong in channels_last.
         grad_x, _ = eager.convolution_backward(grad, x, filters, *rest, (needs_x, False))
         _, grad_filters = eager.convolution_backward(
@@ -82,9 +79,18 @@ def _backward(
     return eager.convolution_backward(grad, x, filters, *rest, needs)
 
 
-def _needs_float32(x: Tensor, filters: Tensor, geometry: Geometry) -> bool:
-    """True if the output or a gradient is wrong in bfloat16."""
-    return _is_narrow(x, filters, geometry) or sees_only_padding(x.shape[2:], geometry)
+def _safe_dtype(x: Tensor, filters: Tensor, geometry: Geometry) -> torch.dtype:
+    """The dtype of ``x``, or a wider one where its results are wrong.
+
+    In float64 PyTorch has convolutions of its own.
+    """
+    if has_empty_window(x.shape[2:], geometry):
+        return torch.float64
+    if x.dtype == torch.bfloat16 and (
+        _is_narrow(x, filters, geometry) or sees_only_padding(x.shape[2:], geometry)
+    ):
+        return torch.float32
+    return x.dtype
 
 
 def _safe(x: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
@@ -95,6 +101,20 @@ def _safe(x: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
 def _is_narrow(x: Tensor, filters: Tensor, geometry: Geometry) -> bool:
     """True for filters of one channel whose output is one pixel wide."""
     return filters.shape[1] == 1 and geometry.positions(-1, x.shape[-1]) == 1
+
+
+@functools.lru_cache(maxsize=4096)
+def has_empty_window(sizes: Sequence[int], geometry: Geometry) -> bool:
+    """True if all weights of a window see only padding, along some dimension."""
+    for i, (size, k, stride, padding, dilation) in enumerate(zip(sizes, *geometry, strict=True)):
+        end = geometry.positions(i, size) * stride - padding
+        beyond = max(0, (size - geometry.reach(i) + padding) // stride + 1)  # reaches into padding
+        at_start = range(-padding, min(0, end), stride)
+        at_end = range(beyond * stride - padding, end, stride)
+        for start in (*at_start, *at_end):
+            if not any(0 <= start + weight * dilation < size for weight in range(k)):
+                return True
+    return False
 
 
 @functools.lru_cache(maxsize=4096)
