@@ -131,13 +131,13 @@ def test_killed_run_ends_with_the_same_weights(
     finally:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    resumes = (killed / "last.ckpt").exists()  # or it was killed before the first one
     train(config, Launch(out=whole, verbose=False))
     capsys.readouterr()
     train(config, Launch(out=killed))
     message = re.search(r"resuming .* after epoch (\d+), step (\d+)", capsys.readouterr().out)
-    assert (message is not None) == resumes
-    assert message is None or 8 * int(message[1]) + int(message[2]) > 0
+    if sign == "last.ckpt":  # as an epoch ends, that may not have been written yet
+        assert message is not None
+        assert 8 * int(message[1]) + int(message[2]) > 0
     assert_same_weights(whole, killed)
     assert without_times(whole) == without_times(killed)
 
