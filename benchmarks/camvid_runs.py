@@ -1,6 +1,8 @@
 """The runs of the study on CamVid: which there are, and how each is trained.
 
 The learning rate is the best on the validation images of the first seed; the other seeds take it.
+The search begins with two rates and goes on beyond the better one, until a worse one is on either
+side of the best.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +19,8 @@ import torch
 from camvid_networks import EXAMPLE, build
 from torch import Tensor, nn
 
-RATES = (0.0003, 0.001, 0.003)
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
+FIRST_RATES = (0.001, 0.003)
 EPOCHS = 24
 SEEDS = (0, 1, 2)
 WEIGHT_DECAY = 0.01
@@ -46,13 +49,14 @@ Results = dict[Run, dict[str, list[float]]]
 STAGES: tuple[tuple[str, int, tuple[str, ...], tuple[int, ...]], ...] = (
     ("unet", 1, ("group", "kernel"), SEEDS),
     ("unet", 8, ("kernel",), SEEDS),
-    ("unet", 1, ("batch",), SEEDS),
-    ("unet", 1, ("kernel_p0",), SEEDS[:1]),
     ("unet", 1, ("ws_group",), SEEDS),
     ("unet", 2, ("kernel", "group"), SEEDS),
+    ("fcdensenet", 1, ("kernel", "group"), SEEDS[:1]),
+    ("unet", 1, ("batch",), SEEDS),
+    ("unet", 8, ("group", "batch"), SEEDS[:1]),
     ("unet", 2, ("batch", "ws_group"), SEEDS[:1]),
-    ("unet", 8, ("group", "ws_group", "batch"), SEEDS[:1]),
-    ("fcdensenet", 1, ("kernel", "group", "batch"), SEEDS[:1]),
+    ("unet", 1, ("kernel_p0",), SEEDS[:1]),
+    ("fcdensenet", 1, ("batch",), SEEDS[:1]),
 )
 """Networks, batch sizes, norms and seeds, in the order in which they are trained."""
 
@@ -62,7 +66,7 @@ def mean_iou(result: dict[str, list[float]], split: str) -> float:
 
 
 def tuning_runs(network: str, batch_size: int, norms: Iterable[str]) -> list[Run]:
-    """Returns the runs that choose learning rates."""
+    """Returns the runs that can choose learning rates."""
     return [
         Run(network, norm, batch_size, rate, SEEDS[0], EPOCHS) for norm in norms for rate in RATES
     ]
@@ -75,22 +79,35 @@ def best_rate(results: Results, network: str, norm: str, batch_size: int) -> flo
     return None if best is None else best.rate
 
 
-def missing(results: Results) -> Iterator[Run]:
-    """Yields the runs that have no result yet, in order; only the first is sure to be one of them.
+def next_rate(results: Results, network: str, norm: str, batch_size: int) -> float | None:
+    """Returns the rate to try next; ``None`` if the best one lies between others, or at the end."""
+    runs = tuning_runs(network, batch_size, [norm])
+    tried = [run.rate for run in runs if run in results]
+    for rate in FIRST_RATES:
+        if rate not in tried:
+            return rate
+    best = best_rate(results, network, norm, batch_size)
+    assert best is not None
+    place = RATES.index(best)
+    beside = [*RATES[max(0, place - 1) : place], *RATES[place + 1 : place + 2]]
+    return next((rate for rate in beside if rate not in tried), None)
 
-    The others may change when it has a result.
-    """
+
+def next_run(results: Results) -> Run | None:
+    """Returns the run to train next: the rates of a stage come before its other seeds."""
     for network, batch_size, norms, seeds in STAGES:
-        for run in tuning_runs(network, batch_size, norms):
-            if run not in results:
-                yield run
+        for norm in norms:
+            rate = next_rate(results, network, norm, batch_size)
+            if rate is not None:
+                return Run(network, norm, batch_size, rate, SEEDS[0], EPOCHS)
         for seed in seeds:
             for norm in norms:
                 best = best_rate(results, network, norm, batch_size)
-                if best is not None:
-                    run = Run(network, norm, batch_size, best, seed, EPOCHS)
-                    if run not in results:
-                        yield run
+                assert best is not None
+                run = Run(network, norm, batch_size, best, seed, EPOCHS)
+                if run not in results:
+                    return run
+    return None
 
 
 def read_results(folder: Path) -> Results:
@@ -144,7 +161,7 @@ def run_missing(archive: Path | None, folder: Path, limit: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = load(archive)
     for _ in range(limit):
-        run = next(missing(read_results(folder)), None)
+        run = next_run(read_results(folder))
         if run is None:
             print("all runs are done")
             return
