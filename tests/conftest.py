@@ -21,7 +21,7 @@ if not torch.cuda.is_available():  # has to be known when Triton is imported, by
 # Tests fill fresh memory with NaN by deterministic mode, for which cuBLAS wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-pytest.register_assert_rewrite("tests.oracle")
+pytest.register_assert_rewrite("tests.oracle", "tests.converting")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
