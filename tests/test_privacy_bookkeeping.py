@@ -458,8 +458,10 @@ def test_make_private_with_epsilon_keeps_books_too() -> None:
         target_delta=1e-3,
         epochs=2,
         max_grad_norm=1.0,
+        augmentations=2,
     )
     assert optimizer.noise_multiplier > 0
+    assert wrapped.book.augmentations == 2
     step(wrapped, optimizer, images(4, dtype=torch.float32))
 
 

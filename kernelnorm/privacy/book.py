@@ -72,9 +72,14 @@ class Book:
     Args:
         names: the name of each layer with parameters that are trained
         mean: the loss is the mean over the batch, not the sum
+
+    Attributes:
+        augmentations: consecutive rows of a batch that make a sample. Its gradient is that of the
+            mean of their losses (of the sum, if the loss is the sum over the batch)
     """
 
     def __init__(self, names: dict[nn.Module, str], mean: bool) -> None:
+        self.augmentations = 1
         self._names, self._mean = names, mean
         self._entries: dict[nn.Module, list[Entry]] = {}
         self._called: set[nn.Module] = set()
@@ -91,8 +96,13 @@ class Book:
             )
         self._called.clear()
 
-    def call(self, layer: nn.Module) -> None:
+    def call(self, layer: nn.Module, input: Tensor) -> None:
         """Notes a call of a layer, which may be the only one of its forward pass."""
+        if len(input) % self.augmentations:
+            raise ValueError(
+                f"layer {self._names[layer]!r} got a batch of {len(input)} rows, expected a "
+                f"multiple of augmentations={self.augmentations}: consecutive rows are a sample"
+            )
         if layer in self._called:
             raise NotImplementedError(
                 f"layer {self._names[layer]!r} is called more than once in a forward pass, which "

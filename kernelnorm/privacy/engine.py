@@ -97,6 +97,10 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
     trained parameters are those of KNConv, Conv, Linear and GroupNorm layers, each called once in a
     forward pass; others are refused by name.
 
+    With ``augmentations=K``, each sample is ``K`` consecutive rows of the batch that the network
+    gets, and the gradient of the mean of their losses is clipped once (of the sum, with
+    ``loss_reduction="sum"``). The loader's batches still count samples.
+
     Example::
 
         >>> engine = PrivacyEngine(accountant="rdp")  # doctest: +SKIP
@@ -106,8 +110,17 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         ... )  # doctest: +SKIP
     """
 
-    def make_private(self, *, grad_sample_mode: str = MODE, **options: Any) -> tuple[Any, ...]:
+    def make_private(
+        self, *, grad_sample_mode: str = MODE, augmentations: int = 1, **options: Any
+    ) -> tuple[Any, ...]:
         """See :meth:`opacus.PrivacyEngine.make_private`."""
+        if augmentations < 1:
+            raise ValueError(f"augmentations must be at least 1, got {augmentations}")
+        if augmentations > 1 and grad_sample_mode != MODE:
+            raise ValueError(
+                f"augmentations={augmentations} needs grad_sample_mode={MODE!r}, got "
+                f"{grad_sample_mode!r}"
+            )
         if grad_sample_mode == MODE:
             for name, value in (("clipping", "flat"), ("wrap_model", True)):
                 if options.get(name, value) != value:
@@ -118,6 +131,7 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         if grad_sample_mode == MODE:
             module, optimizer, _ = result
             optimizer.book = module.book
+            module.book.augmentations = augmentations
         return result
 
     def make_private_with_epsilon(

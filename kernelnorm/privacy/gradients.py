@@ -13,6 +13,9 @@ The second, the *ghost norm*, forms no gradient. It takes less time where positi
 products of windows are sums of products of pixels, :math:`u_t \cdot u_s = \sum_o x_{t+o} \cdot
 x_{s+o}` over the offsets :math:`o` of a window, so windows need not be unfolded for it.
 
+If a sample has several augmentations, each is a row of the batch, and :math:`t` and :math:`s` run
+over the positions of all of them.
+
 Source: the ghost norm is that of Li et al., `Large language models can be strong differentially
 private learners <https://arxiv.org/abs/2110.05679>`_, for convolutions that of Bu et al., `Scalable
 and efficient training of large convolutional neural networks with differential privacy
@@ -59,6 +62,7 @@ class Product(NamedTuple):
         settings: of the convolution
         mu: what is subtracted from each window, shape :math:`(N, 1, *)`, or ``None``
         sums: with ``mu``, the sum of :math:`z_t \mu_t` over the positions, shape :math:`(N, K)`
+        augmentations: consecutive rows of the batch that make a sample
     """
 
     x: Tensor
@@ -66,6 +70,12 @@ class Product(NamedTuple):
     settings: Settings
     mu: Tensor | None = None
     sums: Tensor | None = None
+    augmentations: int = 1
+
+    @property
+    def samples(self) -> int:
+        """The number of samples."""
+        return len(self.x) // self.augmentations
 
     @property
     def filter_shape(self) -> tuple[int, ...]:
@@ -73,10 +83,12 @@ class Product(NamedTuple):
         channels = self.x.shape[1] // self.settings.groups
         return self.z.shape[1], channels, *self.settings.geometry.kernel_size
 
-    def samples(self, chosen: slice) -> Product:
-        """The same of some samples."""
-        mu, sums = (None if t is None else t[chosen] for t in (self.mu, self.sums))
-        return Product(self.x[chosen], self.z[chosen], self.settings, mu, sums)
+    def chunks(self, size: int) -> Iterator[Product]:
+        """The same of ``size`` samples at a time."""
+        for start in range(0, len(self.x), size * self.augmentations):
+            rows = slice(start, start + size * self.augmentations)
+            mu, sums = (None if t is None else t[rows] for t in (self.mu, self.sums))
+            yield self._replace(x=self.x[rows], z=self.z[rows], mu=mu, sums=sums)
 
 
 def unnormalised(geometry: Geometry, groups: int) -> Settings:
@@ -87,24 +99,27 @@ def unnormalised(geometry: Geometry, groups: int) -> Settings:
 def per_sample(product: Product) -> Tensor:
     """The gradient of the filters for each sample, shape :math:`(N, K, C / groups, *)`."""
     dtype = compute_dtype(product.z)
-    result = product.z.new_empty((len(product.x), *product.filter_shape), dtype=dtype)
-    for chosen, gradients in _per_sample(product):
-        result[chosen] = gradients
+    result = product.z.new_empty((product.samples, *product.filter_shape), dtype=dtype)
+    for part, gradients in zip(result.split(_SAMPLES), _per_sample(product), strict=False):
+        part.copy_(gradients)
     return result
 
 
 def squared_norms(product: Product) -> Tensor:
     """The squared norm of the filters' gradient for each sample, shape :math:`(N,)`."""
     if ghost_is_faster(product, kept=False):
-        norms = [_ghost(chunk) for chunk in _chunks(product, _pixels(product) ** 2)]
+        most = _CHUNK.get(product.x.device.type, _CHUNK_ELSEWHERE)
+        samples = max(1, most // max(1, _pixels(product) ** 2))
+        norms = [_ghost(chunk) for chunk in product.chunks(samples)]
     else:
-        norms = [squares(gradients) for _, gradients in _per_sample(product)]
+        norms = [squares(gradients) for gradients in _per_sample(product)]
     return torch.cat(norms) if norms else product.z.new_zeros(0, dtype=compute_dtype(product.z))
 
 
 def weighted_sum(product: Product, weights: Tensor) -> Tensor:
     """The sum of the samples' gradients of the filters, each times its weight."""
-    x, z, settings, mu, sums = product
+    x, z, settings, mu, sums, augmentations = product
+    weights = weights.repeat_interleave(augmentations)
     z = z * weights.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
     if settings.geometry.pointwise and x.dim() == 3 and settings.groups == 1 and mu is None:
         total: Tensor = torch.tensordot(z, x.to(z.dtype), dims=([0, 2], [0, 2]))
@@ -118,7 +133,7 @@ def is_kept(product: Product) -> bool:
     """True if the gradients of the samples are worth keeping until their weights are known."""
     if ghost_is_faster(product, kept=True):
         return False
-    size = len(product.x) * prod(product.filter_shape)
+    size = product.samples * prod(product.filter_shape)
     return size <= _KEPT * (product.x.numel() + product.z.numel())
 
 
@@ -130,7 +145,7 @@ def ghost_is_faster(product: Product, kept: bool) -> bool:
     """
     filters, *window = product.filter_shape
     groups, channels = product.settings.groups, product.x.shape[1]
-    positions, pixels = prod(product.z.shape[2:]), _pixels(product)
+    positions, pixels = prod(product.z.shape[2:]) * product.augmentations, _pixels(product)
     offsets = prod(product.settings.geometry.kernel_size)
     ghost = pixels**2 * channels + positions**2 * (filters + groups * offsets)
     weights = filters * prod(window)
@@ -147,31 +162,47 @@ def per_filter(z: Tensor, maps: Tensor) -> Tensor:
     return torch.bmm(z.flatten(2).to(maps.dtype), maps.flatten(2).mT)
 
 
+def of_samples(rows: Tensor, augmentations: int) -> Tensor:
+    """The sum over the rows of each sample.
+
+    Shape:
+        - rows: :math:`(N A, *)`, with ``A`` augmentations
+        - Output: :math:`(N, *)`
+    """
+    result: Tensor = rows.unflatten(0, (-1, augmentations)).sum(1)
+    return result
+
+
 def squares(gradients: Tensor) -> Tensor:
     """The squared norm of each sample's part."""
     norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
     return norms.square()
 
 
-def _chunks(product: Product, elements: int) -> Iterator[Product]:
-    """Some samples at a time, of which each needs that many elements."""
-    most = _CHUNK.get(product.x.device.type, _CHUNK_ELSEWHERE)
-    step = max(1, most // max(1, elements))
-    for start in range(0, len(product.x), step):
-        yield product.samples(slice(start, start + step))
-
-
-def _per_sample(product: Product) -> Iterator[tuple[slice, Tensor]]:
+def _per_sample(product: Product) -> Iterator[Tensor]:
     """The gradients of some samples at a time, by a convolution with a group for each."""
     dtype, shape = compute_dtype(product.z), product.filter_shape
-    for start in range(0, len(product.x), _SAMPLES):
-        chosen = slice(start, start + _SAMPLES)
-        x, z, settings, mu, sums = product.samples(chosen)
-        n, sums = len(x), None if sums is None else sums.flatten()
-        x, z = (t.to(dtype).reshape(1, -1, *t.shape[2:]) for t in (x, z))
+    for chunk in product.chunks(_SAMPLES):
+        x, z, settings, mu, sums, augmentations = chunk
+        n = chunk.samples
+        x, z = (_samples_as_groups(t.to(dtype), augmentations) for t in (x, z))
+        if sums is not None:
+            sums = of_samples(sums, augmentations).flatten()
         settings = settings._replace(groups=n * settings.groups)
         filters = z.new_empty(z.shape[1], *shape[1:])
-        yield chosen, _convolved(x, z, mu, sums, settings, filters).view(n, *shape)
+        yield _convolved(x, z, mu, sums, settings, filters).view(n, *shape)
+
+
+def _samples_as_groups(rows: Tensor, augmentations: int) -> Tensor:
+    """From shape :math:`(N A, C, *)` to :math:`(A, N C, *)`, with ``A`` augmentations."""
+    groups: Tensor = rows.unflatten(0, (-1, augmentations)).transpose(0, 1)
+    return groups.reshape(augmentations, -1, *rows.shape[2:])
+
+
+def _as_positions(rows: Tensor, augmentations: int) -> Tensor:
+    """From shape :math:`(N A, C, *)` to :math:`(N, C, A, *)`, with ``A`` augmentations."""
+    result: Tensor = rows.unflatten(0, (-1, augmentations)).transpose(1, 2)
+    return result
 
 
 def _convolved(
@@ -204,15 +235,17 @@ def _ghost(product: Product) -> Tensor:
     In float64, as the terms cancel: where windows have a large mean beside their deviation, and
     where some have large gradients and hardly any variance.
     """
-    x, z, settings, mu, _ = product
-    geometry, groups, dtype = settings.geometry, settings.groups, accumulate_dtype(x)
-    z = z.to(dtype).flatten(2).unflatten(1, (groups, -1))
+    x, z, settings, mu, _, augmentations = product
+    groups, dtype = settings.groups, accumulate_dtype(x)
+    z = _as_positions(z.to(dtype), augmentations).flatten(2).unflatten(1, (groups, -1))
     of_gradients = z.mT @ z
     x = x.to(dtype)
-    norms = (_window_products(x, settings) * of_gradients).flatten(1).sum(1)
+    windows = _window_products(_as_positions(x, augmentations), settings)
+    norms = (windows * of_gradients).flatten(1).sum(1)
     if mu is not None:
-        mu = mu.to(dtype).flatten(2)
-        sums = box_sum(x.unflatten(1, (groups, -1)).sum(2), geometry).flatten(2)
+        mu = _as_positions(mu.to(dtype), augmentations).flatten(2)
+        sums = box_sum(x.unflatten(1, (groups, -1)).sum(2), settings.geometry)
+        sums = _as_positions(sums, augmentations).flatten(2)
         through = (of_gradients @ mu.mT.unsqueeze(1)).squeeze(3)
         elements = prod(product.filter_shape[1:])
         norms = norms + ((elements * mu - 2 * sums) * through).flatten(1).sum(1)
@@ -221,17 +254,22 @@ def _ghost(product: Product) -> Tensor:
 
 
 def _window_products(x: Tensor, settings: Settings) -> Tensor:
-    """The products of each two windows of an input, shape :math:`(n, G, P, P)`."""
-    geometry, sizes, d = settings.geometry, x.shape[2:], x.dim() - 2
+    """The products of each two windows of a sample.
+
+    Shape:
+        - x: :math:`(n, C, A, *)`, with ``A`` augmentations
+        - Output: :math:`(n, G, A P, A P)`
+    """
+    geometry, d = settings.geometry, x.dim() - 2
     flat = x.flatten(2).unflatten(1, (settings.groups, -1))
     products: Tensor = flat.mT @ flat
     if geometry.pointwise:
         return products
-    products = products.unflatten(3, sizes).unflatten(2, sizes)
-    for i, size in enumerate(sizes):
+    products = products.unflatten(3, x.shape[2:]).unflatten(2, x.shape[2:])
+    for i, size in enumerate(x.shape[3:]):
         count, stride = geometry.positions(i, size), geometry.stride[i]
         shape = list(products.shape)
-        shape[2 + i] = shape[2 + d + i] = count
+        shape[3 + i] = shape[3 + d + i] = count
         total = products.new_zeros(shape)
         for k in range(geometry.kernel_size[i]):
             # Window t has pixel t * stride + start at offset k, if that is not in the padding.
@@ -247,11 +285,11 @@ def _window_products(x: Tensor, settings: Settings) -> Tensor:
 
 
 def _both(chosen: slice, i: int, d: int) -> tuple[slice, ...]:
-    """The index of dimension ``i`` of ``d``, of both windows or pixels of a product."""
+    """The index of spatial dimension ``i`` of both windows or pixels of a product."""
     every = (slice(None),)
-    return (*every * (2 + i), chosen, *every * (d - 1), chosen)
+    return (*every * (3 + i), chosen, *every * (d - 1), chosen)
 
 
 def _pixels(product: Product) -> int:
     """The pixels of a sample."""
-    return prod(product.x.shape[2:])
+    return product.augmentations * prod(product.x.shape[2:])

@@ -87,6 +87,7 @@ def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
 
     def receive(of_weight: Tensor, of_bias: Tensor) -> None:
         of = {layer.weight: of_weight, layer.bias: of_bias}
+        of = {p: gradients.of_samples(g, book.augmentations) for p, g in of.items()}
         book.enter(layer, [Vectors({p: g for p, g in of.items() if p.requires_grad})])
 
     options = layer.num_groups, layer.eps, receive
@@ -124,7 +125,7 @@ def _forward(layer: nn.Module, book: Book, input: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         y: Tensor = type(layer).forward(layer, input)
         return y
-    book.call(layer)
+    book.call(layer, input)
     return LAYERS[type(layer)](layer, book, input)
 
 
@@ -140,14 +141,17 @@ def _enter(book: Book, layer: Any, product: Product, of_bias: Tensor | None = No
     """Enters the gradients of a convolution or linear layer.
 
     Args:
-        of_bias: the gradients of the bias, shape :math:`(N, K)`. Default: the sums of ``product.z``
+        of_bias: the gradients of the bias for each row, shape :math:`(N, K)`. Default: the sums of
+            ``product.z``
     """
     entries: list[Entry] = []
     if layer.weight.requires_grad:
+        product = product._replace(augmentations=book.augmentations)
         entries.append(weight_entry(layer.weight, product))
     if layer.bias is not None and layer.bias.requires_grad:
         if of_bias is None:
             of_bias = product.z.flatten(2).sum(2, dtype=compute_dtype(product.z))
+        of_bias = gradients.of_samples(of_bias, book.augmentations)
         entries.append(Vectors({layer.bias: of_bias}))
     book.enter(layer, entries)
 
