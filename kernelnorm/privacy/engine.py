@@ -12,8 +12,13 @@ from typing import Any
 import opacus
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
-from opacus.optimizers import DPOptimizerFastGradientClipping
+from opacus.optimizers import (
+    DistributedDPOptimizerFastGradientClipping,
+    DPOptimizerFastGradientClipping,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from kernelnorm.privacy.book import Book
 from kernelnorm.privacy.layers import LAYERS, close_book, keep_book
@@ -88,14 +93,22 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
         self.book.clear()
 
 
+class DistributedBookkeepingOptimizer(
+    BookkeepingOptimizer,
+    DistributedDPOptimizerFastGradientClipping,  # type: ignore[misc]
+):
+    """The same in several processes, whose sums Opacus adds; the first adds the noise."""
+
+
 class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
     """Opacus' PrivacyEngine, by default with ``grad_sample_mode="bookkeeping"``.
 
     The other arguments, the other modes and what is returned are those of
     :class:`opacus.PrivacyEngine`. Bookkeeping gives the gradients of ``"hooks"``, up to rounding,
-    in about the time of an ordinary step. It takes flat clipping, one process, and networks whose
-    trained parameters are those of KNConv, Conv, Linear and GroupNorm layers, each called once in a
-    forward pass; others are refused by name.
+    in about the time of an ordinary step. It takes flat clipping, and networks whose trained
+    parameters are those of KNConv, Conv, Linear and GroupNorm layers, each called once in a forward
+    pass; others are refused by name. In several processes, wrap the network in
+    :class:`opacus.distributed.DifferentiallyPrivateDistributedDataParallel`.
 
     With ``augmentations=K``, each sample is ``K`` consecutive rows of the batch that the network
     gets, and the gradient of the mean of their losses is clipped once (of the sum, with
@@ -127,6 +140,12 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
                     raise ValueError(
                         f"grad_sample_mode={MODE!r} needs {name}={value!r}, got {options[name]!r}"
                     )
+            if isinstance(options["module"], DistributedDataParallel | FSDPModule):
+                raise ValueError(
+                    f"grad_sample_mode={MODE!r} needs opacus.distributed."
+                    "DifferentiallyPrivateDistributedDataParallel around the network, got "
+                    f"{type(options['module']).__name__}"
+                )
         result: tuple[Any, ...] = super().make_private(grad_sample_mode=grad_sample_mode, **options)
         if grad_sample_mode == MODE:
             module, optimizer, _ = result
@@ -156,17 +175,15 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
     def _prepare_optimizer(self, *, grad_sample_mode: str = MODE, **options: Any) -> Any:
         if grad_sample_mode != MODE:
             return super()._prepare_optimizer(grad_sample_mode=grad_sample_mode, **options)
-        if options.pop("distributed", False):
-            raise ValueError(f"grad_sample_mode={MODE!r} trains in one process")
+        distributed = options.pop("distributed", False)
+        kind = DistributedBookkeepingOptimizer if distributed else BookkeepingOptimizer
         options.pop("clipping", None)
         optimizer = options.pop("optimizer")
         if isinstance(optimizer, opacus.optimizers.DPOptimizer):
             optimizer = optimizer.original_optimizer
         generator = self.secure_rng if self.secure_mode else options.pop("noise_generator", None)
         options.pop("noise_generator", None)
-        return BookkeepingOptimizer(
-            optimizer, generator=generator, secure_mode=self.secure_mode, **options
-        )
+        return kind(optimizer, generator=generator, secure_mode=self.secure_mode, **options)
 
 
 class _Outside:
