@@ -75,8 +75,12 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
         raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 
 
-LEAST_SLOPE = 1e-3
-"""The output of a flatter LeakyReLU would tell too little about its input."""
+_LEAST_SLOPE = 1e-3  # the output of a flatter LeakyReLU would tell too little about its input
+
+
+def has_slope(negative_slope: float) -> bool:
+    """True if a KNConv can compute a LeakyReLU of this slope with its output."""
+    return _LEAST_SLOPE <= negative_slope <= 1
 
 
 def fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
@@ -84,7 +88,7 @@ def fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
 
     The name is ``None`` for modules that are applied to the output afterwards.
     """
-    if type(activation) is nn.LeakyReLU and LEAST_SLOPE <= activation.negative_slope <= 1:
+    if type(activation) is nn.LeakyReLU and has_slope(activation.negative_slope):
         return "leaky_relu", activation.negative_slope
     return (None if isinstance(activation, nn.Module) else activation), 0.01
 
@@ -100,8 +104,8 @@ def check_convolution(activation: str | None, negative_slope: float, padding_mod
         raise ValueError(
             f"activation must be None, 'relu', 'leaky_relu' or a layer's module, got {activation!r}"
         )
-    if not LEAST_SLOPE <= negative_slope <= 1:
-        raise ValueError(f"negative_slope must be from {LEAST_SLOPE} to 1, got {negative_slope}")
+    if not has_slope(negative_slope):
+        raise ValueError(f"negative_slope must be from {_LEAST_SLOPE} to 1, got {negative_slope}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from kernelnorm.arguments import LEAST_SLOPE
+from kernelnorm.arguments import has_slope
 from kernelnorm.conversion import kinds
+from kernelnorm.conversion.copies import is_changed, to_copy
 from kernelnorm.conversion.flow import Flow, is_global_pooling
 from kernelnorm.conversion.head import Head
 from kernelnorm.conversion.kinds import Kind, kind_of
@@ -115,7 +116,7 @@ def plan_activations(
             if origin.calls and not origin.obstacle:
                 functions[call.owner] = None
     gone = {*removed_norms, *removed}
-    return Activations(taken, removed, [*_to_copy(flow, gone, taken)], functions, why)
+    return Activations(taken, removed, [*to_copy(flow, gone, taken)], functions, why)
 
 
 def _origin(
@@ -186,7 +187,7 @@ def _obstacle_of_module(module: nn.Module, origins: list[_Origin]) -> str:
         return "it has a forward of its own"
     if not isinstance(module, nn.LeakyReLU):
         return ""
-    if not LEAST_SLOPE <= module.negative_slope <= 1:
+    if not has_slope(module.negative_slope):
         return f"KNConvs have no LeakyReLU of slope {module.negative_slope}"
     gathered = any(origin.gathered for origin in origins)
     return "a LeakyReLU of several outputs is another than theirs" if gathered else ""
@@ -215,7 +216,7 @@ def _cannot_move(
             reason = "the KNConv has another activation, too"
         elif uses:
             reason = f"the output of the KNConv has another use, too: {uses[0]}"
-        elif any(_is_changed(flow, call, {*removed_norms, *moving}) for call in calls):
+        elif any(is_changed(flow, call, {*removed_norms, *moving}) for call in calls):
             reason = "what follows changes the output of the KNConv in place"
         lost.update(dict.fromkeys(modules, reason) if reason else {})
     return lost
@@ -249,8 +250,6 @@ def _other_uses(
 
 
 _GATHERING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING)
-_FORGETTING = (Kind.CONVOLUTION, Kind.SUM, Kind.CONCATENATION)
-"""Those that do not keep their output for the backward pass."""
 _WAYS = (Kind.PASSING, Kind.CONCATENATION, Kind.POOLING, Kind.SUM, Kind.PRODUCT)
 
 
@@ -266,53 +265,6 @@ def _is_gate(pooling: Call) -> bool:
                 seen.add(id(user))
                 waiting.append(user)
     return True
-
-
-def _is_changed(flow: Flow, convolution: Call, removed: Collection[nn.Module]) -> bool:
-    """True if a KNConv's output is changed in place, and no removed layer can make a copy of it."""
-    (value, *_) = convolution.outputs
-    users = [user for user in value.users if user.module in removed]
-    return not users and _changes(flow, {value.storage}, removed)
-
-
-def _to_copy(
-    flow: Flow, removed: Collection[nn.Module], taken: Collection[nn.Module]
-) -> Iterator[nn.Module]:
-    """The removed layers that have to be copies of their input.
-
-    An identity hands on its input itself. Where that is changed in place afterwards, or its output
-    is, others would see it: another use of the input, the caller of the network, and what made the
-    input and keeps it for the backward pass, such as a KNConv with an activation.
-    """
-    for call in flow.calls:
-        if call.module is None or call.module not in removed:
-            continue
-        value = call.inputs[0]
-        maker = value.maker
-        forgets = maker is not None and maker.module not in taken and kind_of(maker) in _FORGETTING
-        shared = len(value.users) > 1 or not (forgets or (maker and maker.module in removed))
-        if shared and _changes(flow, {value.storage, *_storages(call, removed)}, removed, call):
-            yield call.module
-
-
-def _storages(call: Call, removed: Collection[nn.Module]) -> set[int]:
-    """The storages that become one with the output of a removed layer."""
-    found = {value.storage for value in call.outputs}
-    for user in (user for value in call.outputs for user in value.users):
-        if user.module in removed and user is not call:
-            found |= _storages(user, removed)
-    return found
-
-
-def _changes(
-    flow: Flow,
-    storages: Collection[int],
-    removed: Collection[nn.Module],
-    after: Call | None = None,
-) -> bool:
-    """True if a call of something that is left changes one of the storages in place."""
-    calls = flow.calls if after is None else flow.calls[flow.calls.index(after) + 1 :]
-    return any(c.module not in removed and not c.changed.isdisjoint(storages) for c in calls)
 
 
 def _calls(origins: list[_Origin]) -> list[Call]:
