@@ -299,9 +299,9 @@ class KNConv2d(_KNConv, nn.Conv2d):
     - ``"monte_carlo"``: dropout stays on, as in the authors' code; two evaluations differ
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode, device, dtype: those of :class:`torch.nn.Conv2d`. The state dict is that of
-            the convolution too, so its weights load
+        in_channels, out_channels, kernel_size, stride, padding: those of :class:`torch.nn.Conv2d`
+        dilation, groups, bias, padding_mode, device, dtype: likewise. The state dict is that of the
+            convolution too, so its weights load
         dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
         eps: :math:`\epsilon`, added to the variance
         activation: ``"relu"``, ``"leaky_relu"`` or a module. A ReLU or LeakyReLU costs no pass over

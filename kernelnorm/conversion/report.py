@@ -53,7 +53,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many layers became what."""
+        """Counts what the layers became, in one line."""
         knconvs = sum("KNConv" in row.after for row in self.rows)
         norms = sum("KernelNorm" in row.after for row in self.rows)
         left = f"{len(self.unconverted)} unconverted" if self.unconverted else "nothing unconverted"
