@@ -16,13 +16,13 @@ from tqdm import tqdm
 from kernelnorm.cli import main
 from kernelnorm.experiments import bench as package
 from kernelnorm.experiments.bench import BAR_FORMAT, bench, make_plan, measure
-from kernelnorm.experiments.bench.plan import Case, Plan, Row
+from kernelnorm.experiments.bench.plan import BATCH, NONE, Case, Column, Plan, Row
 from kernelnorm.experiments.bench.report import (
     WIDTH,
     TimeTable,
     draw,
-    floor_lines,
     memory_lines,
+    ratio_lines,
 )
 from kernelnorm.experiments.bench.results import Quartiles, Result, Variant
 from kernelnorm.experiments.runs import RunError
@@ -36,6 +36,7 @@ TINY: dict[str, Any] = {
     "device": "cpu",
     "rounds": 2,
 }
+KERNEL, GROUP = Column("kernel"), Column("group")
 
 
 def ignore(what: str, done: float) -> None:
@@ -69,7 +70,7 @@ def test_quartiles() -> None:
 
 def test_ratios_are_of_the_same_round_and_of_the_better_memory_formats() -> None:
     made = hand_made()
-    best = {norm: made.best(norm) for norm in ("batch", "kernel", "group", "layer")}
+    best = {norm: made.best(Column(norm)) for norm in ("batch", "kernel", "group", "layer")}
     formats = {norm: variant and variant.memory_format for norm, variant in best.items()}
     assert formats == {
         "batch": "channels_last",
@@ -77,13 +78,13 @@ def test_ratios_are_of_the_same_round_and_of_the_better_memory_formats() -> None
         "group": None,
         "layer": None,
     }
-    assert made.ratio("kernel", "batch") == Quartiles.of([1.5, 1.0, 2.0])
-    assert made.ratio("kernel", "none") == (3.5, 4.0, 4.0)
-    assert made.ratio("group", "batch") is None
+    assert made.ratio(KERNEL, BATCH) == Quartiles.of([1.5, 1.0, 2.0])
+    assert made.ratio(KERNEL, NONE) == (3.5, 4.0, 4.0)
+    assert made.ratio(GROUP, BATCH) is None
 
 
 def test_record_has_every_time_and_the_summary() -> None:
-    record = json.loads(json.dumps(hand_made().record()))
+    record = json.loads(json.dumps(hand_made().record((BATCH, NONE))))
     assert record["variants"][4] == {
         "norm": "kernel",
         "memory_format": "contiguous",
@@ -91,6 +92,7 @@ def test_record_has_every_time_and_the_summary() -> None:
         "saved_bytes": 70,
         "peak_bytes": None,
         "failure": "",
+        "way": "",
     }
     assert record["summary"]["kernel"] == {
         "memory_format": "contiguous",
@@ -114,9 +116,10 @@ def test_tables() -> None:
     assert words(line) == "train 2000 ms 0.50 ±0.06 failed 1.50 ±0.25"
     assert reason == "  GroupNorm, channels_last: failed: OutOfMemoryError: no more"
     case = "VGG8, 8×8, batch 2"
-    floor = floor_lines([hand_made()], norms)
+    columns = [*map(Column, norms)]
+    floor = ratio_lines([hand_made()], columns, NONE)
     assert words(floor[1]) == f"{case} 1000 ms 2.00 ±0.50 failed 4.00 ±0.25"
-    memory = memory_lines([hand_made()], norms)
+    memory = memory_lines([hand_made()], columns, BATCH)
     assert memory[0].splitlines()[0] == "All rows: float32, eager, train, saved bytes."
     assert words(memory[1]) == f"{case} 0.0 MB 0.500 - 0.700"
 
@@ -124,7 +127,10 @@ def test_tables() -> None:
 def measured(plan: Plan) -> list[Result]:
     """Every variant of a plan took 1.5 ms."""
     return [
-        Result(row, [Variant(norm, "channels_last", [0.0015] * 3, 10) for norm in plan.norms])
+        Result(
+            row,
+            [Variant(c.norm, "channels_last", [0.0015] * 3, 10, way=c.way) for c in plan.columns],
+        )
         for row in plan.rows
     ]
 
@@ -138,7 +144,8 @@ def test_tables_have_at_most_100_columns(options: dict[str, Any], norms: tuple[s
     plan = make_plan(**options, norms=norms, device="cpu")
     results, table = measured(plan), TimeTable(plan)
     times = [table.heading(), *map(table.line, results)]
-    for lines in (times, floor_lines(results, norms), memory_lines(results, norms)):
+    floor = ratio_lines(results, plan.columns, NONE)
+    for lines in (times, floor, memory_lines(results, plan.columns, BATCH)):
         assert max(len(line) for block in lines for line in block.splitlines()) <= WIDTH == 100
         if norms != NORMS:
             assert sum("KernelNorm" in block for block in lines) == 1
@@ -171,24 +178,25 @@ def test_the_bar_is_not_cut_at_80_columns() -> None:
 
 
 def test_the_picture_names_the_rows_and_starts_at_the_data() -> None:
-    figure = draw(measured(make_plan(networks=["resnet18"], device="cpu")), ["batch", "kernel"])
+    figure = draw(measured(make_plan(networks=["resnet18"], device="cpu")), [BATCH, KERNEL], BATCH)
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[:2] == [f"ResNet-18, 192×192, batch 2\n{p}" for p in ("train", "inference")]
     assert axes.get_title() == "All rows: float32, eager"
     assert axes.get_xlim() == (0.9, 1.1)
-    assert draw([hand_made()], ["none", "batch", "kernel"]).axes[0].get_xlim()[0] < 0.375
+    assert draw([hand_made()], [NONE, BATCH, KERNEL], BATCH).axes[0].get_xlim()[0] < 0.375
 
 
 def test_without_batch_norms_times_there_are_those_of_the_others() -> None:
     failed = Variant("batch", "channels_last", failure="failed: RuntimeError: why")
     made = result(failed, Variant("kernel", "channels_last", [0.25, 0.25]))
-    norms = ["batch", "kernel"]
-    line, reason = TimeTable(make_plan(**TINY, norms=norms)).line(made).splitlines()
+    plan = make_plan(**TINY, norms=["batch", "kernel"])
+    line, reason = TimeTable(plan).line(made).splitlines()
     assert line.split()[-3:] == ["failed", "250", "ms"]
     assert "why" in reason
-    assert floor_lines([made], norms) == memory_lines([made], norms) == []
-    draw([made], norms)
+    assert ratio_lines([made], plan.columns, NONE) == []
+    assert memory_lines([made], plan.columns, BATCH) == []
+    draw([made], plan.columns, BATCH)
 
 
 def test_plan_without_options() -> None:
@@ -202,7 +210,7 @@ def test_plan_without_options() -> None:
         "DenseNet-121, 160×160, batch 32",
     ]
     assert [row.pass_ for row in plan.rows] == ["train", "inference"] * 6
-    assert plan.norms == ("none", "batch", "group", "layer", "kernel")
+    assert [*map(str, plan.columns)] == ["none", "batch", "group", "layer", "kernel"]
     assert plan.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -20,18 +20,25 @@ def make_parser() -> ArgumentParser:
         "kernelnorm bench --networks vgg8,resnet50 --sizes 32,224 --batch-sizes 1,2,8,32,128",
         "kernelnorm bench --norms none,batch,kernel --memory-formats channels_last,contiguous",
         "kernelnorm bench --device cuda --dtypes float32,bfloat16 --modes eager,reduce-overhead",
+        "kernelnorm bench --private --networks vgg8 --batch-sizes 64",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="small cases and few rounds, under two minutes")
+    private_help = (
+        "compare steps of private training: clipped gradients by bookkeeping and by the hooks and "
+        "the ghost norms of Opacus, with KernelNorm and with GroupNorm, as ratios to the ordinary "
+        "step with KernelNorm (networks: vgg8,knresnet13; batch size: 64)"
+    )
+    add("--private", action="store_true", help=private_help)
     networks_help = "comma-separated (default: vgg8,resnet18,densenet121, the paper's case studies)"
     add("--networks", type=values.models, help=networks_help)
     sizes_help = "image size of each network, comma-separated (default: the case studies')"
     add("--sizes", type=values.integers, metavar="PIXELS", help=sizes_help)
     add("--batch-sizes", type=values.integers, help="comma-separated (default: 2,32)")
-    norms = ["none", "batch", "group", "layer", "kernel"]
-    add("--norms", type=values.norms, default=norms, help="comma-separated; none: the floor")
-    passes_help = "train: forward, backward and SGD; inference: forward alone"
-    add("--passes", type=values.texts, default=["train", "inference"], help=passes_help)
+    norms_help = "comma-separated (default: none,batch,group,layer,kernel); none: the floor"
+    add("--norms", type=values.norms, help=norms_help)
+    passes_help = "train: forward, backward and SGD; inference: forward alone (default: both)"
+    add("--passes", type=values.texts, help=passes_help)
     dtypes_help = "float32, bfloat16 (autocast), float16 (autocast, on CUDA)"
     add("--dtypes", type=values.texts, default=["float32"], help=dtypes_help)
     formats_help = "channels_last, contiguous; with both, the faster one of each norm is reported"

@@ -11,14 +11,19 @@
     ``network``, ``image_size``, ``batch_size``, ``dtype``, ``mode``, ``pass``
         the row.
     ``variants``
-        one for each norm and memory format: ``norm``, ``memory_format``, ``seconds`` (of a step,
-        one number per round; the i-th numbers of all variants are of the same round),
-        ``saved_bytes`` (stored for the backward pass), ``peak_bytes`` (on CUDA, the peak of the
-        memory that a step allocates), ``failure`` (why there are no times, or an empty string).
+        one for each norm and memory format, and with ``--private`` for each way to clipped
+        gradients: ``norm``, ``way`` (empty for the ordinary step), ``memory_format``, ``seconds``
+        (of a step, one number per round; the i-th numbers of all variants are of the same round),
+        ``saved_bytes`` (stored for the backward pass), ``peak_bytes`` (on CUDA and with
+        ``--private``, the peak of the memory that a step allocates), ``failure`` (why there are no
+        times, or an empty string).
     ``summary``
         for each norm that has times, in its faster ``memory_format``: the quartiles ``[low, median,
         high]`` of ``seconds``, and of ``to_batch`` and ``to_none``, the ratios to the time of
-        BatchNorm and of the network without normalisation in the same round, or null.
+        BatchNorm and of the network without normalisation in the same round, or null. With
+        ``--private`` for each norm and way (``kernel``, ``kernel_bookkeeping``), with ``to_kernel``
+        and ``to_group_hooks``, the ratios to the ordinary step of the kernel network and to the
+        GroupNorm network's with the hooks of Opacus.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import json
 import os
 import platform
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +44,7 @@ from tqdm import tqdm
 import kernelnorm
 from kernelnorm.experiments.bench.measure import measure_row, saved_bytes
 from kernelnorm.experiments.bench.plan import CASE_STUDIES, Plan, make_plan
-from kernelnorm.experiments.bench.report import WIDTH, TimeTable, draw, floor_lines, memory_lines
+from kernelnorm.experiments.bench.report import WIDTH, TimeTable, draw, memory_lines, ratio_lines
 from kernelnorm.experiments.bench.results import Result
 from kernelnorm.experiments.runs import RunError, write_whole
 from kernelnorm.experiments.style import png
@@ -47,6 +53,14 @@ __all__ = ["CASE_STUDIES", "Plan", "bench", "make_plan", "saved_bytes"]
 
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {remaining} left{postfix}"
 """Leaves room for the longest case and norm in 80 columns."""
+
+_NAMES = {
+    "batch": "BatchNorm's",
+    "none": "the network without normalisation",
+    "kernel": "KernelNorm's ordinary step",
+    "group_hooks": "the hooks of Opacus with GroupNorm",
+}
+"""The bases of the ratios, in titles."""
 
 
 def bench(plan: Plan, out: Path) -> list[Result]:
@@ -67,7 +81,8 @@ def bench(plan: Plan, out: Path) -> list[Result]:
         machine = _machine(plan)
         print(textwrap.fill(_phrase(machine), WIDTH))
         table = TimeTable(plan)
-        print("\nTime of a step: ratio to BatchNorm's, median ± half the interquartile range")
+        first, second = (_NAMES[str(base)] for base in plan.bases)
+        print(f"\nTime of a step: ratio to {first}, median ± half the interquartile range")
         print(table.heading())
         with tqdm(
             total=len(plan.rows),
@@ -87,13 +102,11 @@ def bench(plan: Plan, out: Path) -> list[Result]:
                 results.append(result)
                 tqdm.write(table.line(result))
                 _write(results, plan, machine, out)
-    if floor := floor_lines(results, plan.norms):
-        print("\nTime of a step: ratio to the network without normalisation")
-        print("\n".join(floor))
-    if memory := memory_lines(results, plan.norms):
-        print(
-            "\nMemory: ratio to BatchNorm's (saved: for the backward pass; peak: of a whole step)"
-        )
+    if lines := ratio_lines(results, plan.columns, plan.bases[1]):
+        print(f"\nTime of a step: ratio to {second}")
+        print("\n".join(lines))
+    if memory := memory_lines(results, plan.columns, plan.bases[0]):
+        print(f"\nMemory: ratio to {first} (saved: for the backward pass; peak: of a whole step)")
         print("\n".join(memory))
     print(f"\nTimes:   {out / 'bench.json'}\nPicture: {out / 'bench.png'}")
     return results
@@ -112,7 +125,7 @@ def _check_folder(out: Path) -> None:
 
 @contextmanager
 def _settings(plan: Plan) -> Iterator[None]:
-    """Set the threads and, on CUDA, TF32; restore both at the end."""
+    """Set the threads and, on CUDA, TF32, and silence Opacus; restore all at the end."""
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     try:
@@ -120,7 +133,10 @@ def _settings(plan: Plan) -> Iterator[None]:
             torch.set_num_threads(plan.threads)
         if plan.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Secure RNG turned off")
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -160,7 +176,7 @@ def _write(results: Sequence[Result], plan: Plan, machine: dict[str, Any], out: 
     record = {
         "kernelnorm": kernelnorm.__version__,
         "machine": machine,
-        "results": [result.record() for result in results],
+        "results": [result.record(plan.bases) for result in results],
     }
     write_whole(out / "bench.json", f"{json.dumps(record, indent=1)}\n".encode())
-    write_whole(out / "bench.png", png(draw(results, plan.norms)))
+    write_whole(out / "bench.png", png(draw(results, plan.columns, plan.bases[0])))

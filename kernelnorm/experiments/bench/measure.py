@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelnorm.experiments.bench.plan import DTYPES, MEMORY_FORMATS, Plan, Row
+from kernelnorm.experiments.bench.plan import DTYPES, MEMORY_FORMATS, Case, Plan, Row
+from kernelnorm.experiments.bench.private import allocated_peak, group_norm_twin, made_private
 from kernelnorm.experiments.bench.results import Result, Variant
-from kernelnorm.models import create_model
+from kernelnorm.models import create_model, list_models
 
 __all__ = ["measure_row", "saved_bytes"]
 
@@ -51,20 +51,24 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
 
 
 def measure_row(row: Row, plan: Plan, progress: Callable[[str, float], None]) -> Result:
-    """Measure the norms of the plan, in each of its memory formats.
+    """Measure the columns of the plan, in each of its memory formats.
 
     A variant that fails records the reason; the others are still measured.
 
     Args:
         row: the network, its input and how it runs.
-        plan: the norms, memory formats, device and limits.
+        plan: the columns, memory formats, device and limits.
         progress: called with a phrase for the progress bar, and the finished fraction of the row.
     """
-    variants = [Variant(norm, format_) for norm in plan.norms for format_ in plan.memory_formats]
+    variants = [
+        Variant(column.norm, format_, way=column.way)
+        for column in plan.columns
+        for format_ in plan.memory_formats
+    ]
     steps: dict[int, Step] = {}
     fastest = math.inf
     for i, variant in enumerate(variants):
-        progress(f"warm-up {variant.norm}", 0.0)
+        progress(f"warm-up {variant.column}", 0.0)
         with _failing(variant):
             steps[i], seconds = _warm_up(row, variant, plan.device)
             fastest = min(fastest, seconds)
@@ -101,18 +105,22 @@ def _warm_up(row: Row, variant: Variant, device: torch.device) -> tuple[Step, fl
 
     The first steps compile, choose algorithms and record CUDA graphs.
     """
-    case, train, graphs = row.case, row.pass_ == "train", row.mode == "reduce-overhead"
+    case, train, graphs = row.case, row.pass_ != "inference", row.mode == "reduce-overhead"
     memory_format = MEMORY_FORMATS[variant.memory_format]
-    network = create_model(case.network, norm=variant.norm, num_classes=10).to(device).train(train)
+    network = _network(case, variant.norm).to(device).train(train)
     network.to(memory_format=memory_format)  # type: ignore[call-overload]
     if row.mode != "eager":
         network.compile(dynamic=False, mode=row.mode if graphs else None)
     x = torch.rand(case.batch_size, 3, case.image_size, case.image_size, device=device)
     x = x.contiguous(memory_format=memory_format)
-    step = _training_step(row, network, x) if train else _inference_step(row, network, x)
+    step = (
+        _training_step(row, network, x, variant.way) if train else _inference_step(row, network, x)
+    )
     for _ in range(3 if graphs else 1):
         step()
-    if train and not graphs:
+    if row.pass_ == "private" and device.type == "cpu":
+        variant.peak_bytes = allocated_peak(step)
+    if row.pass_ == "train" and not graphs:
         with _autocast(row, x):
             variant.saved_bytes = saved_bytes(network, x)
     if device.type == "cuda" and not graphs:
@@ -124,18 +132,27 @@ def _warm_up(row: Row, variant: Variant, device: torch.device) -> tuple[Step, fl
     return step, _time(step, 1, device)
 
 
-def _training_step(row: Row, network: nn.Module, x: Tensor) -> Step:
+def _network(case: Case, norm: str) -> nn.Module:
+    if case.network in list_models(norm):
+        return create_model(case.network, norm=norm, num_classes=10)
+    return group_norm_twin(create_model(case.network, num_classes=10))
+
+
+def _training_step(row: Row, network: nn.Module, x: Tensor, way: str) -> Step:
     y = torch.randint(0, 10, (len(x),), device=x.device)
+    criterion: nn.Module = nn.CrossEntropyLoss()
     # A learning rate of 0 costs the same time and leaves the weights unchanged.
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+    if way:
+        network, optimizer, criterion = made_private(network, optimizer, x, way)
 
     def step() -> None:
         _begin(row)
         with _autocast(row, x):
-            loss = F.cross_entropy(network(x), y)
+            loss = criterion(network(x), y)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

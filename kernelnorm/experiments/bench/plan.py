@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 
 import torch
 
 from kernelnorm.experiments.runs import RunError
-from kernelnorm.experiments.style import network_label
+from kernelnorm.experiments.style import LABELS, network_label
 from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS
 
@@ -22,6 +23,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 MODES = ("eager", "compile", "reduce-overhead")
 PASSES = ("train", "inference")
+WAYS = ("bookkeeping", "hooks", "ghost")
+"""Ways to clipped gradients: each a ``grad_sample_mode`` of :mod:`kernelnorm.privacy`'s engine."""
+
+_SIZES = CASE_STUDIES | {"knresnet13": 32}
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,48 @@ class Case:
         return f"{network_label(self.network)}, {size}×{size}, batch {self.batch_size}"
 
 
+@dataclass(frozen=True)
+class Column:
+    """What is measured in each row: a norm, trained as usual or privately.
+
+    Args:
+        norm: one of :data:`kernelnorm.norms.NORMS`.
+        way: one of :data:`WAYS`, or an empty string for the ordinary step.
+    """
+
+    norm: str
+    way: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.norm}_{self.way}" if self.way else self.norm
+
+    @property
+    def label(self) -> str:
+        """The column's name for people."""
+        return f"{LABELS[self.norm]}, {self.way}" if self.way else LABELS[self.norm]
+
+
+BATCH, NONE = Column("batch"), Column("none")
+
 _QUICK = (
     Case("vgg8", 32, 2),
     Case("vgg8", 32, 32),
     Case("resnet18", 96, 4),
     Case("densenet121", 64, 4),
 )
+_QUICK_PRIVATE = Case("vgg8", 32, 16), Case("knresnet13", 32, 16)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; its norms and memory formats are measured in turn.
+    """One row of the table; its columns and memory formats are measured in turn.
 
     Args:
         case: the network and its input.
         dtype: one of :data:`DTYPES`; the half-precision ones by autocast.
         mode: one of :data:`MODES`.
-        pass_: one of :data:`PASSES`: forward, backward and SGD with momentum, or forward alone.
+        pass_: one of :data:`PASSES`: forward, backward and SGD with momentum, or forward alone;
+            or ``"private"``: a training step in which some columns clip the samples' gradients.
     """
 
     case: Case
@@ -68,8 +98,10 @@ class Plan:
 
     Args:
         rows: the rows, in the order in which they are measured.
-        norms: the norms of each row; ``"batch"`` is always one of them.
-        memory_formats: the memory formats in which each norm is measured.
+        columns: what is measured in each row.
+        bases: the columns to which the tables have ratios: the table of times and memory to the
+            first, a second table of times to the second, if that is measured.
+        memory_formats: the memory formats in which each column is measured.
         device: the CPU, or a GPU.
         threads: PyTorch's CPU threads; ``None`` leaves the setting unchanged.
         rounds: the maximum number of rounds of a row; a round measures every variant once.
@@ -77,7 +109,8 @@ class Plan:
     """
 
     rows: Sequence[Row]
-    norms: Sequence[str]
+    columns: Sequence[Column]
+    bases: tuple[Column, Column]
     memory_formats: Sequence[str]
     device: torch.device
     threads: int | None
@@ -90,8 +123,8 @@ def make_plan(
     networks: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
     batch_sizes: Sequence[int] | None = None,
-    norms: Sequence[str] = ("none", "batch", "group", "layer", "kernel"),
-    passes: Sequence[str] = PASSES,
+    norms: Sequence[str] | None = None,
+    passes: Sequence[str] | None = None,
     dtypes: Sequence[str] = ("float32",),
     memory_formats: Sequence[str] = ("channels_last",),
     modes: Sequence[str] = ("eager",),
@@ -100,6 +133,7 @@ def make_plan(
     rounds: int = 15,
     seconds: float = 20.0,
     quick: bool = False,
+    private: bool = False,
 ) -> Plan:
     """Return the plan of the options that ``kernelnorm bench --help`` explains.
 
@@ -111,10 +145,20 @@ def make_plan(
     cuda = device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch finds no CUDA device here")
-    _check_names("--norms", norms, NORMS)
-    if "batch" not in norms:
-        raise RunError(f"--norms must have batch, which it compares with, got {','.join(norms)}")
-    _check_names("--passes", passes, PASSES)
+    if private:
+        _check_private(norms=norms, passes=passes, modes=modes)
+        columns = [Column(norm, way) for norm in ("kernel", "group") for way in ("", *WAYS)]
+        bases, passes = (Column("kernel"), Column("group", "hooks")), ["private"]
+    else:
+        norms = ["none", "batch", "group", "layer", "kernel"] if norms is None else norms
+        passes = PASSES if passes is None else passes
+        _check_names("--norms", norms, NORMS)
+        if "batch" not in norms:
+            raise RunError(
+                f"--norms must have batch, which it compares with, got {','.join(norms)}"
+            )
+        _check_names("--passes", passes, PASSES)
+        columns, bases = [Column(norm) for norm in norms], (BATCH, NONE)
     _check_names("--dtypes", dtypes, DTYPES)
     _check_names("--memory-formats", memory_formats, MEMORY_FORMATS)
     _check_names("--modes", modes, MODES)
@@ -129,13 +173,16 @@ def make_plan(
     if quick:
         if clash := [option for option, values in given.items() if values is not None]:
             raise RunError(f"--quick has its own cases: leave out --quick, or {', '.join(clash)}")
-        cases: Sequence[Case] = _QUICK
+        cases: Sequence[Case] = _QUICK_PRIVATE if private else _QUICK
         rounds, seconds = min(rounds, 9), min(seconds, 4.0)
+    elif private:
+        cases = _cases(networks or ["vgg8", "knresnet13"], sizes, batch_sizes or [64], private)
     else:
-        cases = _cases(networks or [*CASE_STUDIES], sizes, batch_sizes or [2, 32])
+        cases = _cases(networks or [*CASE_STUDIES], sizes, batch_sizes or [2, 32], private)
     return Plan(
         rows=[Row(*choices) for choices in product(cases, dtypes, modes, passes)],
-        norms=norms,
+        columns=columns,
+        bases=bases,
         memory_formats=memory_formats,
         device=torch.device(device),
         threads=threads,
@@ -144,12 +191,25 @@ def make_plan(
     )
 
 
+def _check_private(
+    *, norms: Sequence[str] | None, passes: Sequence[str] | None, modes: Sequence[str]
+) -> None:
+    """Refuse what ``--private`` decides itself, and what it needs and does not find."""
+    for option, values in (("--norms", norms), ("--passes", passes)):
+        if values is not None:
+            raise RunError(f"--private has its own {option[2:]}: leave out --private, or {option}")
+    if [*modes] != ["eager"]:
+        raise RunError(f"--private needs --modes eager, got {','.join(modes)}")
+    if find_spec("opacus") is None:
+        raise RunError("--private needs: pip install 'kernelnorm[private]'")
+
+
 def _cases(
-    networks: Sequence[str], sizes: Sequence[int] | None, batch_sizes: Sequence[int]
+    networks: Sequence[str], sizes: Sequence[int] | None, batch_sizes: Sequence[int], private: bool
 ) -> list[Case]:
     _check_names("--networks", networks, list_models())
     for network in networks:
-        if network not in list_models("batch"):
+        if network not in list_models("batch") and not private:
             raise RunError(
                 f"--networks: {network} exists with the norm kernel only, and bench compares "
                 f"norms; choose from: {', '.join(list_models('batch'))}"
@@ -173,7 +233,9 @@ def _cases(
 
 
 def _size_of_family(network: str) -> int:
-    """Return the image size of the case study with a network of the same family, or ResNet-18's."""
+    """Return the network's own size, that of the case study with its family, or ResNet-18's."""
+    if network in _SIZES:
+        return _SIZES[network]
     family = network.rstrip("0123456789")
     sizes = (size for study, size in CASE_STUDIES.items() if study.startswith(family))
     return next(sizes, CASE_STUDIES["resnet18"])

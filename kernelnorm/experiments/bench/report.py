@@ -3,81 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from kernelnorm.experiments.bench.plan import Plan, Row
+from kernelnorm.experiments.bench.plan import WAYS, Column, Plan, Row
 from kernelnorm.experiments.bench.results import Quartiles, Result
-from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.style import line_style
 
-__all__ = ["WIDTH", "TimeTable", "draw", "floor_lines", "memory_lines"]
+__all__ = ["WIDTH", "TimeTable", "draw", "memory_lines", "ratio_lines"]
 
 WIDTH = 100
 """The maximum number of columns of a line."""
 
+_MARKERS = dict(zip(WAYS, "^vd", strict=True))
+
 
 class TimeTable:
-    """The ratios to BatchNorm's time, line by line as they are measured.
+    """The ratios to the time of the first base, line by line as they are measured.
 
     Args:
-        plan: the rows and norms of the table.
+        plan: the rows and columns of the table.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.norms = [norm for norm in plan.norms if norm != "batch"]
-        rows = [_names(row) for row in plan.rows]
-        self.table = _Table(rows, ["BatchNorm", *(LABELS[norm] for norm in self.norms)])
+        self.base, self.columns = plan.bases[0], _base_first(plan.columns, plan.bases[0])
+        self.table = _Table([_names(row) for row in plan.rows], [*map(_heading, self.columns)])
 
     def heading(self) -> str:
         """Return the lines above the first result."""
         return self.table.heading()
 
     def line(self, result: Result) -> str:
-        """Return a result's line, and one for each norm that failed."""
-        cells = [_milliseconds(result, "batch")]
-        for norm in self.norms:
-            ratio = result.ratio(norm, "batch")
-            cells.append(str(ratio) if ratio else _milliseconds(result, norm))
+        """Return a result's line, and one for each column that failed."""
+        cells = []
+        for column in self.columns:
+            ratio = None if column == self.base else result.ratio(column, self.base)
+            cells.append(str(ratio) if ratio else _milliseconds(result, column))
         return "\n".join([self.table.line(_names(result.row), cells), *_failures(result)])
 
 
-def floor_lines(results: Sequence[Result], norms: Sequence[str]) -> list[str]:
-    """Return the table of ratios to the time of the network without normalisation."""
-    others = [norm for norm in norms if norm != "none"]
+def ratio_lines(results: Sequence[Result], columns: Sequence[Column], base: Column) -> list[str]:
+    """Return the table of ratios to the time of a column."""
+    columns = _base_first(columns, base)
     rows = []
     for result in results:
-        if result.best("none"):
-            ratios = (result.ratio(norm, "none") or "failed" for norm in others)
-            rows.append((_names(result.row), [_milliseconds(result, "none"), *map(str, ratios)]))
-    return _lines(rows, [LABELS["none"], *(LABELS[norm] for norm in others)])
+        if result.best(base):
+            cells = [
+                _milliseconds(result, base)
+                if column == base
+                else str(result.ratio(column, base) or "failed")
+                for column in columns
+            ]
+            rows.append((_names(result.row), cells))
+    return _lines(rows, columns)
 
 
-def memory_lines(results: Sequence[Result], norms: Sequence[str]) -> list[str]:
-    """Return the table of the bytes saved for the backward and, on CUDA, of the peak of a step."""
-    others = [norm for norm in norms if norm != "batch"]
+def memory_lines(results: Sequence[Result], columns: Sequence[Column], base: Column) -> list[str]:
+    """Return the table of the bytes saved for the backward, and of the peak of a step."""
+    columns = _base_first(columns, base)
     rows = []
     for result in results:
         for what, name in (("saved_bytes", "saved bytes"), ("peak_bytes", "peak bytes")):
-            sizes = {norm: getattr(result.best(norm), what, None) for norm in norms}
-            if whole := sizes["batch"]:
-                ratios = (f"{size / whole:.3f}" if (size := sizes[n]) else "-" for n in others)
+            whole, *sizes = (getattr(result.best(column), what, None) for column in columns)
+            if whole:
+                ratios = (f"{size / whole:.3f}" if size else "-" for size in sizes)
                 rows.append(([*_names(result.row), name], [f"{whole / 1e6:.1f} MB", *ratios]))
-    return _lines(rows, ["BatchNorm", *(LABELS[norm] for norm in others)])
+    return _lines(rows, columns)
 
 
-def draw(results: Sequence[Result], norms: Sequence[str]) -> Figure:
-    """Draw the ratios to BatchNorm: a point for each norm, its whiskers from quartile to quartile.
+def draw(results: Sequence[Result], columns: Sequence[Column], base: Column) -> Figure:
+    """Draw the ratios to a column: a point for each other, with whiskers between the quartiles.
 
-    Norms differ in marker and place as well as in colour.
+    Columns differ in marker and place as well as in colour.
     """
-    others = [norm for norm in norms if norm != "batch"]
+    others = [column for column in columns if column != base]
     figure = Figure(figsize=(8.0, 1.4 + 0.55 * len(results)), layout="constrained")
     axes = figure.subplots()
-    axes.axvline(1.0, color="black", linewidth=1, label=LABELS["batch"])
-    for i, norm in enumerate(others):
-        found = [(row, result.ratio(norm, "batch")) for row, result in enumerate(results)]
+    axes.axvline(1.0, color="black", linewidth=1, label=base.label)
+    for i, column in enumerate(others):
+        found = [(row, result.ratio(column, base)) for row, result in enumerate(results)]
         points = [(row, ratio) for row, ratio in found if ratio]
-        style = {**line_style(norm), "linestyle": "none", "capsize": 2.5, "markersize": 6}
+        style = {**_style(column), "linestyle": "none", "capsize": 2.5, "markersize": 6}
         axes.errorbar(
             [ratio.median for _, ratio in points],
             [row + 0.7 * ((i + 0.5) / len(others) - 0.5) for row, _ in points],
@@ -96,7 +104,7 @@ def draw(results: Sequence[Result], norms: Sequence[str]) -> Figure:
     axes.set_ylim(len(results) - 0.5, -0.5)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.9), max(high, 1.1))  # do not magnify differences of a percent
-    axes.set_xlabel("time of a step, BatchNorm = 1 (median and quartiles of the rounds)")
+    axes.set_xlabel(f"time of a step, {base.label} = 1 (median and quartiles of the rounds)")
     if common:
         axes.set_title(f"All rows: {', '.join(common)}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
@@ -121,6 +129,12 @@ class _Table:
         self.label_width = max(len(self.indent + row[self.varying[-1]]) for row in rows)
         self.columns = columns
         self.widths = [max(len(column), len("0.00 ±0.00")) for column in columns]
+        self.cells = count = len(columns)  # on a line
+        room = WIDTH - self.label_width
+        if sum(self.widths) + 2 * count > room:
+            self.widths = [max(self.widths)] * count
+            lines = ceil(count / max(1, room // (2 + self.widths[0])))
+            self.cells = ceil(count / lines)
         self.group = ""
 
     def heading(self) -> str:
@@ -134,22 +148,18 @@ class _Table:
         return "\n".join([*above, self._line(self.indent + label, cells)])
 
     def _line(self, label: str, cells: Sequence[str]) -> str:
-        """Return one line, or more lines where the cells do not fit on one."""
-        lines = [label.ljust(self.label_width)]
-        for cell, width in zip(cells, self.widths, strict=True):
-            if len(lines[-1]) + 2 + width > WIDTH:
-                lines.append(" " * self.label_width)
-            lines[-1] += f"  {cell:>{width}}"
-        return "\n".join(lines)
+        aligned = [f"  {c:>{width}}" for c, width in zip(cells, self.widths, strict=True)]
+        lines = ["".join(aligned[i : i + self.cells]) for i in range(0, len(cells), self.cells)]
+        return label.ljust(self.label_width) + f"\n{'':{self.label_width}}".join(lines)
 
 
 def _lines(
-    rows: Sequence[tuple[Sequence[str], Sequence[str]]], columns: Sequence[str]
+    rows: Sequence[tuple[Sequence[str], Sequence[str]]], columns: Sequence[Column]
 ) -> list[str]:
     """Return a table as lines; an empty list if it has no rows."""
     if not rows:
         return []
-    table = _Table([names for names, _ in rows], columns)
+    table = _Table([names for names, _ in rows], [*map(_heading, columns)])
     return [table.heading(), *(table.line(names, cells) for names, cells in rows)]
 
 
@@ -160,12 +170,29 @@ def _compare(rows: Sequence[Sequence[str]]) -> tuple[list[int], list[str]]:
     return varying, [column[0] for i, column in enumerate(columns) if i not in varying]
 
 
+def _base_first(columns: Sequence[Column], base: Column) -> list[Column]:
+    """Return the columns, the base first. Ways to clipped gradients stay beside their norm."""
+    if base.way:
+        return [*columns]
+    return [base, *(column for column in columns if column != base)]
+
+
+def _heading(column: Column) -> str:
+    """Return a column's heading. The norm of a way is that of the columns before it."""
+    return column.way or column.label
+
+
+def _style(column: Column) -> dict[str, Any]:
+    style = {**line_style(column.norm), "label": column.label}
+    return style | {"marker": _MARKERS[column.way]} if column.way else style
+
+
 def _names(row: Row) -> list[str]:
     return [str(row.case), row.dtype, row.mode, row.pass_]
 
 
-def _milliseconds(result: Result, norm: str) -> str:
-    best = result.best(norm)
+def _milliseconds(result: Result, column: Column) -> str:
+    best = result.best(column)
     if best is None:
         return "failed"
     median = 1e3 * Quartiles.of(best.seconds).median
@@ -174,7 +201,7 @@ def _milliseconds(result: Result, norm: str) -> str:
 
 def _failures(result: Result) -> list[str]:
     return [
-        f"  {LABELS[variant.norm]}, {variant.memory_format}: {variant.failure}"
+        f"  {variant.column.label}, {variant.memory_format}: {variant.failure}"
         for variant in result.variants
         if variant.failure
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from kernelnorm.experiments.bench.plan import Row
+from kernelnorm.experiments.bench.plan import Column, Row
 
 __all__ = ["Quartiles", "Result", "Variant"]
 
@@ -33,17 +33,19 @@ class Quartiles(NamedTuple):
 
 @dataclass
 class Variant:
-    """One norm in one memory format.
+    """One column in one memory format.
 
     Args:
         norm: one of :data:`kernelnorm.norms.NORMS`.
         memory_format: of the network and its input.
         seconds: the time of a step in each round; the i-th times of all variants share a round.
         saved_bytes: the bytes saved for the backward pass, by :func:`.measure.saved_bytes`;
-            ``None`` for inference, and with CUDA graphs, which have memory of their own.
-        peak_bytes: on CUDA, the peak of the memory that a step allocates, without weights and
-            momentum; ``None`` with CUDA graphs.
+            ``None`` for inference, for the rows of ``--private``, whose steps keep more than that,
+            and with CUDA graphs, which have memory of their own.
+        peak_bytes: on CUDA, and on CPUs in the rows of ``--private``, the peak of the memory that a
+            step allocates, without weights and momentum; ``None`` with CUDA graphs.
         failure: why there are no times, or an empty string.
+        way: that of :class:`.plan.Column`.
     """
 
     norm: str
@@ -52,6 +54,12 @@ class Variant:
     saved_bytes: int | None = None
     peak_bytes: int | None = None
     failure: str = ""
+    way: str = ""
+
+    @property
+    def column(self) -> Column:
+        """The column of the table."""
+        return Column(self.norm, self.way)
 
 
 @dataclass(frozen=True)
@@ -61,34 +69,33 @@ class Result:
     row: Row
     variants: Sequence[Variant]
 
-    def best(self, norm: str) -> Variant | None:
-        """Return the variant of the norm in the memory format with the lowest median time.
+    def best(self, column: Column) -> Variant | None:
+        """Return the variant of the column in the memory format with the lowest median time.
 
-        ``None`` if the norm failed in all formats, or was not measured.
+        ``None`` if it failed in all formats, or was not measured.
         """
-        timed = [v for v in self.variants if v.norm == norm and v.seconds]
+        timed = [v for v in self.variants if v.column == column and v.seconds]
         return min(timed, key=lambda v: statistics.median(v.seconds), default=None)
 
-    def ratio(self, norm: str, to: str) -> Quartiles | None:
-        """Return the quartiles, over the rounds, of the ratio of two norms' times.
+    def ratio(self, column: Column, to: Column) -> Quartiles | None:
+        """Return the quartiles, over the rounds, of the ratio of two columns' times.
 
-        Each norm is in its faster memory format. ``None`` if either norm has no times.
+        Each is in its faster memory format. ``None`` if either has no times.
         """
-        a, b = self.best(norm), self.best(to)
+        a, b = self.best(column), self.best(to)
         if a is None or b is None:
             return None
         return Quartiles.of([x / y for x, y in zip(a.seconds, b.seconds, strict=True)])
 
-    def record(self) -> dict[str, Any]:
-        """Return the result as an object for JSON."""
+    def record(self, bases: Sequence[Column]) -> dict[str, Any]:
+        """Return the result as an object for JSON, with the ratios to each of the bases."""
         summary = {}
-        for norm in dict.fromkeys(variant.norm for variant in self.variants):
-            if best := self.best(norm):
-                summary[norm] = {
+        for column in dict.fromkeys(variant.column for variant in self.variants):
+            if best := self.best(column):
+                summary[str(column)] = {
                     "memory_format": best.memory_format,
                     "seconds": Quartiles.of(best.seconds),
-                    "to_batch": self.ratio(norm, "batch"),
-                    "to_none": self.ratio(norm, "none"),
+                    **{f"to_{base}": self.ratio(column, base) for base in bases},
                 }
         return {
             **asdict(self.row.case),
