@@ -274,9 +274,9 @@ class KNConv1d(_KNConv, nn.Conv1d):
 class KNConv2d(_KNConv, nn.Conv2d):
     r"""A convolution of windows that are normalised by their own mean and variance.
 
-    A drop-in replacement for a convolution and its BatchNorm. There are no running statistics, and
-    samples do not see each other: a network trains as well with two images a batch as with 256.
-    With :math:`u` a window of the input (all channels), :math:`m` the dropout mask (0 with
+    A drop-in replacement for a convolution and its BatchNorm. The state dict is that of the
+    convolution, so its weights load. There are no running statistics, and samples do not see each
+    other: a network trains with two images a batch as with 256. With :math:`u` a window of the input (all channels), :math:`m` the dropout mask (0 with
     probability :math:`p`, else :math:`1/(1-p)`), and :math:`\star` the product with a filter:
 
     .. math::
@@ -300,8 +300,7 @@ class KNConv2d(_KNConv, nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: those of :class:`torch.nn.Conv2d`
-        dilation, groups, bias, padding_mode, device, dtype: likewise. The state dict is that of the
-            convolution too, so its weights load
+        dilation, groups, bias, padding_mode, device, dtype: those of :class:`torch.nn.Conv2d`
         dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
         eps: :math:`\epsilon`, added to the variance
         activation: ``"relu"``, ``"leaky_relu"`` or a module. A ReLU or LeakyReLU costs no pass over
