@@ -108,7 +108,8 @@ def draw(results: Sequence[Result], columns: Sequence[Column], base: Column) -> 
     if common:
         axes.set_title(f"All rows: {', '.join(common)}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5)
+    longest = max(len(column.label) for column in columns)
+    figure.legend(loc="outside lower center", ncols=max(1, min(5, 110 // (6 + longest))))
     return figure
 
 
