@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.norms import NORMS, LocalContextNorm2d, PositionalNorm2d, make_norm
+from kernelnorm.norms import NORMS, LocalContextNorm2d, PositionalNorm2d, describe, make_norm
 
-LAYERS = [name for name in NORMS if name != "kernel"]
+MORE_THAN_A_LAYER = ["batch_channel", "ws_group", "weight_norm", "nf", "kernel"]
+LAYERS = [name for name in NORMS if name not in MORE_THAN_A_LAYER]
+WITHOUT_PARAMETERS = ["lrn", "none"]
 
 
 def randomised(norm: nn.Module) -> nn.Module:
@@ -91,19 +93,21 @@ def test_instance_norm_refuses_maps_of_one_position():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_shape_is_kept_and_every_parameter_is_a_scale_or_a_shift(name):
+def test_shape_is_kept_and_every_parameter_is_one_a_channel(name):
     norm = make_norm(name, 64)
     x = torch.randn(2, 64, 9, 11)
     assert norm(x).shape == x.shape
-    assert [tuple(p.shape) for p in norm.parameters()] == ([] if name == "none" else [(64,)] * 2)
+    count = 0 if name in WITHOUT_PARAMETERS else 2 + describe(name).has_activation
+    assert [tuple(p.shape) for p in norm.parameters()] == [(64,)] * count
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_only_batch_norm_depends_on_the_batch(name):
+def test_only_batch_dependent_norms_depend_on_the_batch(name):
     norm = make_norm(name, 8)
     x = torch.randn(3, 8, 5, 5)
     alone, together = norm(x[:1]), norm(x)[:1]
-    assert torch.allclose(alone, together, atol=1e-6) == (name != "batch")
+    independent = describe(name).group != "batch-dependent"
+    assert torch.allclose(alone, together, atol=1e-6) == independent
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -155,11 +159,31 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 def test_unknown_norms_are_refused_with_the_choices():
-    choices = "batch, group, layer, instance, positional, local_context, none, kernel"
-    with pytest.raises(ValueError, match=f"unknown norm 'bacth', choose one of: {choices}"):
-        make_norm("bacth", 4)
+    for function in (describe, lambda name: make_norm(name, 4)):
+        with pytest.raises(ValueError, match=f"unknown norm 'bacth', choose one of: {CHOICES}$"):
+            function("bacth")
 
 
-def test_kernel_is_no_layer_after_a_convolution():
-    with pytest.raises(ValueError, match="replaces the convolution by KNConv2d"):
-        make_norm("kernel", 4)
+CHOICES = (
+    "batch, group, layer, instance, positional, local_context, local_context_sliding, "
+    "batch_renorm, batch_channel, evonorm_s0, frn, lrn, ws_group, weight_norm, nf, none, kernel"
+)
+
+
+@pytest.mark.parametrize("name", MORE_THAN_A_LAYER)
+def test_norms_with_a_convolution_of_their_own_are_no_layers(name):
+    classes = {"kernel": "KNConv2d", "weight_norm": "weight_norm_conv", "nf": "ScaledWSConv2d"}
+    with pytest.raises(ValueError, match=f"by .*{classes.get(name, 'WSConv2d')}. kernelnorm.mod"):
+        make_norm(name, 4)
+
+
+def test_what_is_known_of_the_norms():
+    dependent = [name for name in NORMS if describe(name).group == "batch-dependent"]
+    assert dependent == ["batch", "batch_renorm", "batch_channel"]
+    weights = [name for name in NORMS if describe(name).group == "weight-based"]
+    assert weights == ["ws_group", "weight_norm", "nf"]
+    assert [n for n in NORMS if not describe(n).batch_one] == ["batch", "batch_renorm"]
+    assert {n: describe(n).needs for n in NORMS if describe(n).needs} == {"nf": ("agc",)}
+    assert len({describe(name).label for name in NORMS}) == len(NORMS)
+    with_activation = [name for name in NORMS if describe(name).has_activation]
+    assert with_activation == ["evonorm_s0", "frn", "nf"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+from kernelnorm.norms import NORMS, describe
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -12,16 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LABELS", "MEAN_LABEL", "line_style", "mean_line", "network_label", "plain_log", "png"]
 
-LABELS = {
-    "batch": "BatchNorm",
-    "group": "GroupNorm",
-    "layer": "LayerNorm",
-    "instance": "InstanceNorm",
-    "positional": "PositionalNorm",
-    "local_context": "LocalContextNorm",
-    "none": "no normalisation",
-    "kernel": "KernelNorm",
-}
+LABELS = {name: describe(name).label for name in NORMS}
 
 MEAN_LABEL = "dashed: mean of the last five epochs"
 
@@ -34,8 +27,9 @@ _NETWORKS = {
     "mobilenet_v3_small": "MobileNetV3-small",
 }
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers for black and white. Lines
-# are solid, as a dashed one is the mean of the last epochs.
+# The norms of the paper and the kernel norm have Okabe and Ito's colours, which the colour-blind can
+# tell apart; seventeen colours are more than that allows, so each has its marker, too. Lines are
+# solid, as a dashed one is the mean of the last epochs.
 _STYLES = {
     "batch": ("#0072B2", "o"),
     "group": ("#E69F00", "s"),
@@ -43,6 +37,15 @@ _STYLES = {
     "instance": ("#CC79A7", "D"),
     "positional": ("#56B4E9", "v"),
     "local_context": ("#7F7F7F", "P"),
+    "local_context_sliding": ("#B8B8B8", "+"),
+    "batch_renorm": ("#00337A", "<"),
+    "batch_channel": ("#6A51A3", ">"),
+    "evonorm_s0": ("#8B0000", "p"),
+    "frn": ("#8C564B", "h"),
+    "lrn": ("#A6A61A", "d"),
+    "ws_group": ("#F0E442", "X"),
+    "weight_norm": ("#00544A", "8"),
+    "nf": ("#C51B7D", "H"),
     "none": ("#000000", "x"),
     "kernel": ("#D55E00", "*"),
 }

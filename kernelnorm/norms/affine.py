@@ -1,0 +1,66 @@
+"""What the layers in this package share: checks, float32, a scale and a shift a channel."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AffineNorm2d"]
+
+
+class AffineNorm2d(nn.Module, ABC):
+    """Normalises feature maps, then scales and shifts each channel.
+
+    Half-precision inputs are normalised in float32. A subclass says how.
+
+    Args:
+        channels: the channels of the input
+        eps: what keeps the divisor from 0
+        device, dtype: of the scale (ones) and the shift (zeros)
+
+    Shape:
+        ``(n, channels, h, w)`` to the same.
+
+    Raises:
+        ValueError: if ``channels`` is not positive, or an input has another shape.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be positive, got {channels}")
+        self.channels = channels
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Makes the scale 1 and the shift 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    @abstractmethod
+    def normalise(self, x: Tensor) -> Tensor:
+        """Returns ``x``, in float32 or float64, normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x`` normalised, in its own dtype."""
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"expected an input (n, {self.channels}, h, w), got {tuple(x.shape)}")
+        y = self.normalise(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return (y * per_channel(self.weight) + per_channel(self.bias)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Returns the arguments, as ``print`` shows them."""
+        return f"{self.channels}, eps={self.eps:g}"
+
+
+def per_channel(x: Tensor) -> Tensor:
+    """Returns one number a channel in a shape that broadcasts to feature maps."""
+    return x.view(-1, 1, 1)

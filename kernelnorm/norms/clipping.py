@@ -1,0 +1,81 @@
+"""Adaptive gradient clipping, which normalizer-free networks need for large learning rates."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["adaptive_clip_grad_", "clipped_parameters"]
+
+
+def adaptive_clip_grad_(
+    parameters: Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
+) -> None:
+    r"""Scales down, in place, gradients that are large beside their parameters.
+
+    The gradient :math:`G` of each unit :math:`W` becomes
+
+    .. math::
+        G \leftarrow \lambda \frac{\max(\|W\|, \epsilon)}{\|G\|} G \quad \text{where} \quad
+        \|G\| > \lambda \max(\|W\|, \epsilon)
+
+    A unit is the weights of one output of a linear layer or a convolution; of biases, gains and
+    other parameters that are vectors or numbers, all of it. Call it after the backward pass and
+    before the step of the optimizer, with gradients that are summed over all processes and not
+    scaled.
+
+    Source: A. Brock et al., "High-Performance Large-Scale Image Recognition Without
+    Normalization", ICML 2021.
+
+    Args:
+        parameters: those whose gradients are clipped; the authors leave out the last linear layer:
+            :func:`clipped_parameters`
+        clip_factor: :math:`\lambda`. The authors' 0.01 is for batches of 4096 images; smaller
+            batches stand larger factors
+        eps: the least norm of a unit, so that what starts as zeros can grow
+
+    Raises:
+        ValueError: if ``clip_factor`` or ``eps`` is not a positive number.
+
+    Example::
+
+        >>> weight = torch.ones(1, 4, requires_grad=True)
+        >>> (100 * weight).sum().backward()
+        >>> adaptive_clip_grad_([weight], clip_factor=0.01)
+        >>> weight.grad.norm() / weight.norm()
+        tensor(0.0100, grad_fn=<DivBackward0>)
+    """
+    for name, value in (("clip_factor", clip_factor), ("eps", eps)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            largest = clip_factor * _unit_norm(parameter).clamp(min=eps)
+            norm = _unit_norm(parameter.grad)
+            # Where both are 0 the factor is 1.
+            factor = torch.where(norm > largest, largest / norm, torch.ones_like(norm))
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    """Returns the norm of each unit, in float32 or more, in a shape that broadcasts."""
+    vector = x.squeeze().dim() <= 1
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    return (squares.sum() if vector else squares.sum(tuple(range(1, x.dim())), True)).sqrt()
+
+
+def clipped_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters whose gradients are clipped: all but the last linear layer's.
+
+    Example::
+
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [tuple(p.shape) for p in clipped_parameters(network)]
+        [(8, 4), (8,)]
+    """
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    last = {id(parameter) for module in linear[-1:] for parameter in module.parameters()}
+    return [parameter for parameter in network.parameters() if id(parameter) not in last]

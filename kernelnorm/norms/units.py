@@ -1,0 +1,198 @@
+"""Norms whose units have one mean and one variance each: positions, tiles, sliding windows."""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernelnorm.norms.affine import AffineNorm2d
+
+__all__ = ["LocalContextNorm2d", "PositionalNorm2d", "SlidingLocalContextNorm2d"]
+
+
+class _UnitNorm2d(AffineNorm2d):
+    """Normalises by each unit's mean and variance. A subclass says what a unit is."""
+
+    @abstractmethod
+    def unit_mean(self, x: Tensor) -> Tensor:
+        """Returns each element's mean over its unit, in a shape that broadcasts to ``x``'s."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Subtracts each unit's mean and divides by its deviation."""
+        centred = x - self.unit_mean(x)
+        variance = self.unit_mean(centred.square())
+        return centred * torch.rsqrt(variance + self.eps)
+
+
+class PositionalNorm2d(_UnitNorm2d):
+    r"""Normalises each position over its channels.
+
+    .. math::
+        y_{ncij} = \frac{x_{ncij} - \mu_{nij}}{\sqrt{\sigma_{nij}^2 + \epsilon}} \gamma_c + \beta_c
+
+    where :math:`\mu_{nij}` and :math:`\sigma_{nij}^2` are the mean and the biased variance of the
+    :math:`c` elements at position :math:`(i, j)` of sample :math:`n`.
+
+    Source: B. Li et al., "Positional Normalization", NeurIPS 2019; here as in Section 2 of the
+    paper, without the moment shortcut.
+
+    Args:
+        channels: the channels of the input
+        eps: added to the variance
+        device, dtype: of the scale :math:`\gamma` (ones) and the shift :math:`\beta` (zeros)
+
+    Shape:
+        ``(n, channels, h, w)`` to the same.
+
+    Raises:
+        ValueError: if ``channels`` is not positive, or an input has another shape.
+
+    Example::
+
+        >>> y = PositionalNorm2d(64)(torch.randn(2, 64, 8, 8))
+        >>> bool(y.mean(dim=1).abs().max() < 1e-5)
+        True
+    """
+
+    def unit_mean(self, x: Tensor) -> Tensor:
+        """Returns the mean over the channels."""
+        return x.mean(dim=1, keepdim=True)
+
+
+class LocalContextNorm2d(_UnitNorm2d):
+    r"""Normalises tiles of neighbouring positions and channels.
+
+    The input is cut into tiles of ``group_size`` channels and ``window`` positions, from the upper
+    left; each is normalised by its own mean :math:`\mu` and biased variance :math:`\sigma^2`, and
+    each channel scaled and shifted:
+
+    .. math::
+        y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma_c + \beta_c
+
+    Where the window does not divide the map, the last tiles are smaller, and their mean and
+    variance are those of the elements that they have. A window larger than the map makes the layer
+    :class:`torch.nn.GroupNorm`.
+
+    Source: A. Ortiz et al., "Local Context Normalization", CVPR 2020; here with the units that
+    Section 2 of the paper gives, tiles instead of a window that slides.
+
+    Args:
+        channels: the channels of the input
+        group_size: the channels of a tile, a divisor of ``channels``
+        window: the rows and columns of a tile, one number or two
+        eps: added to the variance
+        device, dtype: of the scale :math:`\gamma` (ones) and the shift :math:`\beta` (zeros)
+
+    Shape:
+        ``(n, channels, h, w)`` to the same.
+
+    Raises:
+        ValueError: if ``group_size`` does not divide ``channels``, an argument is not positive, or
+            an input has another shape.
+
+    Example::
+
+        >>> y = LocalContextNorm2d(64, group_size=32, window=4)(torch.randn(2, 64, 10, 10))
+        >>> bool(y[0, :32, 8:, 8:].mean().abs() < 1e-5)  # a last tile, of 2 x 2 positions
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        group_size: int,
+        window: int | tuple[int, int],
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, eps, device, dtype)
+        if group_size < 1 or channels % group_size:
+            raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
+        self.group_size = group_size
+        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        if len(self.window) != 2 or min(self.window) < 1:
+            raise ValueError(f"window must be one or two positive numbers, got {window}")
+
+    def unit_mean(self, x: Tensor) -> Tensor:
+        """Returns the mean over each tile, at each of its elements."""
+        rows, columns = self.window
+        height, width = x.shape[2:]
+        tiles = F.avg_pool2d(self.group_mean(x), self.window, ceil_mode=True)
+        tiles = tiles.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
+        return self.spread(tiles[..., :height, :width])
+
+    def group_mean(self, x: Tensor) -> Tensor:
+        """Returns the mean over the channels of each group, ``(n, groups, h, w)``."""
+        groups: Tensor = x.unflatten(1, (-1, self.group_size))
+        return groups.mean(dim=2)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Repeats what each group has for each of its channels."""
+        return x.repeat_interleave(self.group_size, dim=1)
+
+    def extra_repr(self) -> str:
+        """Returns the arguments, as ``print`` shows them."""
+        return f"{super().extra_repr()}, group_size={self.group_size}, window={self.window}"
+
+
+class SlidingLocalContextNorm2d(LocalContextNorm2d):
+    r"""Normalises each element by the window of positions and channels around it.
+
+    .. math::
+        y_{ncij} = \frac{x_{ncij} - \mu_{ngij}}{\sqrt{\sigma_{ngij}^2 + \epsilon}} \gamma_c
+            + \beta_c
+
+    :math:`\mu_{ngij}` and :math:`\sigma_{ngij}^2` are the mean and the biased variance of the
+    ``group_size`` channels of the group :math:`g` that has channel :math:`c`, in the ``window``
+    around position :math:`(i, j)`. Windows do not leave the map: near a border an element takes the
+    statistics of the nearest window, and a window larger than the map is cut to its size.
+
+    Source: A. Ortiz et al., "Local Context Normalization: Revisiting Local Normalization", CVPR
+    2020; the borders as in the authors' code, without their integral image, whose sums lose digits.
+
+    Args:
+        channels: the channels of the input
+        group_size: the channels of a group, a divisor of ``channels``
+        window: the rows and columns of a window, one number or two
+        eps: added to the variance
+        device, dtype: of the scale :math:`\gamma` (ones) and the shift :math:`\beta` (zeros)
+
+    Shape:
+        ``(n, channels, h, w)`` to the same.
+
+    Raises:
+        ValueError: if ``group_size`` does not divide ``channels``, an argument is not positive, or
+            an input has another shape.
+
+    Example::
+
+        >>> x = torch.randn(1, 2, 9, 9)
+        >>> y = SlidingLocalContextNorm2d(2, group_size=2, window=3)(x)
+        >>> window = x[..., 3:6, 3:6]
+        >>> expected = (x[..., 4, 4] - window.mean()) / window.std(correction=0)
+        >>> torch.allclose(y[..., 4, 4], expected, atol=1e-4)
+        True
+    """
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Subtracts the mean of the window around each element and divides by its deviation."""
+        # A window's variance is that within pixels plus that of their means. The latter is a
+        # difference of squares: without the mean of the map it loses few digits.
+        x = x - self.spread(self.group_mean(x).mean(dim=(2, 3), keepdim=True))
+        means = self.group_mean(x)
+        within = self.group_mean((x - self.spread(means)).square())
+        mean = self.window_mean(means)
+        between = (self.window_mean(means.square()) - mean.square()).clamp(min=0)
+        variance = self.window_mean(within) + between
+        return (x - self.spread(mean)) * self.spread(torch.rsqrt(variance + self.eps))
+
+    def window_mean(self, x: Tensor) -> Tensor:
+        """Returns the mean over the window around each position."""
+        height, width = x.shape[2:]
+        rows, columns = min(self.window[0], height), min(self.window[1], width)
+        means = F.avg_pool2d(x, (rows, columns), stride=1)
+        above, left = (rows - 1) // 2, (columns - 1) // 2
+        borders = (left, columns - 1 - left, above, rows - 1 - above)
+        return F.pad(means, borders, mode="replicate")
