@@ -141,6 +141,8 @@ def test_width_multiplies_the_channels_of_vgg8():
 @pytest.mark.parametrize("norm", slow_unless(["batch", "group", "kernel"], NORMS))
 @pytest.mark.parametrize("name", slow_unless(["vgg8", "resnet18", "densenet121"], QUICK))
 def test_every_parameter_gets_a_gradient_under_every_norm(name, norm):
+    if name not in list_models(norm):
+        pytest.skip(f"there is no {name} with norm {norm}")
     network = create_model(name, norm=norm, num_classes=5)
     scores = network(torch.randn(2, 3, 64, 64))
     assert scores.shape == (2, 5)

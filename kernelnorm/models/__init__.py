@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelnorm.models.blocks import Rules, init_convolutions
+from kernelnorm.models.blocks import Rules, has_norm, init_convolutions
 from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
 from kernelnorm.models.efficientnet import efficientnet_b0
 from kernelnorm.models.knresnet import knresnet13, knresnet18, knresnet34, knresnet50
@@ -66,7 +66,7 @@ def list_models(norm: str = "kernel") -> list[str]:
 
     Args:
         norm: one of ``kernelnorm.norms.NORMS``. With ``"kernel"`` these are all networks; KNResNets
-            have no other norm
+            have no other norm, and ``"nf"`` is for VGG8 and ResNets
 
     Raises:
         ValueError: if there is no such norm.
@@ -77,7 +77,8 @@ def list_models(norm: str = "kernel") -> list[str]:
         ['knresnet13', 'knresnet18', 'knresnet34', 'knresnet50']
     """
     _check_norm(norm)
-    return [*_MODELS, *(_KERNEL_MODELS if norm == "kernel" else ())]
+    models = [*_MODELS, *(_KERNEL_MODELS if norm == "kernel" else ())]
+    return [name for name in models if has_norm(name, norm)]
 
 
 def create_model(

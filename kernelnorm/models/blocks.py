@@ -25,10 +25,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from kernelnorm.arguments import Evaluation
 from kernelnorm.modules import KernelNorm2d, KNConv2d
-from kernelnorm.norms import make_norm
+from kernelnorm.norms import Norm, Scale, describe
 
 Activation = Callable[[], nn.Module]
 """What makes the activation that follows a norm: a class such as ``nn.SiLU``."""
@@ -116,10 +117,12 @@ def _check_unused(rules: Rules, unused: Mapping[str, str]) -> None:
 class NormLayers:
     """The layers of a network whose convolutions are followed (or preceded) by a norm.
 
-    The norm's shift stands for the bias of the convolutions, which have one only without a norm.
+    A norm with an activation of its own has it in :meth:`norm`, and no :meth:`relu` follows. Its
+    residual blocks are pre-activated: norm and activation stand before each convolution, and
+    neither after an addition.
     """
 
-    name: str
+    spec: Norm
     fan_of_group: ClassVar[bool] = False
     """The argument of :func:`init_convolutions`."""
 
@@ -139,12 +142,18 @@ class NormLayers:
         ``before_sum`` says that it is the last before an addition, ``before_head`` that it is the
         last before :meth:`head`.
         """
-        bias = self.name == "none"
-        return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        return self.spec.conv(
+            in_channels, out_channels, kernel_size, stride, padding, bias=self.spec.bias
+        )
 
-    def norm(self, channels: int) -> nn.Module:
-        """Returns the norm of a convolution's input or output."""
-        return make_norm(self.name, channels)
+    def norm(self, channels: int, *, in_stream: bool = False) -> nn.Module:
+        """Returns the norm of a convolution's input or output.
+
+        ``in_stream`` says that the result goes to an addition or to a residual block, without or
+        before its activation: pre-activated blocks leave that as it is.
+        """
+        pre_activated = in_stream and self.spec.has_activation
+        return nn.Identity() if pre_activated else self.spec.layer(channels)
 
     def conv_norm_activation(
         self,
@@ -160,26 +169,47 @@ class NormLayers:
         """Returns a convolution, its norm and, where there is one, the activation.
 
         The padding is half the kernel size. ``groups`` is 1, or ``in_channels`` in a depthwise
-        convolution; ``before_head`` is that of :meth:`conv`.
+        convolution; ``before_head`` is that of :meth:`conv`. A norm's own activation replaces
+        ``activation``.
         """
-        conv = nn.Conv2d(
+        conv = self.spec.conv(
             in_channels,
             out_channels,
             kernel_size,
             stride,
             kernel_size // 2,
             groups=groups,
-            bias=self.name == "none",
+            bias=self.spec.bias,
         )
-        return nn.Sequential(conv, self.norm(out_channels), *_activations(activation))
+        if activation is None and self.spec.without_activation is not None:
+            return nn.Sequential(conv, self.spec.without_activation(out_channels))
+        after = None if self.spec.has_activation else activation
+        return nn.Sequential(conv, self.spec.layer(out_channels), *_activations(after))
 
     def relu(self) -> nn.Module:
         """Returns the activation that follows a norm."""
-        return nn.ReLU()
+        return nn.Identity() if self.spec.has_activation else nn.ReLU()
+
+    def preact(self, channels: int, additions: int) -> nn.Module:
+        """Returns what a residual block, or what follows the last, begins with.
+
+        ``additions`` says how many there were since the stem or the last shortcut that is a
+        convolution.
+        """
+        if not self.spec.has_activation:
+            return nn.Identity()
+        layer = self.spec.layer(channels)
+        if self.spec.alpha is None or additions == 0:
+            return layer
+        return nn.Sequential(layer, Scale((1 + additions * self.spec.alpha**2) ** -0.5))
+
+    def branch_scale(self) -> nn.Module:
+        """Returns the factor of a residual block's branch."""
+        return nn.Identity() if self.spec.alpha is None else Scale(self.spec.alpha)
 
     def sum_relu(self) -> nn.Module:
         """Returns the activation that follows an addition."""
-        return nn.ReLU()
+        return self.relu()
 
     def head(self, activation: Activation = nn.ReLU) -> nn.Module:
         """Returns what is added before the final average pooling, with that activation."""
@@ -221,7 +251,7 @@ class KernelLayers:
             evaluation=self.rules.evaluation,
         )
 
-    def norm(self, channels: int) -> nn.Module:
+    def norm(self, channels: int, *, in_stream: bool = False) -> nn.Module:
         """Rule II."""
         return nn.Identity()
 
@@ -261,6 +291,14 @@ class KernelLayers:
         """Rule III: the convolution has it."""
         return nn.Identity()
 
+    def preact(self, channels: int, additions: int) -> nn.Module:
+        """Returns nothing that changes its input: blocks begin with a KNConv."""
+        return nn.Identity()
+
+    def branch_scale(self) -> nn.Module:
+        """Returns nothing that changes its input: branches have no factor."""
+        return nn.Identity()
+
     def sum_relu(self) -> nn.Module:
         """Rule III: the convolutions have it, unless :attr:`rules` vary that."""
         return nn.Identity() if self.rules.residual_relu == "branch" else nn.ReLU()
@@ -279,11 +317,30 @@ def _activations(activation: Activation | None) -> list[nn.Module]:
 
 Layers = NormLayers | KernelLayers
 
+FAMILIES = {"nf": ("vgg", "resnet")}
+"""The only families of networks that have a norm, by its name."""
+
+
+def has_norm(network: str, norm: str) -> bool:
+    """Tells whether a network of that name or family exists with a norm.
+
+    A normalizer-free network follows the variance from layer to layer. Its authors do so for
+    residual networks; they publish no signal for concatenations, and report that depthwise
+    convolutions suffer from standardised weights.
+
+    Example::
+
+        >>> has_norm("resnet18", "nf"), has_norm("densenet121", "nf")
+        (True, False)
+    """
+    return network.startswith(FAMILIES.get(norm, ""))
+
 
 def layers_for(
     norm: str,
     rules: Rules | Mapping[str, Any] | None = None,
     *,
+    family: str = "",
     unused: Mapping[str, str] | None = None,
 ) -> Layers:
     """Returns the layers of a network.
@@ -292,19 +349,26 @@ def layers_for(
         norm: one of ``kernelnorm.norms.NORMS``
         rules: for the kernel norm, other rules than the paper's; a mapping has fields of
             :class:`Rules`, as YAML gives them
+        family: the start of the network's name
         unused: the fields of :class:`Rules` that do nothing in this network, each with the reason
 
     Raises:
         ValueError: the rules have an unknown field, a value out of its range, or one that does
-            nothing, or the norm is not ``"kernel"``.
+            nothing, or the norm is not ``"kernel"``; or the network does not have the norm.
     """
+    spec = describe(norm)
+    if not has_norm(family, norm):
+        raise ValueError(
+            f"norm={norm!r} exists for {' and '.join(FAMILIES[norm])} networks only, not for "
+            f"{family or 'others'}: its authors publish none. Choose another norm"
+        )
     if norm == "kernel":
         given = as_rules({} if rules is None else rules)
         _check_unused(given, unused or {})
         return KernelLayers(given)
     if rules is not None:
         raise ValueError(f"rules are for norm='kernel', got norm={norm!r}. Leave them out")
-    return NormLayers(norm)
+    return NormLayers(spec)
 
 
 def as_rules(rules: Rules | Mapping[str, Any]) -> Rules:
@@ -340,9 +404,12 @@ def init_convolutions(
     """
     for module in network.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            weight = module.weight
+            nn.init.kaiming_normal_(weight, mode=mode, nonlinearity="relu")
             if fan_of_group and mode == "fan_out":
                 with torch.no_grad():
-                    module.weight.mul_(module.groups**0.5)
+                    weight.mul_(module.groups**0.5)
+            if parametrize.is_parametrized(module, "weight"):
+                module.weight = weight  # computed from others, which this sets
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -72,7 +72,9 @@ class DenseNet(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        layers = layers_for(norm, rules, unused={"residual_relu": "DenseNet has no additions"})
+        layers = layers_for(
+            norm, rules, family="densenet", unused={"residual_relu": "DenseNet has no additions"}
+        )
         kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
         features = nn.Sequential()
         features.add_module("conv0", layers.conv(in_channels, stem, kernel_size, stride, padding))

@@ -123,7 +123,9 @@ class EfficientNet(nn.Module):
         stochastic_depth: float,
     ) -> None:
         super().__init__()
-        layers = layers_for(norm, rules, unused={"residual_relu": "EfficientNet has no ReLU"})
+        layers = layers_for(
+            norm, rules, family="efficientnet", unused={"residual_relu": "EfficientNet has no ReLU"}
+        )
         conv, stride = layers.conv_norm_activation, 1 if small_images else 2
         features = nn.Sequential(conv(in_channels, STEM, 3, stride, activation=nn.SiLU))
 

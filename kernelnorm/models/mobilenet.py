@@ -92,7 +92,9 @@ class MobileNetV3(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        layers = layers_for(norm, rules, unused={"residual_relu": "no ReLU follows a sum"})
+        layers = layers_for(
+            norm, rules, family="mobilenet", unused={"residual_relu": "no ReLU follows a sum"}
+        )
         conv, stride = layers.conv_norm_activation, 1 if small_images else 2
         features = nn.Sequential(conv(in_channels, STEM, 3, stride, activation=nn.Hardswish))
         channels = STEM

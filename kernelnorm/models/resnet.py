@@ -1,6 +1,11 @@
 """Residual networks (K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016).
 
 With ``norm="batch"`` the parameters have the names, the order and the shapes of torchvision's.
+
+Norms with an activation of their own are published in networks of pre-activated blocks (K. He et
+al., "Identity Mappings in Deep Residual Networks", ECCV 2016), where they have these here, too: the
+norm stands before a block's first convolution, whose shortcut carries its input as it is, and once
+more before the average pooling.
 """
 
 from collections.abc import Mapping
@@ -17,24 +22,33 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, layers: Layers, in_channels: int, width: int, stride: int, before_head: bool
+        self,
+        layers: Layers,
+        in_channels: int,
+        width: int,
+        stride: int,
+        additions: int,
+        before_head: bool,
     ) -> None:
         super().__init__()
+        self.preact = layers.preact(in_channels, additions)
         self.conv1 = layers.conv(in_channels, width, 3, stride, padding=1)
         self.bn1 = layers.norm(width)
         self.relu = layers.relu()
         self.conv2 = layers.conv(
             width, width, 3, padding=1, before_sum=True, before_head=before_head
         )
-        self.bn2 = layers.norm(width)
+        self.bn2 = layers.norm(width, in_stream=True)
+        self.scale = layers.branch_scale()
         self.sum_relu = layers.sum_relu()
-        self.downsample = _shortcut(layers, in_channels, width, stride)
+        self.downsample = _downsample(layers, in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output, at ``1 / stride`` of the resolution."""
-        y: Tensor = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y = self.sum_relu(y + self.downsample(x))
+        a = self.preact(x)
+        y: Tensor = self.relu(self.bn1(self.conv1(a)))
+        y = self.scale(self.bn2(self.conv2(y)))
+        y = self.sum_relu(y + _shortcut(self.downsample, x, a))
         return y
 
 
@@ -44,34 +58,49 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, layers: Layers, in_channels: int, width: int, stride: int, before_head: bool
+        self,
+        layers: Layers,
+        in_channels: int,
+        width: int,
+        stride: int,
+        additions: int,
+        before_head: bool,
     ) -> None:
         super().__init__()
         out_channels = width * self.expansion
+        self.preact = layers.preact(in_channels, additions)
         self.conv1 = layers.conv(in_channels, width, 1)
         self.bn1 = layers.norm(width)
         self.conv2 = layers.conv(width, width, 3, stride, padding=1)
         self.bn2 = layers.norm(width)
         self.conv3 = layers.conv(width, out_channels, 1, before_sum=True, before_head=before_head)
-        self.bn3 = layers.norm(out_channels)
+        self.bn3 = layers.norm(out_channels, in_stream=True)
+        self.scale = layers.branch_scale()
         self.relu = layers.relu()
         self.sum_relu = layers.sum_relu()
-        self.downsample = _shortcut(layers, in_channels, out_channels, stride)
+        self.downsample = _downsample(layers, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output, at ``1 / stride`` of the resolution."""
-        y: Tensor = self.relu(self.bn1(self.conv1(x)))
+        a = self.preact(x)
+        y: Tensor = self.relu(self.bn1(self.conv1(a)))
         y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y = self.sum_relu(y + self.downsample(x))
+        y = self.scale(self.bn3(self.conv3(y)))
+        y = self.sum_relu(y + _shortcut(self.downsample, x, a))
         return y
 
 
-def _shortcut(layers: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+def _downsample(layers: Layers, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     conv = layers.conv(in_channels, out_channels, 1, stride, before_sum=True)
-    return nn.Sequential(conv, layers.norm(out_channels))
+    return nn.Sequential(conv, layers.norm(out_channels, in_stream=True))
+
+
+def _shortcut(downsample: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+    """Returns the block's input ``x``, or the convolution of it as activated, ``a``."""
+    shortcut: Tensor = x if isinstance(downsample, nn.Identity) else downsample(a)
+    return shortcut
 
 
 class ResNet(nn.Module):
@@ -94,14 +123,14 @@ class ResNet(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        layers = layers_for(norm, rules)
+        layers = layers_for(norm, rules, family="resnet")
         kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
         self.conv1 = layers.conv(in_channels, 64, kernel_size, stride, padding)
-        self.bn1 = layers.norm(64)
+        self.bn1 = layers.norm(64, in_stream=True)
         self.relu = layers.relu()
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
 
-        channels = 64
+        channels, additions = 64, 0
         stages = []
         for stage, depth in enumerate(depths):
             width = 64 * 2**stage
@@ -109,11 +138,14 @@ class ResNet(nn.Module):
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 before_head = (stage, index) == (3, depth - 1)
-                blocks.append(block(layers, channels, width, stride, before_head))
+                blocks.append(block(layers, channels, width, stride, additions, before_head))
+                projects = stride > 1 or channels != width * block.expansion
+                additions = 1 if projects else additions + 1
                 channels = width * block.expansion
             stages.append(blocks)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
+        self.postact = layers.preact(channels, additions=0)
         self.head = layers.head()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
@@ -123,7 +155,8 @@ class ResNet(nn.Module):
         """Returns the scores of the classes, shape ``(n, num_classes)``."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        scores: Tensor = self.fc(self.avgpool(self.head(x)).flatten(1))
+        x = self.head(self.postact(x))
+        scores: Tensor = self.fc(self.avgpool(x).flatten(1))
         return scores
 
 

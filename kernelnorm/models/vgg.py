@@ -29,7 +29,7 @@ class VGG8(nn.Module):
         super().__init__()
         if width <= 0:
             raise ValueError(f"width must be positive, got {width}")
-        layers = layers_for(norm, rules, unused=_UNUSED)
+        layers = layers_for(norm, rules, family="vgg", unused=_UNUSED)
         channels = in_channels
         features: list[nn.Module] = []
         for base, pooled in ((64, True), (128, True), (256, True), (512, False), (512, False)):
