@@ -27,9 +27,9 @@ _NETWORKS = {
     "mobilenet_v3_small": "MobileNetV3-small",
 }
 
-# The norms of the paper and the kernel norm have Okabe and Ito's colours, which the colour-blind can
-# tell apart; seventeen colours are more than that allows, so each has its marker, too. Lines are
-# solid, as a dashed one is the mean of the last epochs.
+# The norms of the paper and the kernel norm have Okabe and Ito's colours, which the colour-blind
+# can tell apart. Seventeen colours are more than that allows, so each norm has its marker, too.
+# Lines are solid, as a dashed one is the mean of the last epochs.
 _STYLES = {
     "batch": ("#0072B2", "o"),
     "group": ("#E69F00", "s"),
