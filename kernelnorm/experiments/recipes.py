@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.runs import Metrics, RunError
 from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS
@@ -97,6 +98,7 @@ class RunConfig(Recipe):
         subset: train and test on that many images only, the classes balanced; ``None`` is all.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         init_from: the fingerprint of the weights that training starts from; empty: random ones.
+        private: how it is trained with differential privacy, if it is.
     """
 
     norm: str
@@ -106,6 +108,7 @@ class RunConfig(Recipe):
     subset: int | None = None
     precision: str = "32-true"
     init_from: str = ""
+    private: Privacy | None = None
 
     def lr_at(self, epoch: float, step: float = 0.0) -> float:
         """Return the learning rate.
@@ -123,8 +126,11 @@ class RunConfig(Recipe):
         return lr
 
     def finished(self, history: Sequence[Metrics]) -> bool:
-        """Tell whether training ends here: all epochs done, or the paper's sign of convergence."""
-        last = history[-5:]
+        """Tell whether training ends here: all epochs done, or the paper's sign of convergence.
+
+        A private run does all its epochs: the training loss is not private, so it decides nothing.
+        """
+        last = history[-5:] if self.private is None else ()
         converged = len(last) == 5 and all(metrics["train_loss"] < 1e-3 for metrics in last)
         return converged or len(history) >= self.epochs
 
@@ -142,6 +148,8 @@ class RunConfig(Recipe):
         """
         try:
             values = {**cls.defaults(), **record}
+            private = values["private"]
+            values["private"] = None if private is None else Privacy(**private)
             return cls(**{**values, "lr_milestones": tuple(values["lr_milestones"])})
         except TypeError as error:
             raise RunError(
@@ -168,8 +176,12 @@ class RunConfig(Recipe):
         }
         if self.dataset not in _DATASETS:
             del chosen["dataset"]
+        budget = ""
+        if self.private is not None:
+            chosen["private"] = self.private.changes
+            budget = f"-eps{self.private.epsilon:g}"
         digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-        return f"{self.norm}-b{self.batch_size}-seed{self.seed}-{digest[:8]}"
+        return f"{self.norm}-b{self.batch_size}{budget}-seed{self.seed}-{digest[:8]}"
 
     @property
     def variant(self) -> str:
@@ -311,6 +323,10 @@ def configure(
         raise RunError(
             f"warmup_epochs must be fewer than epochs, got {values['warmup_epochs']:g} of "
             f"{values['epochs']}"
+        )
+    if values.get("private") is not None:
+        values["private"].check(
+            norm=norm, precision=values.get("precision", "32-true"), augment=values["augment"]
         )
     if not 0 <= values.get("seed", 0) < 1 << 63:
         raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")

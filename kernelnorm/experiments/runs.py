@@ -105,6 +105,14 @@ def _lock(stream: IO[str]) -> None:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields with the options of private training among them."""
+    private = record.get("private")
+    options = private.items() if isinstance(private, dict) else ()
+    whether = {"private": private is not None}
+    return {**record, **whether, **{f"private {name}": value for name, value in options}}
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -265,27 +273,34 @@ class RunFolder:
         if not (self.path / "config.yaml").exists():
             raise RunError(f"{self.path} has a checkpoint but no config.yaml: give another --out")
         there = {**defaults, **self.read_config()["run"]}
+        before, now = (_flat(fields) for fields in (there, record))
         differing = [
-            f"{key} is {there.get(key)!r} there and {record.get(key)!r} here"
-            for key in {**record, **there}
-            if there.get(key) != record.get(key) and key not in _CHANGEABLE
+            f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+            for key in {**now, **before}
+            if before.get(key) != now.get(key) and key not in _CHANGEABLE
         ]
         if differing:
             raise RunError(
                 f"{self.path} holds another run: {'; '.join(differing)}. "
                 "Give another --out, or the options of that run to go on with it"
             )
-        before, now = there.get("epochs"), record.get("epochs")
-        if before == now or not isinstance(before, int) or not isinstance(now, int):
+        epochs, more = there.get("epochs"), record.get("epochs")
+        if epochs == more or not isinstance(epochs, int) or not isinstance(more, int):
             return
-        if now < before:
+        if more < epochs:
             raise RunError(
-                f"{self.path} holds a run of {before} epochs, more than {now}: a run can only be "
+                f"{self.path} holds a run of {epochs} epochs, more than {more}: a run can only be "
                 "extended. Give another --out"
+            )
+        if record.get("private"):
+            raise RunError(
+                f"{self.path} holds a private run of {epochs} epochs, whose noise was chosen such "
+                f"that they spend its epsilon: it cannot be extended to {more}. Give another "
+                f"--out, to train anew with the noise for {more} epochs"
             )
         if record.get("schedule") == "cosine":
             raise RunError(
-                f"{self.path} holds a run of {before} epochs whose learning rate has fallen to "
+                f"{self.path} holds a run of {epochs} epochs whose learning rate has fallen to "
                 f"zero along a cosine: it cannot be extended. Give another --out, and "
                 f"--init-from {self.path}"
             )
