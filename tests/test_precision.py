@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from kernelnorm.functional import kernel_norm, kn_conv
 from kernelnorm.ops.backends import eager
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
+from tests.oracle import on_backend
 from tests.strategies import mask_of
 
 
@@ -120,3 +123,37 @@ def test_constant_windows_are_finite_and_zero_without_dropout(value, dtype, trai
             unit = 316 * max(abs(value), 1) * 27 * torch.finfo(torch.float32).eps
             assert y.abs().max() <= unit
             assert z.abs().max() <= unit
+
+
+@pytest.mark.parametrize(("channels", "kernel_size"), [(3, 1), (1, 2), (3, 3)])
+@pytest.mark.parametrize("p", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["eager", "kernels"])
+def test_float32_in_masked_windows_of_few_elements(
+    device, channels, kernel_size, p, mean, with_kernels
+):
+    """Of some windows a mask leaves elements of hardly any variance, beside large ones it drops.
+
+    The error is of the size of what a change of the input by half a unit in the last place does.
+    """
+    x = torch.randn(8, channels, 12, 12, device=device) + mean
+    weight = torch.randn(16, channels, kernel_size, kernel_size, device=device)
+    mask, none, ones = mask_of(3, x.shape, p, device), [0, 0], [1, 1]
+
+    def with_gradients(layer, x):
+        inputs = [x.detach().requires_grad_(), weight.to(x.dtype).requires_grad_()]
+        y = layer(*inputs)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        return [y, *torch.autograd.grad(y, inputs, grad)]
+
+    def exact(x, weight):
+        return reference.kn_conv(x, weight, None, ones, none, ones, 1, mask)
+
+    ulp = torch.nextafter(x, x + 1).double() - x.double()
+    nudged = with_gradients(exact, x.double() + ulp * (torch.rand_like(ulp) - 0.5))
+    expected = with_gradients(exact, x.double())
+    torch.manual_seed(3)
+    with nullcontext() if with_kernels else on_backend(eager):
+        results = with_gradients(lambda *inputs: kn_conv(*inputs, dropout_p=p), x)
+    for single, near, double in zip(results, nudged, expected, strict=True):
+        assert relative_error(single, double) < 1e-4 + 30 * relative_error(near, double)

@@ -81,17 +81,15 @@ def _pixel_moments(x: Tensor, keys: Tensor | None, p: float) -> tuple[Tensor, Te
     r"""Mean and mean square over the channels of each pixel, after the mask of zeros and ones.
 
     Sums the differences to the pixel's first channel and adds that afterwards in
-    :func:`accumulate_dtype`: nothing is lost where the mean is large beside the deviation.
+    :func:`accumulate_dtype`: nothing is lost where the mean is large beside the deviation. A first
+    channel that the mask drops counts as zero: it may be far from those that are left.
     """
     x = x.to(compute_dtype(x))
-    first = x[:, :1]
-    difference = x - first
+    mask = None if keys is None else keep(expand_keys(keys, x.shape, p), x.dtype)
+    first = x[:, :1] if mask is None else x[:, :1] * mask[:, :1]
+    difference = x - first if mask is None else (x - first) * mask
     first = first.to(accumulate_dtype(x))
-    shift = first
-    if keys is not None:
-        mask = keep(expand_keys(keys, x.shape, p), x.dtype)
-        difference = difference * mask
-        shift = first * mask.mean(1, keepdim=True).to(first.dtype)
+    shift = first if mask is None else first * mask.mean(1, keepdim=True).to(first.dtype)
     mean = difference.mean(1, keepdim=True).to(first.dtype)
     square = difference.square().mean(1, keepdim=True).to(first.dtype)
     return mean + shift, square + (2 * mean + shift) * first

@@ -21,11 +21,13 @@ INLINE void NAME(scatter)(const A *x, int64_t step, int64_t count, T *out) {
     for (int64_t j = 0; j < count; j++) out[j * step] = STORE(x[j]);
 }
 
-/* ---- statistics of pixels: sums of differences to the first channel, small if the mean is large */
+/* ---- statistics of pixels: sums of differences to the first channel, small if the mean is large,
+ * or to zero if a mask drops that: it may be far from what is left ---- */
 
 INLINE void NAME(statistics_row)(const T *row, int64_t channels, const uint32_t *channel_key,
                                  uint32_t key, int32_t threshold, int masked, A *sums) {
-  A first = LOAD(row[0]), sum = 0, square = 0, kept = 0, plain = 0;
+  A sum = 0, square = 0, kept = 0, plain = 0;
+  A first = !masked || is_kept(key, channel_key[0], threshold) ? LOAD(row[0]) : 0;
 #pragma omp simd reduction(+ : sum, square, kept, plain)
   for (int64_t c = 0; c < channels; c++) {
     A keep = !masked || is_kept(key, channel_key[c], threshold) ? 1 : 0;
@@ -64,6 +66,9 @@ CLONES static void NAME(pixel_tile)(const Call *call, int64_t sample, int64_t pi
         NAME(statistics_row)(x, channels, NULL, 0, 0, 0, sums + j);
   } else {
     NAME(gather)(x, call->x.pixel, count, sums);
+    if (channel_key)
+      for (int64_t j = 0; j < count; j++)
+        if (!is_kept(key[j], channel_key[0], threshold)) sums[j] = 0;
     for (int64_t c = 0; c < channels; c++) {
       NAME(gather)(x + c * step, call->x.pixel, count, value);
       if (channel_key)

@@ -69,9 +69,14 @@ def _pixel_keys(keys, place, exists, channels, samples, size_0, size_1, size_2, 
 
 
 @_jit
-def _keep(pixel_keys, channel_keys, threshold, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
+def _keep(pixel_keys, channel_keys, threshold):
     """See :func:`kernelnorm.ops.mask.keep`."""
-    element = pixel_keys[:, None] * (channel_keys | 1)[None, :]
+    return _is_kept(pixel_keys[:, None] * (channel_keys | 1)[None, :], threshold)
+
+
+@_jit
+def _is_kept(element, threshold, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
+    """The same for products of keys."""
     element = (element ^ ((element >> 15) & 0x1FFFF)) * MULTIPLIER
     return element >= threshold
 
@@ -84,7 +89,8 @@ def pixel_statistics(
 ):  # fmt: skip
     """Mean and mean square over the channels of each pixel: two maps.
 
-    Sums differences to the pixel's first channel, which are small, and adds that afterwards.
+    Sums differences to the pixel's first channel, which are small, and adds that afterwards. A
+    first channel that the mask drops counts as zero.
     """
     sample, pixel, exists, place = _block(pixels, BLOCK_P)
     rows = x + sample * x_n + pixel * x_p
@@ -96,6 +102,7 @@ def pixel_statistics(
         pixel_keys = _pixel_keys(
             keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS
         )
+        first = tl.where(_is_kept(pixel_keys * (tl.load(keys) | 1), threshold), first, 0)
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
         inside = exists[:, None] & (channel < channels)[None, :]
