@@ -24,9 +24,10 @@ kernelnorm
 hub timm
 privacy
 experiments experiments.data experiments.heap experiments.style
-experiments.runs experiments.recipes experiments.launch experiments.trained experiments.evaluation
-experiments.published
-experiments.state experiments.trainer
+experiments.runs experiments.privacy experiments.recipes experiments.inputs
+experiments.launch experiments.trained experiments.evaluation experiments.published
+experiments.steps experiments.account experiments.private
+experiments.state experiments.console experiments.trainer
 experiments.bench experiments.compare experiments.sweep
 experiments.report
 cli

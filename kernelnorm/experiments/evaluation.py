@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,13 @@ from torch import nn
 
 from kernelnorm import set_evaluation
 from kernelnorm.arguments import Evaluation
-from kernelnorm.experiments.data import DataError, Images, Preprocess, batches, load_images
+from kernelnorm.experiments.data import DataError, Images, Preprocess, batches
+from kernelnorm.experiments.inputs import describe, load_split
 from kernelnorm.experiments.launch import make_fabric, over_processes
-from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.trained import Checkpoint, Trained, load
 
-__all__ = ["Score", "describe", "evaluate", "load_split", "measure", "predict"]
+__all__ = ["Score", "evaluate", "measure", "predict"]
 
 EVALUATIONS: tuple[Evaluation, ...] = get_args(Evaluation)
 TEST_BATCH_SIZE = 128
@@ -44,30 +44,6 @@ class Score:
         spread = statistics.stdev(accuracies) if len(results) > 1 else 0.0
         loss, accuracy = statistics.fmean(losses), statistics.fmean(accuracies)
         return cls(evaluation, loss, accuracy, len(results), spread)
-
-
-def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str | Path) -> Images:
-    """Load the training or the test images of a run."""
-    return load_images(
-        config.dataset,
-        split,
-        data_dir=data_dir,
-        image_size=config.image_size,
-        subset=config.subset,
-    )
-
-
-def describe(**splits: Images) -> dict[str, Any]:
-    """Return what ``config.yaml`` says about the images: classes, shape, numbers, fingerprints."""
-    first = next(iter(splits.values()))
-    own_split = {"split": first.split} if first.split else {}
-    return {
-        "classes": list(first.classes),
-        "image_shape": list(first.pixels.shape[1:]),
-        **own_split,
-        **{f"{split}_images": len(images) for split, images in splits.items()},
-        **{f"{split}_fingerprint": images.fingerprint() for split, images in splits.items()},
-    }
 
 
 def measure(

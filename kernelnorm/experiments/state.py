@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from kernelnorm.experiments.runs import Metrics, RunError, RunFolder
+from kernelnorm.experiments.steps import Steps
 
 __all__ = ["Progress", "Sums", "restore", "save"]
 
@@ -56,15 +56,13 @@ class Progress:
         return f"epoch {len(self.history)}{step}"
 
 
-def save(
-    folder: RunFolder, fabric: Fabric, network: nn.Module, optimizer: Optimizer, progress: Progress
-) -> None:
+def save(folder: RunFolder, fabric: Fabric, steps: Steps[Any], progress: Progress) -> None:
     """Write ``last.ckpt``, and ``metrics.jsonl``, which is a readable copy of a part of it."""
     rng = _of_all(fabric, _rng(fabric))
     if fabric.is_global_zero:
         state = {
-            "model": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "model": steps.evaluated.state_dict(),
+            **steps.state_dict(),
             "scaler": fabric.strategy.precision.state_dict(),
             "progress": asdict(progress),
             "rng": rng,
@@ -74,16 +72,14 @@ def save(
     fabric.barrier()
 
 
-def restore(
-    folder: RunFolder, fabric: Fabric, network: nn.Module, optimizer: Optimizer
-) -> Progress:
+def restore(folder: RunFolder, fabric: Fabric, steps: Steps[Any]) -> Progress:
     """Take up the state in ``last.ckpt``, or none where there is no such file.
 
     Raises:
         RunError: the file is damaged, or of another number of processes, or not all of them see it.
     """
     state = folder.load("last.ckpt")
-    progress = Progress() if state is None else _take_up(state, folder, fabric, network, optimizer)
+    progress = Progress() if state is None else _take_up(state, folder, fabric, steps)
     here = len(progress.history), progress.step
     if any(there != here for there in _of_all(fabric, here)):
         raise RunError(
@@ -98,11 +94,7 @@ def restore(
 
 
 def _take_up(
-    state: dict[str, Any],
-    folder: RunFolder,
-    fabric: Fabric,
-    network: nn.Module,
-    optimizer: Optimizer,
+    state: dict[str, Any], folder: RunFolder, fabric: Fabric, steps: Steps[Any]
 ) -> Progress:
     """Give each its part of the state of training."""
     try:
@@ -112,8 +104,7 @@ def _take_up(
                 f"{folder.path} was begun with {world_size} processes and can only go on with as "
                 f"many, not with {fabric.world_size}"
             )
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        steps.load_state_dict(state)
         fabric.strategy.precision.load_state_dict(state["scaler"])
         rng = state["rng"][fabric.global_rank]
         torch.set_rng_state(rng["cpu"])

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from kernelnorm.experiments import state
-from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, steps_per_epoch
-from kernelnorm.experiments.evaluation import describe, load_split, measure
+from kernelnorm.experiments.console import Bar, epoch_line, pause_line, plan
+from kernelnorm.experiments.evaluation import measure
+from kernelnorm.experiments.inputs import check_splits, describe, load_split, make_preprocess
 from kernelnorm.experiments.launch import (
     Launch,
     check_shares,
@@ -27,9 +27,9 @@ from kernelnorm.experiments.launch import (
     share,
 )
 from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import DivergedError, Metrics, RunError, RunFolder
+from kernelnorm.experiments.runs import DivergedError, RunError, RunFolder
 from kernelnorm.experiments.state import Progress
-from kernelnorm.experiments.style import LABELS
+from kernelnorm.experiments.steps import Material, PlainSteps, Steps
 from kernelnorm.experiments.trained import build_network, read_weights, start_from
 
 __all__ = ["train"]
@@ -55,7 +55,8 @@ def train(
     Raises:
         DivergedError: the loss or a weight is not finite.
         RunError: the folder holds another run, or another process trains in it, a checkpoint is
-            damaged, a file cannot be written, or the device is not there.
+            damaged, a file cannot be written, the device is not there, or the run cannot be
+            private.
         DataError: images are missing or damaged.
     """
     launch = launch or Launch()
@@ -68,7 +69,9 @@ def train(
             rank_zero_only(print)(f"{folder.path} is finished, after {epochs}.")
         return folder
     with torch.device("meta"):  # a wrong option is found before anything is written
-        build_network(config, num_classes=10, in_channels=3)
+        network = build_network(config, num_classes=10, in_channels=3)
+    if config.private is not None:
+        _private().check(config, launch, network)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with folder.attempt(config.record()) if first else nullcontext():
         _Training(config, launch, folder).run(on_epoch)
@@ -86,19 +89,8 @@ class _Training:
         with fabric.rank_zero_first():  # the others find the data downloaded
             self.train_images = load_split(config, "train", launch.data_dir)
             self.test_images = load_split(config, "test", launch.data_dir)
-        _check_images(self.train_images, self.test_images)
-        self.preprocess = Preprocess()
-        if config.standardise and config.norm != "kernel":
-            self.preprocess = Preprocess.standardise(self.train_images)
-        self.batches: dict[str, Any] = {
-            "batch_size": config.batch_size // fabric.world_size,
-            "train": True,
-            "rank": fabric.global_rank,
-            "world_size": fabric.world_size,
-        }
-        self.steps = steps_per_epoch(len(self.train_images), **self.batches)
-        if not self.steps:
-            raise RunError(f"{len(self.train_images)} training images are too few for a batch")
+        check_splits(self.train_images, self.test_images)
+        self.preprocess = make_preprocess(config, self.train_images)
 
         torch.manual_seed(config.seed)
         self.network = build_network(
@@ -108,12 +100,11 @@ class _Training:
         )
         self._start_from_weights()
         self.network = share(fabric, self.network, config.seed)
-        if launch.compile:
-            torch.compiler.reset()  # PyTorch does not compile the same function without end
-            graphs = fabric.device.type == "cuda" and fabric.world_size == 1
-            # Batches have two sizes, the last being smaller.
-            self.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
-        self.model, self.optimizer = fabric.setup(self.network, _optimizer(self.network, config))
+        material = Material(
+            config, fabric, self.network, self.train_images, self.preprocess, launch.compile
+        )
+        private = config.private is not None
+        self.steps: Steps[Any] = (_private().PrivateSteps if private else PlainSteps)(material)
         self.max_steps = math.inf if launch.max_steps is None else launch.max_steps
         # A look at the loss waits for the device: free on a CPU, and rare elsewhere.
         self.look_every = 1 if fabric.device.type == "cpu" else 32
@@ -136,11 +127,14 @@ class _Training:
     def run(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""
         self._write_config()
-        self.progress = state.restore(self.folder, self.fabric, self.network, self.optimizer)
+        self.progress = state.restore(self.folder, self.fabric, self.steps)
         self.intact = str(self.progress) if self.progress else ""
         if self.launch.verbose:
-            self.fabric.print(self._plan())
-        with self._bar() as self.bar:
+            resumed = f"resuming {self.folder.path} after {self.progress}"
+            begun = plan(self.config, self.train_images, self.test_images)
+            self.fabric.print(resumed if self.intact else begun)
+        disable = None if self.fabric.is_global_zero else True
+        with Bar(self.config, self.steps.per_epoch, self.progress, disable) as self.bar:
             while not self.config.finished(self.progress.history):
                 if not self._train_epoch():
                     self._pause()
@@ -149,73 +143,27 @@ class _Training:
                 if on_epoch is not None:
                     on_epoch()
 
-    def _plan(self) -> str:
-        """Return in a line what is trained."""
-        if self.intact:
-            return f"resuming {self.folder.path} after {self.progress}"
-        config, (channels, height, width) = self.config, self.train_images.pixels.shape[1:]
-        colour = "grey" if channels == 1 else "colour"
-        return (
-            f"training {config.model} with {LABELS[config.norm]}: "
-            f"{len(self.train_images):,} {colour} images of {width}x{height} pixels, "
-            f"{len(self.train_images.classes)} classes, batch size {config.batch_size}, "
-            f"at most {config.epochs} epoch{'s' * (config.epochs > 1)}; "
-            f"{len(self.test_images):,} test images"
-        )
-
     def _train_epoch(self) -> bool:
         """Take the steps of one epoch; tell whether it was to its end."""
         progress, config = self.progress, self.config
         epoch = len(progress.history)
-        self.bar.set_description(
-            f"{config.norm} b{config.batch_size} epoch {epoch + 1}/{config.epochs}"
-        )
+        self.bar.begin_epoch(epoch)
         self.clock = self.saved = time.perf_counter()
         pending: list[tuple[Tensor, int]] = []
-        for x, y in batches(
-            self.train_images,
-            **self.batches,
-            seed=config.seed,
-            epoch=epoch,
-            start_step=progress.step,
-            augment=Augment() if config.augment else None,
-            preprocess=self.preprocess,
-            device=self.fabric.device,
-        ):
-            if epoch * self.steps + progress.step >= self.max_steps:
+        for batch in self.steps.batches(epoch, progress.step):
+            if epoch * self.steps.per_epoch + progress.step >= self.max_steps:
                 break
-            if self.launch.compile:
-                torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors are done with
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.lr_at(epoch + progress.step / self.steps, 1 / self.steps)
-            logits = self._forward(x)
-            loss = F.cross_entropy(logits, y)
-            self.fabric.backward(loss)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-            correct = (logits.argmax(1) == y).sum()
-            pending.append((torch.stack([loss.detach() * len(y), correct]), len(y)))
+            time_ = epoch + progress.step / self.steps.per_epoch
+            for group in self.steps.optimizer.param_groups:
+                group["lr"] = config.lr_at(time_, 1 / self.steps.per_epoch)
+            pending.append(self.steps.take(batch))
             progress.step += 1
             if len(pending) == self.look_every:
                 self._look(pending)
                 self._save_if_due()
         self._look(pending)
         self._check_weights()
-        return progress.step == self.steps
-
-    def _forward(self, x: Tensor) -> Tensor:
-        try:
-            return self.model(x.to(memory_format=torch.channels_last))  # type: ignore[no-any-return]
-        except (RuntimeError, ValueError) as error:
-            config, problem = self.config, str(error)
-            too_small = "too small" in problem or "greater than actual input size" in problem
-            if isinstance(error, RuntimeError) and not too_small:
-                raise  # such as too little memory
-            raise RunError(
-                f"{config.model} with norm {config.norm} cannot train on batches of shape "
-                f"{tuple(x.shape)}: {error}. Try a larger --image-size or --batch-size"
-            ) from error
+        return progress.step == self.steps.per_epoch
 
     def _look(self, pending: list[tuple[Tensor, int]]) -> None:
         """Add the steps since the last look to the sums, and stop at a loss that is not finite."""
@@ -230,7 +178,6 @@ class _Training:
             sums.loss += loss
             sums.correct += correct
             sums.images += images * world_size
-            self.bar.update(images * world_size)
         now = time.perf_counter()
         sums.seconds += now - self.clock
         if self.looks < _SLOW_LOOKS:
@@ -238,12 +185,8 @@ class _Training:
             sums.slow_images += world_size * sum(images for _, images in pending)
         self.looks += 1
         self.clock = now
+        self.bar.show(len(pending), sums, self.steps.metrics())
         pending.clear()
-        self.bar.set_postfix(
-            loss=f"{sums.loss / sums.images:.3f}",
-            accuracy=f"{sums.correct / sums.images:.1%}",
-            refresh=False,
-        )
 
     def _check_weights(self) -> None:
         """Stop at a weight that is not finite: the loss of a step is from before its update."""
@@ -256,14 +199,17 @@ class _Training:
         precision = "" if config.precision == "32-true" else " or --precision 32-true"
         saved = f"last.ckpt, after {self.intact}, is intact" if self.intact else "Nothing was saved"
         return DivergedError(
-            f"{problem} at epoch {len(self.progress.history) + 1}, step {step} of {self.steps}: "
-            f"training has diverged. Try an --lr below {config.lr:g}{precision}. {saved}"
+            f"{problem} at epoch {len(self.progress.history) + 1}, step {step} of "
+            f"{self.steps.per_epoch}: training has diverged. Try an --lr below "
+            f"{config.lr:g}{precision}. {saved}"
         )
 
     def _end_epoch(self) -> None:
         """Test the network, write down the epoch, and save."""
         history, sums = self.progress.history, self.progress.sums
-        loss, accuracy = measure(self.network, self.test_images, self.preprocess, self.fabric)
+        loss, accuracy = measure(
+            self.steps.evaluated, self.test_images, self.preprocess, self.fabric
+        )
         if not math.isfinite(loss):
             raise self._diverged(f"the test loss is {loss}", self.progress.step)
         metrics = {
@@ -272,40 +218,29 @@ class _Training:
             "train_accuracy": sums.correct / sums.images,
             "test_loss": loss,
             "test_accuracy": accuracy,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.steps.optimizer.param_groups[0]["lr"],
             "seconds": sums.images / sums.images_per_second,
             "images_per_second": sums.images_per_second,
             "startup_seconds": max(0.0, sums.seconds - sums.images / sums.images_per_second),
+            **self.steps.metrics(),
         }
         is_best = all(accuracy > earlier["test_accuracy"] for earlier in history)
         self.progress = Progress(history=[*history, metrics])
         if is_best and self.fabric.is_global_zero:
-            best = {"model": self.network.state_dict(), "epoch": metrics["epoch"]}
+            weights = self.steps.evaluated.state_dict()
+            best = {"model": weights, "epoch": metrics["epoch"]}
             self.folder.save("best.ckpt", best)
         self._save()
-        self._report(metrics)
-
-    def _report(self, metrics: Metrics) -> None:
-        if not self.fabric.is_global_zero:
-            return
-        if self.launch.tensorboard:
+        if self.fabric.is_global_zero and self.launch.tensorboard:
             self.folder.write_tensorboard(metrics)
-        if self.launch.verbose:
-            losses = "train loss {train_loss:.4f}, test loss {test_loss:.4f}"
-            accuracies = "train accuracy {train_accuracy:.2%}, test accuracy {test_accuracy:.2%}"
-            speed = "{seconds:.1f} s, {images_per_second:,.0f} images/s"
-            line = f"epoch {{epoch}}/{self.config.epochs}: {losses}; {accuracies}; {speed}"
-            tqdm.write(line.format(**metrics))
+        if self.fabric.is_global_zero and self.launch.verbose:
+            tqdm.write(epoch_line(self.config, metrics))
 
     def _pause(self) -> None:
         self._save()
         sums = self.progress.sums
         if sums.images and self.fabric.is_global_zero:
-            tqdm.write(
-                f"paused after {self.launch.max_steps} steps: train loss "
-                f"{sums.loss / sums.images:.4f}, accuracy {sums.correct / sums.images:.2%}, "
-                f"{sums.images_per_second:,.0f} images/s. Run it without --max-steps to resume."
-            )
+            tqdm.write(pause_line(self.launch.max_steps, sums))
 
     def _save_if_due(self) -> None:
         due = time.perf_counter() - self.saved >= 60 * self.launch.checkpoint_minutes
@@ -315,7 +250,7 @@ class _Training:
             self.clock = self.saved = time.perf_counter()
 
     def _save(self) -> None:
-        state.save(self.folder, self.fabric, self.network, self.optimizer, self.progress)
+        state.save(self.folder, self.fabric, self.steps, self.progress)
         self.intact = str(self.progress)
 
     def _write_config(self) -> None:
@@ -340,43 +275,23 @@ class _Training:
                 "run": record,
                 **found,
                 "standardise": mean and std and {"mean": [*mean], "std": [*std]},
+                **self.steps.record(),
                 "environment": environment(self.fabric),
             }
         if self.fabric.is_global_zero:
             self.folder.write_config(content)
 
-    def _bar(self) -> tqdm[Any]:
-        """Return the bar of the whole run, so that its time left is the run's."""
-        images, progress = len(self.train_images), self.progress
-        return tqdm(
-            total=self.config.epochs * images,
-            initial=len(progress.history) * images + progress.sums.images,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
-            dynamic_ncols=True,
-            leave=False,
-            disable=None if self.fabric.is_global_zero else True,  # None: off where no one looks
-        )
 
+def _private() -> Any:
+    """Return the module of private training, which needs Opacus.
 
-def _optimizer(network: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    decay = config.weight_decay
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=decay)
-    return torch.optim.SGD(
-        network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=decay
-    )
-
-
-def _check_images(train: Images, test: Images) -> None:
-    """Refuse a single class, and test images of another size, before anything is trained."""
-    if len(train.classes) < 2:
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        from kernelnorm.experiments import private
+    except ModuleNotFoundError as error:
         raise RunError(
-            f"the images have only one class, {train.classes[0]!r}: a network needs two to tell "
-            "apart. Put the images of each class into a folder of its own"
-        )
-    sizes = [f"{images.pixels.shape[3]}x{images.pixels.shape[2]}" for images in (train, test)]
-    if sizes[0] != sizes[1]:
-        raise RunError(
-            f"the training images are {sizes[0]} pixels in size, the test images {sizes[1]}: bring "
-            "them to one size with --image-size"
-        )
+            f"private training needs {error.name}: pip install 'kernelnorm[private]'"
+        ) from error
+    return private

@@ -3,7 +3,13 @@
 :func:`load_images` gives :class:`Images`; :func:`batches` gives what a network trains on.
 """
 
-from kernelnorm.experiments.data.batches import Augment, Preprocess, batches, steps_per_epoch
+from kernelnorm.experiments.data.batches import (
+    Augment,
+    Preprocess,
+    batches,
+    seeded_generator,
+    steps_per_epoch,
+)
 from kernelnorm.experiments.data.decode import read_image
 from kernelnorm.experiments.data.download import DATASETS
 from kernelnorm.experiments.data.images import DataError, Images
@@ -18,5 +24,6 @@ __all__ = [
     "batches",
     "load_images",
     "read_image",
+    "seeded_generator",
     "steps_per_epoch",
 ]

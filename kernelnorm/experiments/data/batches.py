@@ -193,7 +193,7 @@ def batches(
     if train and not steps:
         raise ValueError(f"{n} images are too few to train on in {world_size} processes")
     if train:
-        order = torch.randperm(n, generator=_generator("order", seed, epoch))
+        order = torch.randperm(n, generator=seeded_generator("order", seed, epoch))
         order = order[: n - n % world_size]
     else:
         order = torch.arange(n)
@@ -207,13 +207,13 @@ def batches(
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if augment:
-            x = augment(x, _generator("augment", seed, epoch, step, rank))
+            x = augment(x, seeded_generator("augment", seed, epoch, step, rank))
         return preprocess(x), y
 
     return map(load, range(start_step, steps))
 
 
-def _generator(*key: str | int) -> torch.Generator:
+def seeded_generator(*key: str | int) -> torch.Generator:
     """A generator on the CPU whose state is a function of ``key``."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from kernelnorm.experiments.evaluation import load_split
+from kernelnorm.experiments.inputs import load_split
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.sweep.grid import make_grid

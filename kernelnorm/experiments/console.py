@@ -1,0 +1,93 @@
+"""What a run prints: what is trained, a bar, a line for each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from kernelnorm.experiments.data import Images
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import Metrics
+from kernelnorm.experiments.state import Progress, Sums
+from kernelnorm.experiments.style import LABELS
+
+__all__ = ["Bar", "epoch_line", "pause_line", "plan"]
+
+
+class Bar:
+    """The bar of a whole run, so that its time left is the run's.
+
+    Args:
+        config: of the run.
+        per_epoch: the steps of an epoch.
+        progress: how far the run has come.
+        disable: ``None``: off where no one looks.
+    """
+
+    def __init__(
+        self, config: RunConfig, per_epoch: int, progress: Progress, disable: bool | None
+    ) -> None:
+        self.config = config
+        self.tqdm: tqdm[Any] = tqdm(
+            total=config.epochs * per_epoch,
+            initial=len(progress.history) * per_epoch + progress.step,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
+            dynamic_ncols=True,
+            leave=False,
+            disable=disable,
+        )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tqdm.close()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Show the number of an epoch, counted from 0."""
+        config = self.config
+        self.tqdm.set_description(
+            f"{config.norm} b{config.batch_size} epoch {epoch + 1}/{config.epochs}"
+        )
+
+    def show(self, steps: int, sums: Sums, metrics: Metrics) -> None:
+        """Show more steps, the sums of the epoch, and what else is to be told."""
+        images = max(1, sums.images)
+        self.tqdm.update(steps)
+        shown = {"loss": f"{sums.loss / images:.3f}", "accuracy": f"{sums.correct / images:.1%}"}
+        shown |= {name: f"{value:.2f}" for name, value in metrics.items()}
+        self.tqdm.set_postfix(shown, refresh=False)
+
+
+def plan(config: RunConfig, train: Images, test: Images) -> str:
+    """Return in a line what is trained."""
+    channels, height, width = train.pixels.shape[1:]
+    colour = "grey" if channels == 1 else "colour"
+    private = "" if config.private is None else f"; private: {config.private}"
+    return (
+        f"training {config.model} with {LABELS[config.norm]}: "
+        f"{len(train):,} {colour} images of {width}x{height} pixels, "
+        f"{len(train.classes)} classes, batch size {config.batch_size}, "
+        f"at most {config.epochs} epoch{'s' * (config.epochs > 1)}; "
+        f"{len(test):,} test images{private}"
+    )
+
+
+def epoch_line(config: RunConfig, metrics: Metrics) -> str:
+    """Return what is printed after an epoch."""
+    losses = "train loss {train_loss:.4f}, test loss {test_loss:.4f}"
+    accuracies = "train accuracy {train_accuracy:.2%}, test accuracy {test_accuracy:.2%}"
+    speed = "{seconds:.1f} s, {images_per_second:,.0f} images/s"
+    spent = "; epsilon {epsilon:.2f}" if "epsilon" in metrics else ""
+    line = f"epoch {{epoch}}/{config.epochs}: {losses}; {accuracies}; {speed}{spent}"
+    return line.format(**metrics)
+
+
+def pause_line(max_steps: int | None, sums: Sums) -> str:
+    """Return what is printed where a run pauses within an epoch."""
+    return (
+        f"paused after {max_steps} steps: train loss "
+        f"{sums.loss / sums.images:.4f}, accuracy {sums.correct / sums.images:.2%}, "
+        f"{sums.images_per_second:,.0f} images/s. Run it without --max-steps to resume."
+    )
