@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from kernelnorm.cli import values
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from kernelnorm.experiments.privacy import Privacy
     from kernelnorm.experiments.recipes import Recipe, RunConfig
 
 
@@ -84,6 +86,30 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     add("--subset", type=values.positive_int, metavar="IMAGES", help=subset_help)
     precisions = ["32-true", "bf16-mixed", "16-mixed"]
     add("--precision", choices=precisions, default="32-true", help="arithmetic precision")
+    add_privacy_arguments(parser)
+
+
+def add_privacy_arguments(parser: ArgumentParser) -> None:
+    """Add the options of private training, which have no values without ``--private``."""
+    add = parser.add_argument
+    private_help = (
+        "train with differential privacy, see docs/private.md; the options below are for this"
+    )
+    add("--private", action="store_true", help=private_help)
+    epsilon_help = "privacy budget that all epochs spend together (default: 8)"
+    add("--epsilon", type=values.positive, help=epsilon_help)
+    delta_help = "probability that the budget does not cover (default: 1e-5)"
+    add("--delta", type=values.fraction, help=delta_help)
+    norm_help = "norm to which the gradient of each sample is clipped (default: 1)"
+    add("--max-grad-norm", type=values.positive, metavar="NORM", help=norm_help)
+    views_help = "augmented views of a sample in a step, clipped as one (default: 1)"
+    add("--augmentations", type=values.positive_int, metavar="VIEWS", help=views_help)
+    ema_help = "average the weights with this decay, such as 0.99, for tests and use"
+    add("--ema", type=values.fraction, metavar="DECAY", help=ema_help)
+    micro_help = "views in one forward pass, if a batch needs too much memory (default: all)"
+    add("--micro-batch-size", type=values.positive_int, metavar="VIEWS", help=micro_help)
+    secure_help = "draw noise and batches by torchcsprng, for a release; not repeatable"
+    add("--secure-mode", action="store_true", help=secure_help)
 
 
 def add_case_argument(parser: ArgumentParser, default: str) -> None:
@@ -183,8 +209,28 @@ def choices(arguments: Namespace) -> dict[str, Any]:
         "model_options": arguments.model_options or None,
         "subset": arguments.subset,
         "precision": arguments.precision,
+        "private": privacy(arguments),
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def privacy(arguments: Namespace) -> Privacy | None:
+    """Return the options of private training; ``None`` without ``--private``.
+
+    Raises:
+        RunError: one of the others is given without ``--private``.
+    """
+    from kernelnorm.experiments.privacy import Privacy
+    from kernelnorm.experiments.runs import RunError
+
+    names = [field.name for field in fields(Privacy)]
+    given = {name: arguments[name] for name in names if arguments[name] not in (None, False)}
+    if arguments.private:
+        return Privacy(**given)
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise RunError(f"--{option} is for private training: add --private, or leave it out")
+    return None
 
 
 def where(arguments: Namespace) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def make_parser() -> ArgumentParser:
         "kernelnorm train --model resnet18 --dataset photos/ --image-size 64 --epochs 20",
         "kernelnorm train --optimizer adamw --schedule cosine --warmup-epochs 1",
         "kernelnorm train --epochs 20 --init-from runs/first --out runs/second",
+        "kernelnorm train --private --epsilon 3 --batch-size 256 --lr 0.5 --epochs 20",
         "torchrun --nproc-per-node 4 -m kernelnorm train imagewoof-resnet18 --batch-size 256",
     )
     add = parser.add_argument

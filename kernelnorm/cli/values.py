@@ -87,6 +87,19 @@ def number(value: Any) -> float:
     return _number(value, "must be a number of at least 0", zero=True)
 
 
+def positive(value: Any) -> float:
+    """Check a positive number."""
+    return _number(value, "must be a positive number")
+
+
+def fraction(value: Any) -> float:
+    """Check a number between 0 and 1."""
+    expected = "must be a number between 0 and 1"
+    if (number := _number(value, expected)) >= 1:
+        raise ValueError(expected)
+    return number
+
+
 def rate(value: Any) -> float | str:
     """Check a learning rate, or ``"auto"``."""
     return "auto" if value == "auto" else _number(value, 'must be "auto" or a positive number')

@@ -79,10 +79,10 @@ class Privacy:
                 "that none has a gradient of its own to be clipped. Choose kernel, group, layer or "
                 "none"
             )
-        if precision == "16-mixed":
+        if precision != "32-true":
             raise RunError(
-                "private training does not take precision 16-mixed, whose scaling of the loss "
-                "would meet the clipping: choose 32-true or bf16-mixed"
+                f"private training needs precision 32-true, got {precision}, whose rounding could "
+                "make a clipped gradient longer than its bound"
             )
         if self.augmentations > 1 and not augment:
             raise RunError(

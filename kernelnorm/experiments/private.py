@@ -1,0 +1,234 @@
+"""Private steps: Poisson batches, clipped gradients, noise, and the account of what is spent.
+
+Sampling, noise, optimizer and accountant are Opacus'; the clipped gradients are those of
+:mod:`kernelnorm.privacy`. Batches and noise are functions of the seed and the step: a run that is
+resumed within an epoch takes again exactly the steps that were lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import opacus
+import torch
+import torch.nn.functional as F
+from opacus.validators import ModuleValidator
+from opacus.validators.errors import UnsupportedModuleError
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from kernelnorm.experiments.account import Account, noise_multiplier
+from kernelnorm.experiments.data import seeded_generator
+from kernelnorm.experiments.data.poisson import PoissonSampling
+from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.runs import Metrics, RunError
+from kernelnorm.experiments.steps import Material, forward, make_optimizer
+from kernelnorm.privacy.engine import BookkeepingModule, BookkeepingOptimizer
+
+__all__ = ["PrivateSteps", "check"]
+
+
+def check(config: RunConfig, launch: Launch, network: nn.Module) -> None:
+    """Check that a network can be trained privately, before anything is loaded or written.
+
+    Args:
+        config: of the run.
+        launch: where and how.
+        network: like the run's; it may be on the device ``"meta"``.
+
+    Raises:
+        RunError: it cannot.
+    """
+    if launch.devices > 1 or torch.distributed.is_torchelastic_launched():
+        raise RunError("private training runs in one process: leave out --devices and torchrun")
+    if launch.compile:
+        raise RunError("private training does not take compiled networks: leave out --compile")
+    try:
+        ModuleValidator.validate(network, strict=True)
+        BookkeepingModule(network)
+    except (NotImplementedError, UnsupportedModuleError) as error:
+        raise RunError(
+            f"{config.model} with norm {config.norm} has layers that private training does not "
+            "know. Choose the norm kernel, group, layer or none"
+        ) from error
+
+
+class Batch(NamedTuple):
+    """A Poisson batch, which is drawn when the step is taken."""
+
+    epoch: int
+    step: int
+
+
+class PrivateSteps:
+    """Steps of DP-SGD; see :class:`kernelnorm.experiments.steps.Steps`.
+
+    Raises:
+        RunError: the options do not fit the images or the device, or secure mode is not there.
+    """
+
+    def __init__(self, material: Material) -> None:
+        config, images, network = material.config, material.images, material.network
+        assert config.private is not None
+        self.privacy, self.config, self.network = config.private, config, network
+        self.device = material.fabric.device
+        _check_images(config, self.privacy, len(images), self.device)
+        self.per_epoch = max(1, round(len(images) / config.batch_size))
+        rate = config.batch_size / len(images)
+        self.account = Account(
+            noise_multiplier(self.privacy, rate, config.epochs * self.per_epoch),
+            rate,
+            self.privacy.delta,
+        )
+        secure = _secure_generator() if self.privacy.secure_mode else None
+        self.sampling = PoissonSampling(
+            images=images,
+            rate=rate,
+            seed=config.seed,
+            generator=secure,
+            views=self.privacy.augmentations,
+            augment=material.augment,
+            preprocess=material.preprocess,
+            device=self.device,
+        )
+        network.to(self.device)
+        self.averaged = _average(network, self.privacy.ema) if self.privacy.ema else None
+        self.evaluated = network if self.averaged is None else self.averaged.module
+        self.model = BookkeepingModule(network, loss_reduction="sum")
+        self.model.book.augmentations = self.privacy.augmentations
+        self.optimizer = BookkeepingOptimizer(
+            make_optimizer(network, config),
+            noise_multiplier=self.account.noise,
+            max_grad_norm=self.privacy.max_grad_norm,
+            expected_batch_size=config.batch_size,
+            generator=secure or torch.Generator(self.device),
+            secure_mode=self.privacy.secure_mode,
+        )
+        self.optimizer.book = self.model.book
+        hook = self.account.accountant.get_optimizer_hook_fn(sample_rate=rate)
+        self.optimizer.attach_step_hook(hook)
+
+    def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        """See :class:`kernelnorm.experiments.steps.Steps`."""
+        return (Batch(epoch, step) for step in range(start_step, self.per_epoch))
+
+    def take(self, batch: Batch) -> tuple[Tensor, int]:
+        """See :class:`kernelnorm.experiments.steps.Steps`.
+
+        Raises:
+            RunError: the step would exceed the budget; nothing has changed then.
+        """
+        self._check_budget()
+        views = self.privacy.augmentations
+        sums, images = torch.zeros(2, device=self.device), 0
+        for x, y, last in self.sampling.parts(*batch, self.privacy.micro_batch_size):
+            logits = forward(self.model, x, self.config)
+            # The sum over samples of the mean over their views
+            loss = F.cross_entropy(logits, y, reduction="sum") / views
+            loss.backward()
+            if last:
+                self._seed_noise(batch)
+            else:
+                self.optimizer.signal_skip_step()  # only adds to the sum of clipped gradients
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            correct = (logits.argmax(1) == y).sum() / views
+            sums += torch.stack([loss.detach(), correct])
+            images += len(y) // views
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+        return sums, images
+
+    def _check_budget(self) -> None:
+        spent = self.account.epsilon(more=1)
+        if spent > self.privacy.epsilon:
+            raise RunError(
+                f"the privacy budget is spent: {self.account.steps} steps have an epsilon of "
+                f"{self.account.epsilon():.4f}, and one more would have {spent:.4f}, above "
+                f"--epsilon {self.privacy.epsilon:g}"
+            )
+
+    def _seed_noise(self, batch: Batch) -> None:
+        if not self.privacy.secure_mode:
+            seed = seeded_generator("noise", self.config.seed, *batch).initial_seed()
+            self.optimizer.generator.manual_seed(seed)
+
+    def metrics(self) -> Metrics:
+        """See :class:`kernelnorm.experiments.steps.Steps`."""
+        return {"epsilon": self.account.epsilon()}
+
+    def record(self) -> dict[str, Any]:
+        """See :class:`kernelnorm.experiments.steps.Steps`."""
+        return {
+            "privacy": {
+                "noise_multiplier": self.account.noise,
+                "sampling_rate": self.account.rate,
+                "steps": self.config.epochs * self.per_epoch,
+                "accountant": self.account.accountant.mechanism(),
+                "opacus": opacus.__version__,
+            }
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`kernelnorm.experiments.steps.Steps`."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "accountant": dict(self.account.accountant.state_dict()),
+        }
+        if self.averaged is not None:
+            state["trained"] = self.network.state_dict()
+            state["averaged_steps"] = self.averaged.n_averaged
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`kernelnorm.experiments.steps.Steps`."""
+        self.evaluated.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.account.load_state_dict(state["accountant"])
+        if self.averaged is not None:
+            self.network.load_state_dict(state["trained"])
+            self.averaged.n_averaged.copy_(state["averaged_steps"])
+
+
+def _check_images(config: RunConfig, privacy: Privacy, images: int, device: torch.device) -> None:
+    if device.type == "mps":
+        raise RunError("private training needs float64, which MPS lacks: add --accelerator cpu")
+    if config.batch_size > images:
+        raise RunError(
+            f"a batch of {config.batch_size} cannot be drawn from {images} training images: "
+            "choose a smaller --batch-size"
+        )
+    if privacy.delta * images >= 1:
+        raise RunError(
+            f"--delta {privacy.delta:g} guarantees nothing for {images} training images: choose "
+            f"one well below 1/{images}"
+        )
+
+
+def _average(network: nn.Module, decay: float) -> AveragedModel:
+    """Return the moving average of a network's weights.
+
+    In step t, counted from 0, the decay is at most (1 + t) / (10 + t), so that the first weights,
+    which are random, are soon forgotten.
+    """
+
+    def average(mean: Tensor, weight: Tensor, steps: Tensor | int) -> Tensor:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        return mean + (1 - now) * (weight - mean)
+
+    return AveragedModel(network, avg_fn=average)
+
+
+def _secure_generator() -> torch.Generator:
+    """Return Opacus' generator of secure random numbers."""
+    try:
+        generator: torch.Generator = opacus.PrivacyEngine(secure_mode=True).secure_rng
+    except ImportError as error:
+        raise RunError(
+            "--secure-mode needs the package torchcsprng, which is not installed. Without "
+            "--secure-mode a run is fit for research, not for a release"
+        ) from error
+    return generator
