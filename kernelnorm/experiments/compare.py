@@ -115,7 +115,8 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
                 _echo(f"  {row.failure}")
             rank_zero_only(_write)(rows, out)
     rank_zero_only(_write_picture)(rows, out)
-    _echo(f"\n{_CAPTION}\nTable:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
+    _echo(f"\n{_caption(rows)}")
+    _echo(f"Table:   {out / 'comparison.md'}\nPicture: {out / 'comparison.png'}")
     return rows
 
 
@@ -149,6 +150,11 @@ def _bar(configs: Sequence[RunConfig], done: int) -> tqdm[Any]:
     )
 
 
+def _caption(rows: Sequence[Row]) -> str:
+    private = rows[0].config.private
+    return _CAPTION if private is None else f"{_CAPTION} Differentially private: {private}."
+
+
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
@@ -163,7 +169,8 @@ def _write(rows: Sequence[Row], out: Path) -> None:
         if row.failure
     ]
     notes = [*failures, ""] if failures else []
-    text = "\n".join([title, "", *lines, "", *notes, _CAPTION, "", "![curves](comparison.png)", ""])
+    end = [_caption(rows), "", "![curves](comparison.png)", ""]
+    text = "\n".join([title, "", *lines, "", *notes, *end])
     write_whole(out / "comparison.md", text.encode())
     record = json.dumps([row.record() for row in rows], indent=1)
     write_whole(out / "comparison.json", record.encode())

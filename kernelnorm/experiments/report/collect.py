@@ -83,6 +83,7 @@ class Record:
             "train_loss": self.train_losses,
             "test_accuracy": self.test_accuracies,
             "seconds": self.seconds,
+            "epsilon": [metrics["epsilon"] for metrics in self.history if "epsilon" in metrics],
         }
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.recipes import RunConfig, paper
 from kernelnorm.experiments.report.collect import Collection
 from kernelnorm.experiments.report.entries import Table
@@ -62,9 +63,10 @@ def make_chapters(collection: Collection, sections: Sequence[Section]) -> list[C
         case = section.config.case
         slug = re.sub(r"[^\w.-]", "_", case, flags=re.ASCII)
         slugs[slug] += 1
-        title = case
+        private = section.config.private
+        title = case if private is None else f"{case}, epsilon {private.epsilon:g}"
         if slugs[slug] > 1:
-            title, slug = f"{case} ({slugs[slug]})", f"{slug}-{slugs[slug]}"
+            title, slug = f"{title} ({slugs[slug]})", f"{slug}-{slugs[slug]}"
         found: dict[str, Table | Picture] = {**section_tables(section), **section_pictures(section)}
         blocks = {name: found[name] for name in _ORDER if name in found}
         chapters.append(Chapter(title, slug, _warning(section), _facts(section), blocks))
@@ -96,6 +98,13 @@ def _unlike_the_paper(config: RunConfig) -> str:
     )
 
 
+def _privacy(section: Section, private: Privacy) -> str:
+    ends = [record.history[-1] for record in section.records if record.history]
+    spent = [metrics["epsilon"] for metrics in ends if "epsilon" in metrics]
+    most = f"; spent: epsilon {max(spent):.2f}" if spent else ""
+    return f"Differentially private: {private}{most}. The search for options is not counted."
+
+
 def _facts(section: Section) -> list[str]:
     config = section.config
     counts = [f"{number} {state}" for state, number in section.counts.items() if number]
@@ -110,6 +119,7 @@ def _facts(section: Section) -> list[str]:
     facts = [
         f"Data {config.dataset}{size}{subset}; network {config.model}{with_options}; at most "
         f"{config.epochs} epochs{_unlike_the_paper(config)}; {config.precision}.",
+        *([] if config.private is None else [_privacy(section, config.private)]),
         runs,
         *(f"{number} of them with {where}." for where, number in section.environments.items()),
     ]

@@ -55,6 +55,8 @@ def deviations(config: RunConfig, found: Mapping[str, Any]) -> list[str]:
         phrases.append(f"{config.epochs} epochs in place of {recipe.epochs}")
     options = {name: value for name, value in config.model_options.items() if name != "rules"}
     phrases += [f"{name} {value}" for name, value in sorted(options.items())]
+    if config.private is not None:
+        phrases.append(f"differential privacy with epsilon {config.private.epsilon:g}")
     if config.precision != "32-true":
         phrases.append(f"precision {config.precision}")
     for field in fields(Recipe):
