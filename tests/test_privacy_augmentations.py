@@ -162,4 +162,3 @@ def test_options(options: dict[str, object], message: str) -> None:
             max_grad_norm=1.0,
             **options,
         )
-
