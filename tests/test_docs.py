@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,31 @@ from kernelnorm.cli import COMMANDS
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import configure, recipe_for
 from kernelnorm.experiments.trainer import train
+from kernelnorm.models import create_model
+from kernelnorm.models.published import published_names
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINES = [
     (document, line)
     for document in DOCUMENTS
     for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)
     for line in block.replace("\\\n", "").splitlines()
     if re.search(r"\bkernelnorm [a-z]", line.split("#")[0])
+]
+
+# The code of these is run by tests of their own: below, and that of the recipes by make test-zoo.
+RUN_ELSEWHERE = {"README.md", "docs/convert.md", "docs/private.md", "docs/recipes.md"}
+
+
+def python_blocks(document: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+PAGES = [
+    document
+    for document in DOCUMENTS
+    if python_blocks(document) and str(document.relative_to(ROOT)) not in RUN_ELSEWHERE
 ]
 
 
@@ -59,7 +76,7 @@ def test_the_python_code_of_the_readme_runs(
     options = {"model_options": {"width": 0.25}, "image_size": 8, "epochs": 1}
     config = configure(recipe, norm="kernel", batch_size=4, lr=0.01, **options)
     train(config, Launch(out=Path("runs/photos"), verbose=False))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = python_blocks(ROOT / "README.md")
     assert len(blocks) == 4
     exec("\n".join(blocks), {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
@@ -78,9 +95,48 @@ def test_the_code_of_the_page_on_conversion_prints_what_it_says(
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its generator of random numbers
 def test_the_code_of_the_page_on_private_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("opacus")
-    page = (ROOT / "docs" / "private.md").read_text()
-    (code, *_) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code, *_) = python_blocks(ROOT / "docs" / "private.md")
     data = torch.utils.data.TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,)))
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     exec(code, {"torch": torch, "F": torch.nn.functional, "loader": loader})
     assert float(capsys.readouterr().out) > 0
+
+
+def slow_if_it_exports(page: Path) -> Any:
+    marks = [pytest.mark.slow] if "torch.export" in page.read_text() else []
+    return pytest.param(page, id=page.stem, marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch about its exporters
+@pytest.mark.parametrize("page", [*map(slow_if_it_exports, PAGES)])
+def test_the_python_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if page.stem == "models":
+        network = create_model("knresnet18")
+        state, names = network.state_dict(), published_names(network)
+        model = {theirs: state[ours] for theirs, ours in names.items()}
+        torch.save({"model": model}, "knresnet18.pt")
+    exec("\n".join(python_blocks(page)), {})
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """Relative links work on GitHub, and so in the site; external ones are well formed."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", document.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]+(/\S*)?", target), target
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
