@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
+DOCS ?= .venv-docs
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
@@ -22,7 +23,7 @@ EXPERIMENTS := $(or $(wildcard $(VENV)/.dev),$(VENV)/.experiments)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-all test-cluster test-newest test-zoo test-sanitize gpu-check \
-	wheel-check check format figures clean
+	wheel-check check docs format figures clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +69,10 @@ check: $(VENV)/.dev  ## check style, types and the examples of the docstrings
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --doctest-modules kernelnorm --ignore kernelnorm/timm.py
 
+docs: $(DOCS)/.docs  ## build the documentation in build/docs, and check it and its code
+	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	$(DOCS)/bin/python -m pytest tests/check_site.py tests/check_configuration.py tests/test_docs.py
+
 format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -76,7 +81,7 @@ figures: $(EXPERIMENTS)  ## draw the figures of the documentation
 	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what the targets above have made, but not runs and data
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kernelnorm/ops/backends/cpu/kernels.so kernelnorm/ops/backends/cpu/kernels.dll
 
 # The installation compiles the C kernels, so it is repeated when they change.
@@ -103,6 +108,15 @@ $(NEWEST)/.tests: constraints.txt Makefile
 		addict einops opencv-python-headless rich termcolor yapf
 	@$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt --no-deps \
 		dynamic-network-architectures mmcv-lite mmengine-lite
+	@touch $@
+
+# Sees the packages of $(VENV), for the API pages and the notebook: a second PyTorch would be 1 GB.
+$(DOCS)/.docs: constraints.txt Makefile | $(VENV)/.dev
+	$(call create,$(DOCS))
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/..')" \
+		> $$($(DOCS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth
+	@$(DOCS)/bin/python $(PIP) -c constraints.txt check-jsonschema furo ipykernel latex2mathml myst-nb \
+		sphinx sphinx-copybutton sphinx-external-toc ziamath zizmor
 	@touch $@
 
 $(SANITIZED): $(C_FILES) Makefile
