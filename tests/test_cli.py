@@ -14,7 +14,9 @@ from kernelnorm import cli
 from kernelnorm.cli import main, train
 from kernelnorm.cli.options import configure_run, explain_lr
 from kernelnorm.experiments.evaluation import evaluate
+from kernelnorm.experiments.recipes import RECIPES
 from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS
 
 ALL = ["train", "compare", "sweep", "reproduce", "report", "evaluate", "evaluate-published"]
@@ -186,6 +188,7 @@ CASES_AND_NORMS = [
     pytest.param(case, norm, marks=[] if norm in ("batch", "kernel") else pytest.mark.slow)
     for case in ("imagenette-densenet121", "imagewoof-resnet18")
     for norm in NORMS
+    if RECIPES[case].model in list_models(norm)
 ]
 
 

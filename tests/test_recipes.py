@@ -217,3 +217,9 @@ def test_training_ends_when_the_loss_stays_below_a_thousandth() -> None:
     assert not config.finished([low] * 4)
     assert not config.finished([low, low, high, low, low])
     assert config.finished([high] * 80)
+
+
+def test_a_norm_that_a_model_does_not_have_is_an_error_with_the_models_that_have_it() -> None:
+    message = r"densenet121 does not exist with the norm nf: .* one of the models vgg8, resnet18"
+    with pytest.raises(RunError, match=message):
+        configure(recipe_for("imagenette-densenet121"), norm="nf", batch_size=32)

@@ -299,9 +299,13 @@ def configure(
     if norm not in NORMS:
         raise RunError(f"unknown norm {norm!r}: choose from {', '.join(NORMS)}")
     if recipe.model not in list_models(norm):
+        only_kernel = recipe.model not in list_models("batch")
         raise RunError(
             f"{recipe.model} exists with the norm kernel only, got {norm}: choose kernel, or "
             "another model"
+            if only_kernel
+            else f"{recipe.model} does not exist with the norm {norm}: choose another norm, or "
+            f"one of the models {', '.join(list_models(norm))}"
         )
     values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
     values["dataset"] = _plain(values["dataset"])
