@@ -27,7 +27,9 @@ class BatchRenorm2d(AffineNorm2d):
 
     The limits follow the published schedule. In the first 5000 steps :math:`r_{max} = 1` and
     :math:`d_{max} = 0`, which is BatchNorm; then they rise linearly, :math:`r_{max}` to 3 at step
-    40000 and :math:`d_{max}` to 5 at step 25000. A run of fewer than 5000 steps compares BatchNorm.
+    40000 and :math:`d_{max}` to 5 at step 25000. So a run of fewer than 5000 steps trains as
+    BatchNorm does, and one of some hundred evaluates with running statistics that are not yet those
+    of its data: after 100 steps a third of them is their first values.
 
     Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", NeurIPS 2017.
