@@ -56,9 +56,8 @@ test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compile
 	$(BIN)/python $(PYTEST) --kernels $(SANITIZED) -k "not triton" \
 		tests/test_backends.py tests/test_fuzz.py tests/test_kernels_*.py
 
-gpu-check: $(VENV)/.dev  ## test the layers on a CUDA GPU, and measure them there
-	$(BIN)/python -m pytest --device cuda $(LAYERS)
-	$(BIN)/kernelnorm bench --device cuda --quick --out runs/gpu-check
+gpu-check: $(VENV)/.dev  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: on the CPU, a trial
+	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry)
 
 wheel-check: $(VENV)/.dev  ## build the packages and test them in other folders and Pythons
 	$(BIN)/python -m pytest tests/check_packages.py

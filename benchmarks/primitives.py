@@ -1,7 +1,7 @@
 """The primitives of a KNConv beside its convolution, each against its floor.
 
     python benchmarks/primitives.py
-    python benchmarks/primitives.py --device cuda --dtype bfloat16
+    python benchmarks/primitives.py --device cuda --dtype bfloat16 --batch-size 128
 
 The floor of a primitive is the time in which the machine copies as many bytes as the primitive
 reads and writes of its large tensors. Medians of interleaved rounds.
@@ -25,9 +25,9 @@ from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
 
 SHAPES = {  # of the input and output of a layer of the case studies
-    "VGG8, second layer, batch 32": (32, 128, 16, 16),
-    "ResNet-18, first stage, batch 8": (8, 64, 48, 48),
-    "DenseNet-121, first bottleneck, batch 8": (8, 128, 40, 40),
+    "VGG8, second layer": (32, 128, 16, 16),
+    "ResNet-18, first stage": (8, 64, 48, 48),
+    "DenseNet-121, first bottleneck": (8, 128, 40, 40),
 }
 PASSES = {  # reads and writes of large tensors
     "copy": 2,
@@ -75,13 +75,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
     parser.add_argument("--rounds", type=int, default=50, help="rounds of each (default: 50)")
+    parser.add_argument("--batch-size", type=int, help="of all layers (default: 32, 8, 8)")
     options = parser.parse_args()
     keep_freed_memory()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     name = kernelnorm.backend(torch.ones(1, 1, 1, device=device, dtype=dtype))
     threads = torch.get_num_threads()
     print(f"backend {name}, {dtype}, PyTorch {torch.__version__}, {threads} threads")
-    for title, shape in SHAPES.items():
+    for title, (batch_size, *rest) in SHAPES.items():
+        shape = (options.batch_size or batch_size, *rest)
         of_all = steps(shape, dtype, device)
         times: dict[str, list[float]] = {step: [] for step in of_all}
         for _ in range(options.rounds + 3):
