@@ -1,0 +1,1 @@
+"""Federated image classification on Flower: see docs/federated.md."""

@@ -1,0 +1,93 @@
+"""Which SuperNode plays which clients, and which clients train in a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from kernelnorm_federated.settings import Settings
+
+Say = Callable[[str], None]
+START_SECONDS = 600.0
+"""Time that SuperNodes have to come before the first round."""
+
+
+@dataclass
+class Nodes:
+    """The SuperNodes of a run. Number ``i`` of ``n`` plays the clients ``i``, ``i + n``, ...
+
+    Args:
+        grid: Flower's.
+        timeout: seconds to wait for the answers of SuperNodes that come later.
+        say: where to tell what is going on.
+    """
+
+    grid: Grid
+    timeout: float
+    say: Say
+    place: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of each SuperNode that has answered, by its identifier: its number, and how many they are."""
+
+    def find(self, timeout: float | None = None) -> None:
+        """Ask SuperNodes that are new for their place, and wait at most ``timeout`` seconds."""
+        new = {*self.grid.get_node_ids()} - {*self.place}
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in sorted(new)]
+        if not questions:
+            return
+        for reply in self.grid.send_and_receive(questions, timeout=timeout or self.timeout):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                self.say(f"SuperNode {node} failed: {reply.error.reason}")
+                continue
+            place = reply.content["config"]
+            self.place[node] = place["partition-id"], place["num-partitions"]
+
+    def wait(self, seconds: float = START_SECONDS, pause: float = 1.0) -> None:
+        """Wait until all SuperNodes are there, or some are and the time is over.
+
+        Raises:
+            TimeoutError: there is none.
+        """
+        end = time.monotonic() + seconds
+        self.find(seconds)
+        while not self._complete() and time.monotonic() < end:
+            time.sleep(pause)
+            self.find(seconds)
+        if not self.place:
+            raise TimeoutError(
+                f"no SuperNode has answered in {seconds:g} s: start some, see docs/federated.md"
+            )
+
+    def _complete(self) -> bool:
+        numbers = {number for number, _ in self.place.values()}
+        counts = {count for _, count in self.place.values()}
+        return len(counts) == 1 and len(numbers) == max(counts)
+
+    def holders(self, clients: int) -> dict[int, int]:
+        """Return the identifier of the SuperNode of each client that has one now.
+
+        Of SuperNodes with the same number the last one counts: one that was started again.
+        """
+        present = {*self.grid.get_node_ids()}
+        return {
+            client: node
+            for node, (number, count) in self.place.items()
+            if node in present
+            for client in range(number, clients, count)
+        }
+
+
+def choose(settings: Settings, server_round: int, present: Collection[int]) -> list[int]:
+    """Return the clients that train in a round: the first of a random order that are present.
+
+    The order is a function of ``seed`` and ``server_round``.
+    """
+    count = max(1, round(settings.fraction_train * settings.clients))
+    generator = np.random.default_rng([settings.seed, 2, server_round])
+    order = generator.permutation(settings.clients).tolist()
+    return sorted([client for client in order if client in present][:count])

@@ -1,0 +1,160 @@
+"""The Flower ServerApp: rounds of training by clients, with a state that can be resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from kernelnorm_federated import task
+from kernelnorm_federated.aggregation import (
+    WEIGHT,
+    aggregate,
+    make_strategy,
+    moments,
+    restore_moments,
+)
+from kernelnorm_federated.nodes import Nodes, Say, choose
+from kernelnorm_federated.partitions import split
+from kernelnorm_federated.settings import Settings
+from kernelnorm_federated.state import RunState, load_state
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the app, as Flower calls it."""
+    serve(grid, Settings.from_run_config(context.run_config), partial(print, flush=True))
+
+
+def serve(grid: Grid, settings: Settings, say: Say) -> RunState:
+    """Train for the rounds that are missing, and return the last state.
+
+    Flower's own loop, ``Strategy.start``, always begins at the first round; hence this one.
+
+    Args:
+        grid: Flower's, or one like it.
+        settings: of the run.
+        say: takes a line for each round.
+
+    Raises:
+        ValueError: the settings do not fit the images or the run that would be resumed.
+        RuntimeError: no client has answered in the first round, or in two rounds, one after the
+            other. The state is that of the round before.
+    """
+    server = Server(grid, settings, say)
+    first, last = len(server.state.history) + 1, settings.num_server_rounds
+    if first > 1:
+        say(f"resuming after round {first - 1}: {settings.folder}")
+    if first <= last:
+        server.nodes.wait()
+    for server_round in range(first, last + 1):
+        server.run_round(server_round)
+    accuracy = server.state.history[-1]["accuracy"]
+    say(f"accuracy {accuracy:.2%}, the network is in {settings.folder}")
+    return server.state
+
+
+class Server:
+    """The server between two rounds; see :func:`serve`."""
+
+    def __init__(self, grid: Grid, settings: Settings, say: Say) -> None:
+        self.grid, self.settings, self.say = grid, settings, say
+        train_images, self.test_images = (task.load(settings, part) for part in ("train", "test"))
+        split(train_images.labels, settings)  # fails here rather than in each client
+        identity = {**settings.identity, "images": train_images.fingerprint()}
+        saved = load_state(settings.folder, identity)
+        self.network = task.build(settings, self.test_images)
+        self.buffers = {name for name, _ in self.network.named_buffers()}
+        self.strategy = make_strategy(settings)
+        self.state = saved or RunState(identity, self.network.state_dict())
+        restore_moments(self.strategy, self.state.moments)
+        self.nodes = Nodes(grid, settings.timeout, say)
+
+    def run_round(self, server_round: int) -> None:
+        """Train, test, and save the state."""
+        start = time.monotonic()
+        self.nodes.find()
+        holders = self.nodes.holders(self.settings.clients)
+        chosen = choose(self.settings, server_round, holders)
+        replies = self._ask(server_round, {client: holders[client] for client in chosen})
+        history, weights, train_loss = self.state.history, self.state.network, None
+        if replies:
+            weights, train_loss = aggregate(
+                self.strategy, server_round, [*replies.values()], weights, self.buffers
+            )
+        elif not history or not history[-1]["images"]:
+            raise RuntimeError(
+                f"round {server_round}: no client has answered, nor in the round before. See above "
+                "why; the same command resumes"
+            )
+        self.network.load_state_dict(weights)
+        accuracy, loss = task.test(self.network, self.test_images)
+        entry = {
+            "round": server_round,
+            "accuracy": accuracy,
+            "loss": loss,
+            "train_loss": train_loss,
+            "images": {
+                str(client): reply.content.metric_records["metrics"][WEIGHT]
+                for client, reply in replies.items()
+            },
+            "seconds": time.monotonic() - start,
+        }
+        self.state = RunState(
+            self.state.identity, weights, moments(self.strategy), [*history, entry]
+        )
+        self.state.save(self.settings.folder)
+        absent = {*range(self.settings.clients)} - {*holders}
+        missing = sorted(absent | ({*chosen} - {*replies}))
+        self.say(
+            f"round {server_round}/{self.settings.num_server_rounds}: "
+            f"accuracy {accuracy:.2%}, loss {loss:.4f}, "
+            + (f"training loss {train_loss:.4f}, " if train_loss is not None else "")
+            + f"{len(replies)} clients{f' (without {missing})' if missing else ''}, "
+            f"{entry['seconds']:.1f} s"
+        )
+
+    def _ask(self, server_round: int, addresses: dict[int, int]) -> dict[int, Message]:
+        """Have clients train; return the replies without an error by client, in ascending order.
+
+        Args:
+            server_round: counted from 1.
+            addresses: the SuperNode of each client.
+        """
+        if not addresses:
+            return {}
+        config = ConfigRecord({"classes": [*self.test_images.classes]})
+        sampled = cast(Grid, Sampled([*addresses.values()]))
+        arrays = ArrayRecord(self.state.network)
+        configured = self.strategy.configure_train(server_round, arrays, config, sampled)
+        content = next(iter(configured)).content
+        messages = []
+        for client, node in addresses.items():
+            own = ConfigRecord({**content.config_records["config"], "client": client})
+            records = RecordDict({"arrays": content["arrays"], "config": own})
+            messages.append(Message(records, node, MessageType.TRAIN))
+        replies = {}
+        for reply in self.grid.send_and_receive(messages, timeout=self.settings.timeout):
+            if reply.has_error():
+                self.say(f"SuperNode {reply.metadata.src_node_id} failed: {reply.error.reason}")
+            else:
+                replies[cast(int, reply.content.config_records["config"]["client"])] = reply
+        return dict(sorted(replies.items()))
+
+
+@dataclass
+class Sampled:
+    """Stands for the grid where a strategy samples SuperNodes: all that it sees are to train."""
+
+    nodes: Sequence[int]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return their identifiers, one for each client."""
+        return self.nodes

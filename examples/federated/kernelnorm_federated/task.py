@@ -1,0 +1,148 @@
+"""The images, the network, its training by one client, and its test by the server."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernelnorm.experiments.data import Images, batches, load_images
+from kernelnorm.models import create_model
+from kernelnorm_federated.settings import Settings
+
+TEST_BATCH_SIZE = 256
+
+
+def load(settings: Settings, split: str) -> Images:
+    """Return the images of ``split``, ``"train"`` or ``"test"``; the last few stay in memory.
+
+    Raises:
+        kernelnorm.experiments.data.DataError: the images are missing or damaged.
+    """
+    subset = settings.train_images if split == "train" else settings.test_images
+    default = 16 if settings.data == "digits" else None  # VGG8 halves 16 three times, 8 is too few
+    data, data_dir = (str(Path(p).expanduser()) for p in (settings.data, settings.data_dir))
+    return _load(data, split, data_dir, settings.image_size or default, subset or None)
+
+
+@functools.lru_cache(4)
+def _load(data: str, split: str, data_dir: str, size: int | None, subset: int | None) -> Images:
+    return load_images(data, split, data_dir=data_dir, image_size=size, subset=subset)
+
+
+def build(settings: Settings, images: Images) -> nn.Module:
+    """Return the network for such images, with the first weights that ``seed`` gives."""
+    options = {"width": settings.width} if settings.model == "vgg8" else {}
+    torch.manual_seed(settings.seed)
+    return create_model(
+        settings.model,
+        norm=settings.layers,
+        num_classes=len(images.classes),
+        in_channels=images.pixels.shape[1],
+        **options,
+    )
+
+
+def device() -> torch.device:
+    """Return the GPU that Flower gave to this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def freeze_statistics(network: nn.Module) -> None:
+    """Put the BatchNorm layers of a network in training into evaluation mode.
+
+    They then normalise by their running statistics and leave these as they are; their scale and
+    shift are trained on. This is the second stage of FixBN.
+
+    Source: Zhong et al., "Making Batch Normalization Great in Federated Deep Learning",
+    arXiv 2303.06530.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def train(
+    network: nn.Module,
+    images: Images,
+    settings: Settings,
+    *,
+    server_round: int,
+    client: int,
+    proximal_mu: float = 0.0,
+) -> float:
+    r"""Train a client's copy of the network, and return the mean loss of the last epoch.
+
+    The order of the images and the dropout masks are functions of ``seed``, ``server_round`` and
+    ``client``. The loss of a batch is the cross-entropy plus FedProx's proximal term
+    :math:`\frac{\mu}{2} \|w - w_t\|^2`, where :math:`w_t` are the parameters at the start.
+
+    Args:
+        network: has the server's state; trained in place.
+        images: of the client.
+        settings: of the run.
+        server_round: counted from 1.
+        client: counted from 0.
+        proximal_mu: :math:`\mu`; 0 leaves the term out.
+
+    Raises:
+        ArithmeticError: the loss or the weights are not finite after an epoch.
+    """
+    where = device()
+    network.to(where).train()
+    if settings.first_frozen_round is not None and server_round >= settings.first_frozen_round:
+        freeze_statistics(network)
+    parameters = [*network.parameters()]
+    start = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.SGD(
+        parameters, lr=settings.learning_rate, momentum=settings.momentum, foreach=True
+    )
+    seed = _seed(settings.seed, server_round, client)
+    torch.manual_seed(seed)
+    loss_sum, count = 0.0, 0
+    for epoch in range(settings.local_epochs):
+        loss_sum, count = 0.0, 0
+        size = settings.batch_size
+        for x, y in batches(images, size, train=True, seed=seed, epoch=epoch, device=where):
+            loss = F.cross_entropy(network(x), y)
+            loss_sum, count = loss_sum + loss.item() * len(y), count + len(y)
+            if proximal_mu:
+                loss = loss + proximal_mu / 2 * _squared_distance(parameters, start)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if not (math.isfinite(loss_sum) and all(p.isfinite().all() for p in parameters)):
+            raise ArithmeticError(
+                f"training diverged: the weights of client {client} in round {server_round} are "
+                f"not finite. Take a smaller learning-rate than {settings.learning_rate}"
+            )
+    return loss_sum / count
+
+
+def _squared_distance(parameters: list[nn.Parameter], start: list[Tensor]) -> Tensor:
+    return torch.stack(
+        [(now - then).square().sum() for now, then in zip(parameters, start, strict=True)]
+    ).sum()
+
+
+def _seed(*key: int) -> int:
+    """Return a number that differs from that of any other key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+@torch.no_grad()
+def test(network: nn.Module, images: Images) -> tuple[float, float]:
+    """Return the share of images that are classified correctly, and the mean cross-entropy."""
+    where = device()
+    network.to(where).eval()
+    correct, loss = 0, 0.0
+    for x, y in batches(images, TEST_BATCH_SIZE, train=False, device=where):
+        scores = network(x)
+        correct += int((scores.argmax(1) == y).sum())
+        loss += F.cross_entropy(scores, y, reduction="sum").item()
+    return correct / len(images), loss / len(images)

@@ -1,0 +1,161 @@
+"""Runs the app in Flower's simulation, on a SuperLink that ends with it.
+
+    python examples/federated/run.py
+    python examples/federated/run.py --run-config "norm='batch' partition='dirichlet' alpha=0.1"
+    python examples/federated/run.py --federation-config "num-supernodes=4"
+
+The arguments are those of ``flwr run``, which by itself leaves a SuperLink running. Flower's files,
+and the run's state unless ``out`` is given, go to $FLWR_HOME, by default runs/federated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import tomllib
+
+APP = Path(__file__).parent
+START_SECONDS = 60.0
+"""Time that a SuperLink has to start."""
+END_SECONDS = 10.0
+"""Time that a process has to end by itself."""
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Return the variables for Flower's processes, without telemetry and installations."""
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray says how to silence its warning
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def started(
+    command: Sequence[str], env: Mapping[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command as a group of processes, and end all of them after the block."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes], first: signal.Signals = signal.SIGTERM) -> None:
+    """End the group of processes that ``process`` leads, by force if need be."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, first)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def superlink(env: Mapping[str, str], *options: str) -> Iterator[int]:
+    """Start a SuperLink that listens on this machine only, and yield its port.
+
+    Raises:
+        RuntimeError: it does not start; the message has the end of its log.
+    """
+    port = free_port()
+    log = Path(env["FLWR_HOME"], "superlink.log")
+    address = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    with started(["flower-superlink", *address, *options], env, log) as process:
+        limit = time.monotonic() + START_SECONDS
+        while not _healthy(port):
+            if process.poll() is not None or time.monotonic() > limit:
+                raise RuntimeError(f"the SuperLink does not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield port
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+            return int(answer.status) == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def flwr(
+    env: Mapping[str, str], *arguments: str, stdout: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Flower's command."""
+    return subprocess.run(["flwr", *arguments], env=env, stdout=stdout, text=True, check=True)
+
+
+def status(env: Mapping[str, str]) -> str:
+    """Return how the last run of the SuperLink stands: ``"finished:completed"`` is what it says."""
+    answer = flwr(env, "list", "--format", "json", stdout=subprocess.PIPE).stdout
+    return str(json.loads(answer)["runs"][0]["status"])
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Check the run configuration here, as starting Flower takes a while.
+
+    Raises:
+        ValueError: see :class:`kernelnorm_federated.settings.Settings`.
+    """
+    from flwr.common.config import parse_config_args
+    from kernelnorm_federated.settings import Settings
+
+    given = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name == "--run-config"]
+    app = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    Settings.from_run_config({**app["config"], **parse_config_args(given)})
+
+
+def main(arguments: Sequence[str]) -> None:
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return
+    try:
+        check(arguments)
+    except ValueError as error:
+        sys.exit(str(error))
+    home = Path(os.environ.get("FLWR_HOME") or "runs/federated").absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    env = environment(home)
+    with superlink(env, "--simulation") as port:
+        env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
+        flwr(env, "run", str(APP), "--stream", *arguments)
+        result = status(env)
+    if result != "finished:completed":
+        sys.exit(f"the run has not been completed: {result}. See above why")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,129 @@
+"""A run that was stopped gives, once resumed, the rounds that it would have given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from kernelnorm_federated import state as state_file
+from kernelnorm_federated.local import LocalGrid, run, run_config
+from kernelnorm_federated.server_app import serve
+from kernelnorm_federated.settings import Settings
+from test_federated_rounds import assert_equal, quiet
+
+Make = Callable[..., Settings]
+
+
+class Killed(BaseException):
+    """Ends the server, as a signal would."""
+
+
+@dataclass
+class Deadly(LocalGrid):
+    """A grid on which the server dies while the second client of round 3 trains."""
+
+    trained: int = 0
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            self.trained += message.content["config"]["server-round"] == 3
+            if self.trained == 2:
+                raise Killed
+        return super().answer(message)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"strategy": "fedavg", "norm": "kernel"},
+        {"strategy": "fedprox", "norm": "fixbn"},
+        {"strategy": "fedadam", "norm": "batch", "clients": 6, "fraction_train": 0.5},
+    ],
+    ids=lambda values: values["strategy"],
+)
+def test_a_run_that_was_killed_resumes(settings: Make, values: dict[str, Any]) -> None:
+    choice = settings(num_server_rounds=5, partition="dirichlet", **values)
+    whole = run(replace(choice, out=f"{choice.out}-whole"), quiet)
+    with pytest.raises(Killed):
+        serve(Deadly(run_config(choice), choice.clients), choice, quiet)
+    lines: list[str] = []
+    resumed = run(choice, lines.append)
+    assert lines[0].startswith("resuming after round 2")
+    assert_equal(whole, resumed)
+    written = (choice.folder / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == resumed.history
+
+
+def test_a_finished_run_is_made_longer(settings: Make) -> None:
+    choice = settings(num_server_rounds=2)
+    whole = run(replace(choice, num_server_rounds=3, out=f"{choice.out}-whole"), quiet)
+    run(choice, quiet)
+    assert_equal(whole, run(replace(choice, num_server_rounds=3), quiet))
+
+
+def test_a_finished_run_says_so_and_asks_nobody(settings: Make) -> None:
+    choice = settings(num_server_rounds=1)
+    first = run(choice, quiet)
+    lines: list[str] = []
+    assert_equal(first, serve(LocalGrid({}, 0), choice, lines.append))
+    assert lines[-1].startswith("accuracy ")
+
+
+def test_a_state_that_is_being_written_does_not_replace_the_last_one(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = settings(num_server_rounds=2)
+    first = run(replace(choice, num_server_rounds=1), quiet)
+
+    def die(_: object, file: Any) -> None:
+        file.write(b"half of a file")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_file.torch, "save", die)
+        with pytest.raises(Killed):
+            run(choice, quiet)
+    saved = state_file.load_state(choice.folder, first.identity)
+    assert saved is not None
+    assert_equal(saved, first)
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [("seed", 0, 1), ("norm", "batch", "kernel"), ("learning_rate", 0.05, 0.1)],
+)
+def test_another_run_is_not_resumed(settings: Make, key: str, before: Any, after: Any) -> None:
+    choice = settings(num_server_rounds=1, **{key: before})
+    run(choice, quiet)
+    name = key.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{name}={after!r}: expected {before!r}, as in the run"):
+        run(replace(choice, **{key: after}), quiet)
+
+
+def test_a_run_on_other_images_is_not_resumed(settings: Make, tmp_path: Path) -> None:
+    choice = settings(num_server_rounds=1)
+    state = run(choice, quiet)
+    with pytest.raises(ValueError, match="images"):
+        state_file.load_state(choice.folder, {**state.identity, "images": "others"})
+
+
+def test_a_damaged_state_is_named(settings: Make) -> None:
+    choice = settings(num_server_rounds=1)
+    run(choice, quiet)
+    path = choice.folder / "state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"state.pt cannot be read .*: delete it to begin anew"):
+        run(choice, quiet)
+
+
+def test_the_state_holds_tensors_and_plain_values_only(settings: Make) -> None:
+    choice = settings(strategy="fedadam", norm="batch", num_server_rounds=1)
+    run(choice, quiet)
+    saved = torch.load(choice.folder / "state.pt", weights_only=True)
+    assert {*saved} == {"identity", "network", "moments", "history"}
