@@ -1,0 +1,119 @@
+"""Tables and the picture of the study."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernelnorm.experiments.report.statistics import difference, estimate
+from kernelnorm.experiments.style import LABELS, line_style, png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from study import Run
+
+    Scored = Iterable[tuple[Run, dict[str, Any], float]]
+    """Each run with its line of results.jsonl, and its result."""
+
+FIXBN = {"label": "FixBN", "color": "#56B4E9", "marker": "v", "markersize": 5}
+COMPARED = "dirichlet-0.1"
+"""The partition whose runs are compared pair by pair."""
+Cell = tuple[str, int, str]
+"""Partition, batch size, norm."""
+
+
+def chosen(scored: Scored) -> dict[Cell, dict[int, tuple[Run, dict[str, Any], float]]]:
+    """Return the runs with the best learning rate of the first seed, by cell and seed."""
+    cells = defaultdict(list)
+    for run, entry, score in scored:
+        cells[run.partition, run.batch_size, run.norm].append((run, entry, score))
+    found = {}
+    for cell, runs in cells.items():
+        first = [each for each in runs if each[0].seed == 0]
+        rate = max(first, key=lambda each: each[2])[0].rate
+        found[cell] = {each[0].seed: each for each in runs if each[0].rate == rate}
+    return found
+
+
+def at_an_end(cell: Cell, rate: float, scored: Scored) -> bool:
+    """Tell whether no larger, or no smaller, rate was tried: the best may lie beyond."""
+    tried = [run.rate for run, *_ in scored if (run.partition, run.batch_size, run.norm) == cell]
+    return rate in (min(tried), max(tried))
+
+
+def print_tables(scored: Scored) -> None:
+    scored = [*scored]
+    best = chosen(scored)
+    print("| clients | batch size | normalisation | accuracy, % | runs | learning rate |")
+    print("|---|---|---|---|---|---|")
+    for cell, runs in best.items():
+        partition, batch_size, norm = cell
+        result = estimate([100 * score for _, _, score in runs.values()])
+        assert result is not None
+        spread = "" if result.deviation is None else f" ± {result.deviation:.1f}"
+        rate = next(iter(runs.values()))[0].rate
+        mark = " (at an end)" if at_an_end(cell, rate, scored) else ""
+        print(
+            f"| {partition} | {batch_size} | {norm} | {result.mean:.1f}{spread} | {result.runs} | "
+            f"{rate:g}{mark} |"
+        )
+    print(f"\nKernel minus another, clients {COMPARED}, 95 % interval of paired seeds:\n")
+    for (partition, batch_size, norm), runs in best.items():
+        kernel = best.get((partition, batch_size, "kernel"))
+        if partition != COMPARED or norm == "kernel" or kernel is None:
+            continue
+        values = ({seed: 100 * each[2] for seed, each in cell.items()} for cell in (kernel, runs))
+        paired = difference(*values)
+        if paired is not None:
+            interval = "one pair"
+            if paired.interval is not None:
+                interval = "{:+.1f} to {:+.1f}".format(*paired.interval)
+            print(f"- batch size {batch_size}, {norm}: {paired.mean:+.1f} ({interval})")
+
+
+def draw(scored: Scored, file: Path) -> None:
+    """Draw accuracy per round: mean over the seeds, and a band of one deviation."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    best = chosen(scored)
+    partitions = [*dict.fromkeys(cell[0] for cell in best)]
+    sizes = sorted({cell[1] for cell in best})
+    figure = Figure(figsize=(3.2 * len(partitions), 2.8 * len(sizes)), layout="constrained")
+    grid = figure.subplots(len(sizes), len(partitions), sharex=True, sharey=True, squeeze=False)
+    for row, size in zip(grid, sizes, strict=True):
+        for axes, partition in zip(row, partitions, strict=True):
+            for cell, runs in best.items():
+                if cell[:2] == (partition, size):
+                    _draw_lines(axes, cell[2], [entry["accuracy"] for _, entry, _ in runs.values()])
+            axes.set_title(f"{partition}, batch size {size}", fontsize="medium")
+            axes.grid(alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for row in grid:
+        row[0].set_ylabel("test accuracy, %")
+    labels = {text: line for axes in grid.flat for line, text in zip(*_legend(axes), strict=True)}
+    figure.legend([*labels.values()], [*labels], loc="outside lower center", ncols=len(labels))
+    file.write_bytes(png(figure))
+    print(file)
+
+
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    lines, labels = axes.get_legend_handles_labels()
+    return lines, labels
+
+
+def _draw_lines(axes: Axes, norm: str, accuracies: list[list[float]]) -> None:
+    style = {**(line_style(norm) if norm in LABELS else FIXBN), "markevery": 4}
+    columns = [estimate([100 * a for a in column]) for column in zip(*accuracies, strict=False)]
+    points = [column for column in columns if column is not None]
+    rounds = range(1, len(points) + 1)
+    axes.plot(rounds, [point.mean for point in points], **style)
+    if any(point.deviation for point in points):
+        low, high = (
+            [point.mean + sign * (point.deviation or 0) for point in points] for sign in (-1, 1)
+        )
+        axes.fill_between(rounds, low, high, color=style["color"], alpha=0.15, linewidth=0)
