@@ -1,0 +1,187 @@
+"""The app on Flower's own processes: its simulation, and a SuperLink with two SuperNodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import run as launcher
+import torch
+from conftest import APP, ROOT
+from flwr.app import Error, Message
+from kernelnorm_federated.local import LocalGrid, run, run_config
+from kernelnorm_federated.server_app import serve
+from kernelnorm_federated.settings import Settings
+
+Make = Callable[..., Settings]
+LIMIT_SECONDS = 400
+PAGE = (ROOT / "docs" / "federated.md").read_text()
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def run_config_option(settings: Settings) -> str:
+    """The settings as ``flwr run`` takes them."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in run_config(settings).items())
+
+
+def belongs(folder: Path, home: Path) -> bool:
+    try:
+        return f"FLWR_HOME={home}\0".encode() in (folder / "environ").read_bytes()
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
+def processes_of(home: Path) -> list[int]:
+    """The processes that Flower has started with a folder of ours."""
+    folders = Path("/proc").glob("[0-9]*")
+    return [int(folder.name) for folder in folders if belongs(folder, home)]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A folder for Flower's files. Fails if a process is left, and ends it."""
+    folder = tmp_path / "flower"
+    folder.mkdir()
+    yield folder
+    end = time.monotonic() + 20
+    while (left := processes_of(folder)) and time.monotonic() < end:
+        time.sleep(0.2)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
+
+
+def assert_near(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Equal but for the order of additions in a convolution."""
+    assert {*first} == {*second}
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=1e-5, rtol=1e-4)
+
+
+def state_of(settings: Settings) -> dict[str, object]:
+    return torch.load(settings.folder / "state.pt", weights_only=True)
+
+
+def launch(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, APP / "run.py", *arguments],
+        env={**os.environ, "FLWR_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+
+
+def test_the_simulation_gives_the_rounds_of_one_process_and_resumes(
+    settings: Make, home: Path
+) -> None:
+    choice = settings(norm="batch", clients=4, num_server_rounds=2, timeout=200.0)
+    expected = run(settings(norm="batch", clients=4, out=f"{choice.out}-local"), quiet)
+    first = launch(home, "--run-config", run_config_option(choice))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert [*map(int, re.findall(r"^round (\d)/2: accuracy .*4 clients,", first.stdout, re.M))] == [
+        1,
+        2,
+    ]
+    longer = run_config_option(settings(norm="batch", clients=4, timeout=200.0))
+    four = ("--federation-config", "num-supernodes=4")
+    second = launch(home, "--run-config", longer, *four)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "resuming after round 2" in second.stdout
+    assert "round 3/3" in second.stdout
+    state = state_of(choice)
+    assert len(state["history"]) == 3
+    assert_near(state["network"], expected.network)
+
+
+def test_a_wrong_configuration_is_refused_before_flower_starts(home: Path) -> None:
+    result = launch(home, "--run-config", "learning-rate=-1")
+    assert result.returncode == 1
+    assert result.stderr.strip() == "run-config learning-rate=-1.0: expected above 0"
+    assert not [*home.iterdir()]
+
+
+def commands(section: str, language: str = "sh") -> list[str]:
+    """The lines of the blocks in a section of the page."""
+    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
+@dataclass
+class Replayed(LocalGrid):
+    """A grid in which the same clients fail as in a run that has been recorded."""
+
+    answered: list[set[int]] = field(default_factory=list)
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            config = message.content["config"]
+            if config["client"] not in self.answered[config["server-round"] - 1]:
+                return Message(Error(1, "killed"), reply_to=message)
+        return super().answer(message)
+
+
+def rounds_of(settings: Settings) -> list[set[int]]:
+    """The clients that answered in each round so far."""
+    file = settings.folder / "rounds.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{*map(int, json.loads(line)["images"])} for line in lines]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_run_on_two_supernodes_finishes_after_one_is_killed(settings: Make, home: Path) -> None:
+    """The commands are those of the page, with other ports and a small network."""
+    link, *nodes, start = commands("On several machines")
+    choice = settings(norm="batch", clients=2, num_server_rounds=3, timeout=200.0)
+    env, log = launcher.environment(home), home / "run.log"
+    with ExitStack() as stack:
+        assert link == "flower-superlink --insecure --port 8000"
+        port = str(stack.enter_context(launcher.superlink(env)))
+        toml = "\n".join(commands("On several machines", "toml"))
+        (home / "config.toml").write_text(toml.replace("8000", port))
+        members = []
+        for number, line in enumerate(nodes):
+            own = line.replace("8000", port).replace(f"909{4 + number}", str(launcher.free_port()))
+            assert own.count(port) == 1
+            member = launcher.started(shlex.split(own), env, home / f"node{number}.log")
+            members.append(stack.enter_context(member))
+        assert len(members) == 2
+        command = [*shlex.split(start), "--run-config", run_config_option(choice)]
+        command[2] = str(ROOT / command[2])
+        process = stack.enter_context(launcher.started(command, env, log))
+        wait_for(lambda: {0, 1} in rounds_of(choice), process, log)
+        launcher.end(members[1], signal.SIGKILL)
+        wait_for(lambda: len(rounds_of(choice)) == 3, process, log)
+        assert process.wait(60) == 0
+        name = command[3]
+        answer = launcher.flwr(env, "list", name, "--format", "json", stdout=subprocess.PIPE)
+        assert json.loads(answer.stdout)["runs"][0]["status"] == "finished:completed"
+    answered = rounds_of(choice)
+    assert {0, 1} in answered
+    assert answered[-1] == {0}
+    assert "(without [1])" in log.read_text()
+    copy = settings(norm="batch", clients=2, num_server_rounds=3, out=f"{choice.out}-replayed")
+    replayed = serve(Replayed(run_config(copy), 2, answered=answered), copy, quiet)
+    assert_near(state_of(choice)["network"], replayed.network)
