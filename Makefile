@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
 DOCS ?= .venv-docs
+FEDERATED ?= .venv-federated
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 # The cluster is started by test-cluster alone: beside other tests it would run out of time.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	--ignore tests/test_cluster.py --ignore tests/zoo
+	--ignore tests/test_cluster.py --ignore tests/zoo --ignore tests/federated
 # The layers' tests need neither the training programs nor their dependencies.
 LAYERS := $(shell grep -L 'kernelnorm\.\(cli\|experiments\)' tests/test_*.py)
 C_FILES := $(wildcard kernelnorm/ops/backends/cpu/*.c kernelnorm/ops/backends/cpu/*.h)
@@ -22,8 +23,8 @@ SANITIZED := build/sanitize/kernels.so
 EXPERIMENTS := $(or $(wildcard $(VENV)/.dev),$(VENV)/.experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-cluster test-newest test-zoo test-sanitize gpu-check \
-	wheel-check check docs format figures clean
+.PHONY: help demo federated test test-slow test-all test-cluster test-newest test-zoo test-federated \
+	test-sanitize gpu-check wheel-check check docs format figures clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ help:  ## show this list
 demo: $(EXPERIMENTS)  ## compare four normalisations on real digits: a table and a picture
 	$(BIN)/kernelnorm compare digits-vgg8 --norms batch,group,layer,kernel --batch-sizes 2,32 \
 		--out runs/demo
+
+federated: $(FEDERATED)/.app  ## federated training on real digits, with four clients
+	$(FEDERATED)/bin/python examples/federated/run.py
 
 test: $(VENV)/.dev  ## run the tests, without those marked slow: under 3 minutes on two cores
 	$(BIN)/python $(PYTEST) -m "not slow"
@@ -49,6 +53,9 @@ test-newest: $(VENV)/.dev $(NEWEST)/.tests  ## run the layers' tests with the ne
 test-zoo: $(VENV)/.dev $(NEWEST)/.tests  ## test beside timm, torchvision, MONAI and others
 	PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 \
 		--dist worksteal tests/zoo
+
+test-federated: $(FEDERATED)/.app  ## test federated training: Flower's processes run here
+	$(FEDERATED)/bin/python -m pytest -n 2 --dist worksteal tests/federated
 
 test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
@@ -80,7 +87,7 @@ figures: $(EXPERIMENTS)  ## draw the figures of the documentation
 	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what the targets above have made, but not runs and data
-	rm -rf $(VENV) $(NEWEST) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(DOCS) $(FEDERATED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kernelnorm/ops/backends/cpu/kernels.so kernelnorm/ops/backends/cpu/kernels.dll
 
 # The installation compiles the C kernels, so it is repeated when they change.
@@ -107,6 +114,14 @@ $(NEWEST)/.tests: constraints.txt Makefile
 		addict einops opencv-python-headless rich termcolor yapf
 	@$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt --no-deps \
 		dynamic-network-architectures mmcv-lite mmengine-lite
+	@touch $@
+
+# Flower names the one Ray that it works with.
+$(FEDERATED)/.app: $(INSTALLED) examples/federated/pyproject.toml
+	$(call create,$(FEDERATED))
+	@grep -v '^ray==' constraints.txt > $(FEDERATED)/constraints.txt
+	@$(FEDERATED)/bin/python $(PIP) -c $(FEDERATED)/constraints.txt --editable '.[experiments]' \
+		'flwr[simulation]==1.42.0' 'ray==2.55.1' hypothesis pytest pytest-xdist
 	@touch $@
 
 # Sees the packages of $(VENV), for the API pages and the notebook: a second PyTorch would be 1 GB.
