@@ -149,10 +149,13 @@ def main(arguments: Sequence[str]) -> None:
     home = Path(os.environ.get("FLWR_HOME") or "runs/federated").absolute()
     home.mkdir(parents=True, exist_ok=True)
     env = environment(home)
-    with superlink(env, "--simulation") as port:
-        env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
-        flwr(env, "run", str(APP), "--stream", *arguments)
-        result = status(env)
+    try:
+        with superlink(env, "--simulation") as port:
+            env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
+            flwr(env, "run", str(APP), "--stream", *arguments)
+            result = status(env)
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command resumes after the last finished round")
     if result != "finished:completed":
         sys.exit(f"the run has not been completed: {result}. See above why")
 
