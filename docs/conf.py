@@ -49,9 +49,6 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-suppress_warnings = [
-    "myst.xref_missing",  # links to folders become text; tests/test_docs.py checks all links
-]
 
 html_theme = "furo"
 html_title = f"kernelnorm {release}"
