@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import kernelnorm
 from kernelnorm.ops.backends.cpu.library import Library
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,20 @@ def test_source_distribution_has_the_sources(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert SOURCES | {"setup.py", "pyproject.toml", "LICENSE"} <= names
     assert LIBRARY not in names
+
+
+def test_source_distribution_has_what_its_tests_and_documents_need(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {"CHANGELOG.md", "CITATION.cff", "Makefile", "constraints.txt", "docs/conf.py"}
+    expected |= {"tests/conftest.py", "docs/figures/demo.png", "examples/tiles.py"}
+    assert expected <= names
+    assert not [name for name in names if name.endswith((".pyc", ".so", ".dll"))]
+
+
+def test_packages_have_the_version_of_the_module(sdist: Path, wheel: Path) -> None:
+    assert sdist.name == f"kernelnorm-{kernelnorm.__version__}.tar.gz"
+    assert wheel.name.split("-")[1] == kernelnorm.__version__
 
 
 def test_wheel_is_for_every_python_and_one_platform(wheel: Path) -> None:
