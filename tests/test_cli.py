@@ -124,16 +124,18 @@ for module in "jsonargparse", "lightning_fabric":
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
+@pytest.mark.parametrize("moment", ["make_parser", "run"])  # the first imports, the second works
 def test_ctrl_c_exits_with_130(
+    moment: str,
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stop(_: object) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.COMMANDS[arguments[0]].file, "run", stop)
+    monkeypatch.setattr(cli.COMMANDS[arguments[0]].file, moment, stop)
     with pytest.raises(SystemExit, match="130"):
         main(arguments)
     assert capsys.readouterr().err == message

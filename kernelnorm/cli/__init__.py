@@ -76,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         _main(argv)
+    except KeyboardInterrupt:  # also while modules are imported
+        name = next(iter(sys.argv[1:] if argv is None else argv), "")
+        more = " Run the same command to resume." * (name in COMMANDS and COMMANDS[name].resumes)
+        print(f"Stopped.{more}", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         sys.exit(
             f"kernelnorm: {error.name} is missing. Install it with: "
@@ -102,10 +107,6 @@ def _main(argv: Sequence[str] | None) -> None:
         command.file.run(arguments)
     except (DataError, RunError) as error:
         sys.exit(f"kernelnorm: {error}")
-    except KeyboardInterrupt:
-        more = " Run the same command to resume." * command.resumes
-        print(f"Stopped.{more}", file=sys.stderr)
-        sys.exit(130)
 
 
 def _answer(argument: str) -> None:

@@ -18,7 +18,8 @@ def make_parser() -> ArgumentParser:
         "kernelnorm predict runs/photos-resnet18/kernel-b32-seed0-0123abcd cat.jpg dog.jpg",
     )
     parser.add_argument("run", type=values.path, metavar="RUN", help="folder of the run")
-    parser.add_argument("images", type=values.path, nargs="+", metavar="IMAGE", help="image files")
+    images_help = "image files; put -- before a name that begins with -"
+    parser.add_argument("images", type=values.path, nargs="+", metavar="IMAGE", help=images_help)
     add_trained_arguments(parser, "best")
     return parser
 
