@@ -55,8 +55,9 @@ def small(norm: str = "kernel", **options: Any) -> RunConfig:
 
 @pytest.fixture
 def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A noise that is far from the budget, without the seconds of searching for the least."""
+    """A noise that is far from the budget, and an account of few orders, both without waiting."""
     monkeypatch.setattr(private, "noise_multiplier", lambda *_: 2.0)
+    monkeypatch.setattr(RDPAccountant, "DEFAULT_ALPHAS", [*range(2, 64)])
 
 
 known = pytest.mark.usefixtures("known_noise")

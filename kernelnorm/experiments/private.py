@@ -46,6 +46,8 @@ def check(config: RunConfig, launch: Launch, network: nn.Module) -> None:
         raise RunError("private training runs in one process: leave out --devices and torchrun")
     if launch.compile:
         raise RunError("private training does not take compiled networks: leave out --compile")
+    if config.private is not None and config.private.secure_mode:
+        _secure_generator()
     try:
         ModuleValidator.validate(network, strict=True)
         BookkeepingModule(network)
