@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelnorm import cli
+from kernelnorm import __version__, cli
 from kernelnorm.cli import main, train
 from kernelnorm.cli.options import configure_run, explain_lr
 from kernelnorm.experiments.evaluation import evaluate
@@ -69,7 +69,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_python_m_kernelnorm_works() -> None:
     command = [sys.executable, "-m", "kernelnorm", "--version"]
-    assert "0.1" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert __version__ in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
