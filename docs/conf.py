@@ -51,6 +51,7 @@ nb_execution_timeout = 300
 nb_merge_streams = True
 
 html_theme = "furo"
+pygments_dark_style = "monokai"  # the theme's own underlines modules like links
 html_title = f"kernelnorm {release}"
 html_math_renderer = "mathml"
 html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
