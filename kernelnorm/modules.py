@@ -276,8 +276,9 @@ class KNConv2d(_KNConv, nn.Conv2d):
 
     A drop-in replacement for a convolution and its BatchNorm. The state dict is that of the
     convolution, so its weights load. There are no running statistics, and samples do not see each
-    other: a network trains with two images a batch as with 256. With :math:`u` a window of the input (all channels), :math:`m` the dropout mask (0 with
-    probability :math:`p`, else :math:`1/(1-p)`), and :math:`\star` the product with a filter:
+    other: a network trains with two images a batch as with 256. With :math:`u` a window of the
+    input (all channels), :math:`m` the dropout mask (0 with probability :math:`p`, else
+    :math:`1/(1-p)`), and :math:`\star` the product with a filter:
 
     .. math::
         u' = m u \qquad

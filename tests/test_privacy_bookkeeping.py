@@ -105,6 +105,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "small": small,
     "vgg8": lambda: vgg8(width=0.125),
     "vgg8 with GroupNorm": lambda: vgg8("group", width=0.125),
+    "vgg8 with WS + GroupNorm": lambda: vgg8("ws_group", width=0.125),
     "resnet18": lambda: create_model("resnet18", num_classes=4),
     "knresnet13": lambda: create_model("knresnet13", num_classes=4),
     "densenet": lambda: DenseNet(4, (2, 1, 1, 2), 8, "kernel", 4, 3, True, None),
@@ -127,7 +128,9 @@ def test_sum_is_clip_then_add(name: str, max_norm: float) -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1])
-@pytest.mark.parametrize("name", ["small", "vgg8 with GroupNorm", "sequences"])
+@pytest.mark.parametrize(
+    "name", ["small", "vgg8 with GroupNorm", "vgg8 with WS + GroupNorm", "sequences"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_batches_of_none_and_one(n: int, name: str, reduction: str) -> None:
     network, x = NETWORKS[name]().double(), images(2, size=9)[:n]

@@ -54,7 +54,7 @@ def check(config: RunConfig, launch: Launch, network: nn.Module) -> None:
     except (NotImplementedError, UnsupportedModuleError) as error:
         raise RunError(
             f"{config.model} with norm {config.norm} has layers that private training does not "
-            "know. Choose the norm kernel, group, layer or none"
+            "know. Choose the norm kernel, group, layer, ws_group or none"
         ) from error
 
 

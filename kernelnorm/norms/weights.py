@@ -70,9 +70,13 @@ class WSConv2d(nn.Conv2d):
 
     def effective_weight(self) -> Tensor:
         """Returns the standardised filters that the convolution uses."""
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return self.standardise(self.weight)
+
+    def standardise(self, filters: Tensor) -> Tensor:
+        """Returns filters standardised, in their own dtype."""
+        weight = filters.to(torch.promote_types(filters.dtype, torch.float32))
         variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        return ((weight - mean) * self.scale_of(variance)).to(self.weight.dtype)
+        return ((weight - mean) * self.scale_of(variance)).to(filters.dtype)
 
     def scale_of(self, variance: Tensor) -> Tensor:
         """Returns the factor of the centred filters with this variance."""

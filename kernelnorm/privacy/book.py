@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelnorm.privacy import gradients
-from kernelnorm.privacy.gradients import Product
+from kernelnorm.privacy.gradients import Back, Product
 
 
 class Entry(Protocol):
@@ -49,21 +49,28 @@ class Vectors:
 class Weight:
     """The gradient of a weight, from which the gradients of the samples are not kept."""
 
-    def __init__(self, parameter: nn.Parameter, product: Product) -> None:
-        self.parameter, self.product = parameter, product
-        self.squared_norms = gradients.squared_norms(product)
+    def __init__(self, parameter: nn.Parameter, product: Product, back: Back | None = None) -> None:
+        self.parameter, self.product, self.back = parameter, product, back
+        self.squared_norms = gradients.squared_norms(product, back)
 
     def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """See :class:`Entry`."""
-        total = gradients.weighted_sum(self.product, weights)
-        yield self.parameter, total.view(self.parameter.shape)
+        total = gradients.weighted_sum(self.product, weights).view(self.parameter.shape)
+        if self.back is not None:
+            total = self.back(total.unsqueeze(0)).squeeze(0)
+        yield self.parameter, total
 
 
-def weight_entry(parameter: nn.Parameter, product: Product) -> Entry:
-    """The entry of a convolution's weight, in the way that takes less time and memory."""
+def weight_entry(parameter: nn.Parameter, product: Product, back: Back | None = None) -> Entry:
+    """The entry of a convolution's weight, in the way that takes less time and memory.
+
+    Args:
+        back: from gradients of the filters to those of the weight, if these are not the same
+    """
     if gradients.is_kept(product):
-        return Vectors({parameter: gradients.per_sample(product)})
-    return Weight(parameter, product)
+        formed = gradients.per_sample(product)
+        return Vectors({parameter: formed if back is None else back(formed)})
+    return Weight(parameter, product, back)
 
 
 class Book:

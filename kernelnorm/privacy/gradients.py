@@ -25,7 +25,7 @@ private optimization on large model at small cost <https://arxiv.org/abs/2210.00
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -51,6 +51,11 @@ _SAMPLES = 8
 _CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 26
 """Elements of intermediate results that are formed at a time: on CPUs they stay in the cache."""
+
+
+Back = Callable[[Tensor], Tensor]
+"""From gradients of filters, one of each sample, to those of a weight that the filters are computed
+from: linear in them."""
 
 
 class Product(NamedTuple):
@@ -105,14 +110,18 @@ def per_sample(product: Product) -> Tensor:
     return result
 
 
-def squared_norms(product: Product) -> Tensor:
-    """The squared norm of the filters' gradient for each sample, shape :math:`(N,)`."""
-    if ghost_is_faster(product, kept=False):
+def squared_norms(product: Product, back: Back | None = None) -> Tensor:
+    """The squared norm of the filters' gradient for each sample, shape :math:`(N,)`.
+
+    With ``back``, of the gradient of the weight that the filters are computed from.
+    """
+    if back is None and ghost_is_faster(product, kept=False):
         most = _CHUNK.get(product.x.device.type, _CHUNK_ELSEWHERE)
         samples = max(1, most // max(1, _pixels(product) ** 2))
         norms = [_ghost(chunk) for chunk in product.chunks(samples)]
     else:
-        norms = [squares(gradients) for gradients in _per_sample(product)]
+        formed = _per_sample(product)
+        norms = [squares(gradients if back is None else back(gradients)) for gradients in formed]
     return torch.cat(norms) if norms else product.z.new_zeros(0, dtype=compute_dtype(product.z))
 
 

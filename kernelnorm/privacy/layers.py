@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from kernelnorm import arguments
 from kernelnorm.modules import KNConv1d, KNConv2d, KNConv3d
+from kernelnorm.norms import WSConv2d
 from kernelnorm.ops.backends import compute_dtype
 from kernelnorm.ops.knconv import node_behind
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import gradients
 from kernelnorm.privacy.book import Book, Entry, Vectors, weight_entry
-from kernelnorm.privacy.gradients import Product
+from kernelnorm.privacy.gradients import Back, Product
 
 Forward = Callable[[Any, Book, Tensor], Tensor]
 """The forward pass of a layer that enters its gradients into a book."""
@@ -49,6 +50,30 @@ def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) ->
 
 def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Tensor) -> Tensor:
     """The convolutions of torch.nn."""
+    return _convolve(layer, book, input, layer.weight)
+
+
+def standardised_convolution(layer: WSConv2d, book: Book, input: Tensor) -> Tensor:
+    """Weight Standardization: gradients of the standardised filters go back through that."""
+    vjp: Callable[[Tensor], tuple[Tensor]]
+    filters, vjp = torch.func.vjp(layer.standardise, layer.weight.detach())  # type: ignore[misc]
+    filters = filters.detach().requires_grad_(layer.weight.requires_grad)
+
+    def back(of_filters: Tensor) -> Tensor:
+        """Gradients of the weight for those of the filters, both of shape :math:`(N, *)`."""
+        of_weight: Tensor = torch.func.vmap(vjp)(of_filters.to(filters.dtype))[0]
+        return of_weight
+
+    return _convolve(layer, book, input, filters, back)
+
+
+def _convolve(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+    book: Book,
+    input: Tensor,
+    filters: Tensor,
+    back: Back | None = None,
+) -> Tensor:
     _check_batch(layer, input, layer.weight.dim())
     geometry = arguments.geometry(
         input.dim() - 2, layer.kernel_size, layer.stride, layer.padding, layer.dilation
@@ -63,10 +88,10 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Ten
     settings = gradients.unnormalised(geometry, layer.groups)
 
     def receive(x: Tensor, z: Tensor) -> None:
-        _enter(book, layer, Product(x, z, settings))
+        _enter(book, layer, Product(x, z, settings), back=back)
 
     options = geometry, layer.groups, receive
-    y: Tensor = _Convolution.apply(input, layer.weight, layer.bias, *options)  # type: ignore[no-untyped-call]
+    y: Tensor = _Convolution.apply(input, filters, layer.bias, *options)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -105,6 +130,7 @@ LAYERS: dict[type[nn.Module], Forward] = {
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
+    WSConv2d: standardised_convolution,
     nn.Linear: linear,
     nn.GroupNorm: group_norm,
 }
@@ -137,17 +163,24 @@ def _check_batch(layer: nn.Module, input: Tensor, dims: int) -> None:
         )
 
 
-def _enter(book: Book, layer: Any, product: Product, of_bias: Tensor | None = None) -> None:
+def _enter(
+    book: Book,
+    layer: Any,
+    product: Product,
+    of_bias: Tensor | None = None,
+    back: Back | None = None,
+) -> None:
     """Enters the gradients of a convolution or linear layer.
 
     Args:
         of_bias: the gradients of the bias for each row, shape :math:`(N, K)`. Default: the sums of
             ``product.z``
+        back: from gradients of the filters to those of the weight, if these are not the same
     """
     entries: list[Entry] = []
     if layer.weight.requires_grad:
         product = product._replace(augmentations=book.augmentations)
-        entries.append(weight_entry(layer.weight, product))
+        entries.append(weight_entry(layer.weight, product, back))
     if layer.bias is not None and layer.bias.requires_grad:
         if of_bias is None:
             of_bias = product.z.flatten(2).sum(2, dtype=compute_dtype(product.z))
