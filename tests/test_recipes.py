@@ -166,6 +166,8 @@ def test_unknown_recipes_are_errors(arguments: dict[str, str], message: str) -> 
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"lr": 0.0}, "learning rate must be positive, got 0.0"),
         ({"lr": float("nan")}, "learning rate must be positive, got nan"),
+        ({"norm": "nf", "agc": 0.0}, "agc must be positive, got 0.0"),
+        ({"norm": "nf", "precision": "16-mixed"}, "choose --precision bf16-mixed or 32-true"),
     ],
 )
 def test_choices_out_of_range_are_errors(choices: dict[str, object], message: str) -> None:
@@ -203,6 +205,15 @@ def test_name_is_a_function_of_every_field() -> None:
     assert config.name == configure(recipe_for(), norm="kernel", batch_size=32).name
     for changes in ({"lr": 0.1}, {"epochs": 7}, {"precision": "bf16-mixed"}, {"subset": 10}):
         assert dataclasses.replace(config, **changes).name != config.name
+
+
+def test_adaptive_gradient_clipping_is_for_norms_that_need_it() -> None:
+    def agc(norm: str, **choices: float) -> float | None:
+        return configure(recipe_for(), norm=norm, batch_size=32, **choices).agc
+
+    assert agc("nf") == 0.01
+    assert agc("nf", agc=0.16) == 0.16
+    assert agc("kernel") is agc("kernel", agc=0.16) is None
 
 
 def test_record_round_trips() -> None:

@@ -27,6 +27,7 @@ from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.launch import Launch, check_shares, share
 from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
 from kernelnorm.experiments.runs import DivergedError, RunError, RunFolder, final_accuracy
+from kernelnorm.experiments.trained import build_network
 from kernelnorm.experiments.trainer import train
 from tests.processes import wait_for
 
@@ -74,6 +75,25 @@ def test_a_compiled_network_is_trained_all_the_same(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] > graphs
     expected = weights(tmp_path / "False")
     torch.testing.assert_close(weights(tmp_path / "True"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adaptive_gradient_clipping_bounds_the_first_step(tmp_path: Path) -> None:
+    def first_step(agc: float) -> list[float]:
+        """How far the filters of each convolution move, relative to them, at most."""
+        launch = Launch(out=tmp_path / str(agc), max_steps=1, accelerator="cpu", verbose=False)
+        config = small("nf", lr=1.0, agc=agc)
+        torch.manual_seed(config.seed)
+        before = build_network(config, num_classes=10, in_channels=1).state_dict()
+        after = weights(train(config, launch).path)
+        filters = [name for name, x in before.items() if x.dim() == 4 and x.shape[1] > 1]
+        norms = [
+            [x[name].flatten(1).norm(dim=1) for name in filters]
+            for x in ({name: after[name] - before[name] for name in filters}, before)
+        ]
+        return [float((moved / whole).max()) for moved, whole in zip(*norms, strict=True)]
+
+    assert max(first_step(1e-3)) <= 1.001e-3
+    assert max(first_step(1e3)) > 2e-3
 
 
 def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
         "(default: the case study's)"
     )
     add("--lr-milestones", type=values.milestones, metavar="EPOCHS", help=milestones_help)
+    agc_help = (
+        "factor of adaptive gradient clipping, for the norm nf, which needs it (default: 0.01)"
+    )
+    add("--agc", type=values.positive, metavar="FACTOR", help=agc_help)
     subset_help = "number of images to train and to test on, for a trial (default: all)"
     add("--subset", type=values.positive_int, metavar="IMAGES", help=subset_help)
     precisions = ["32-true", "bf16-mixed", "16-mixed"]
@@ -207,6 +211,7 @@ def choices(arguments: Namespace) -> dict[str, Any]:
         "weight_decay": arguments.weight_decay,
         "lr_milestones": arguments.lr_milestones,
         "model_options": arguments.model_options or None,
+        "agc": arguments.agc,
         "subset": arguments.subset,
         "precision": arguments.precision,
         "private": privacy(arguments),

@@ -64,13 +64,14 @@ def plan(config: RunConfig, train: Images, test: Images) -> str:
     """Return in a line what is trained."""
     channels, height, width = train.pixels.shape[1:]
     colour = "grey" if channels == 1 else "colour"
+    clipping = "" if config.agc is None else f"; adaptive gradient clipping at {config.agc:g}"
     private = "" if config.private is None else f"; private: {config.private}"
     return (
         f"training {config.model} with {LABELS[config.norm]}: "
         f"{len(train):,} {colour} images of {width}x{height} pixels, "
         f"{len(train.classes)} classes, batch size {config.batch_size}, "
         f"at most {config.epochs} epoch{'s' * (config.epochs > 1)}; "
-        f"{len(test):,} test images{private}"
+        f"{len(test):,} test images{clipping}{private}"
     )
 
 

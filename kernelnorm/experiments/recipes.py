@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.runs import Metrics, RunError
 from kernelnorm.models import list_models
-from kernelnorm.norms import NORMS
+from kernelnorm.norms import NORMS, describe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,6 +99,7 @@ class RunConfig(Recipe):
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         init_from: the fingerprint of the weights that training starts from; empty: random ones.
         private: how it is trained with differential privacy, if it is.
+        agc: the factor of adaptive gradient clipping; ``None``: the norm does not need it.
     """
 
     norm: str
@@ -109,6 +110,7 @@ class RunConfig(Recipe):
     precision: str = "32-true"
     init_from: str = ""
     private: Privacy | None = None
+    agc: float | None = None
 
     def lr_at(self, epoch: float, step: float = 0.0) -> float:
         """Return the learning rate.
@@ -292,6 +294,7 @@ def configure(
         batch_size: images a step.
         lr: the learning rate; ``None`` takes :func:`auto_lr`.
         choices: other fields of :class:`RunConfig`; those of the recipe that are given replace it.
+            ``agc`` counts for norms that need it, and is 0.01 there by default.
 
     Raises:
         RunError: a value is out of its range, or the model does not have the norm.
@@ -332,6 +335,7 @@ def configure(
         values["private"].check(
             norm=norm, precision=values.get("precision", "32-true"), augment=values["augment"]
         )
+    values["agc"] = _agc(norm, values.get("agc"), values.get("precision"))
     if not 0 <= values.get("seed", 0) < 1 << 63:
         raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")
     if lr is None:
@@ -339,6 +343,20 @@ def configure(
     if not (lr > 0 and math.isfinite(lr)):
         raise RunError(f"the learning rate must be positive, got {lr}")
     return RunConfig(**values, lr=lr)
+
+
+def _agc(norm: str, factor: float | None, precision: str | None) -> float | None:
+    """Return the factor of adaptive gradient clipping, where the norm needs that."""
+    if factor is not None and not 0 < factor < math.inf:
+        raise RunError(f"agc must be positive, got {factor}")
+    if "agc" not in describe(norm).needs:
+        return None
+    if precision == "16-mixed":
+        raise RunError(
+            f"norm {norm} needs adaptive gradient clipping, which the scaled gradients of 16-mixed "
+            "do not allow: choose --precision bf16-mixed or 32-true"
+        )
+    return 0.01 if factor is None else factor
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, steps_per_epoch
 from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import Metrics, RunError
+from kernelnorm.norms import adaptive_clip_grad_, clipped_parameters
 
 __all__ = ["Material", "PlainSteps", "Steps", "forward", "make_optimizer"]
 
@@ -104,6 +105,7 @@ class PlainSteps:
             # Batches have two sizes, the last being smaller.
             network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
         self.evaluated = network
+        self.clipped = clipped_parameters(network)
         self.model, self.optimizer = fabric.setup(network, make_optimizer(network, config))
 
     def batches(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,6 +130,8 @@ class PlainSteps:
         logits = forward(self.model, x, self.material.config)
         loss = F.cross_entropy(logits, y)
         self.material.fabric.backward(loss)
+        if self.material.config.agc is not None:
+            adaptive_clip_grad_(self.clipped, self.material.config.agc)
         self.optimizer.step()
         self.optimizer.zero_grad()
         correct = (logits.argmax(1) == y).sum()

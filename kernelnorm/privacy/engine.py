@@ -106,8 +106,9 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
     The other arguments, the other modes and what is returned are those of
     :class:`opacus.PrivacyEngine`. Bookkeeping gives the gradients of ``"hooks"``, up to rounding,
     in about the time of an ordinary step. It takes flat clipping, and networks whose trained
-    parameters are those of KNConv, Conv, Linear and GroupNorm layers, each called once in a forward
-    pass; others are refused by name. In several processes, wrap the network in
+    parameters are those of KNConv, Conv, Linear, GroupNorm and
+    :class:`~kernelnorm.norms.WSConv2d` layers, each called once in a forward pass; others are
+    refused by name. In several processes, wrap the network in
     :class:`opacus.distributed.DifferentiallyPrivateDistributedDataParallel`.
 
     With ``augmentations=K``, each sample is ``K`` consecutive rows of the batch that the network
