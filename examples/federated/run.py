@@ -19,6 +19,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ from pathlib import Path
 import tomllib
 
 APP = Path(__file__).parent
+MARK = "KERNELNORM_FEDERATED_SUPERLINK"
+"""Variable of the environment that tells whose processes they are."""
 START_SECONDS = 60.0
 """Time that a SuperLink has to start."""
 END_SECONDS = 10.0
@@ -85,16 +88,49 @@ def end(process: subprocess.Popen[bytes], first: signal.Signals = signal.SIGTERM
 
 
 @contextmanager
+def ending(variable: str) -> Iterator[None]:
+    """End all processes with a variable of the environment after the block; on Linux only."""
+    try:
+        yield
+    finally:
+        # Ray's raylet ends its agents, which have no readable environment, if it is asked to.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in having(variable):
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+            limit = time.monotonic() + END_SECONDS
+            while having(variable) and time.monotonic() < limit:
+                time.sleep(0.1)
+
+
+def having(variable: str) -> list[int]:
+    """Return the processes that were started with ``variable``, ``"NAME=value"``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"{variable}\0".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@contextmanager
 def superlink(env: Mapping[str, str], *options: str) -> Iterator[int]:
     """Start a SuperLink that listens on this machine only, and yield its port.
+
+    What it has started ends with it, too: a simulation would train on to its last round.
 
     Raises:
         RuntimeError: it does not start; the message has the end of its log.
     """
     port = free_port()
+    mark = str(uuid.uuid4())
+    env = {**env, MARK: mark}
     log = Path(env["FLWR_HOME"], "superlink.log")
     address = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    with started(["flower-superlink", *address, *options], env, log) as process:
+    with (
+        ending(f"{MARK}={mark}"),
+        started(["flower-superlink", *address, *options], env, log) as process,
+    ):
         limit = time.monotonic() + START_SECONDS
         while not _healthy(port):
             if process.poll() is not None or time.monotonic() > limit:

@@ -38,19 +38,6 @@ def run_config_option(settings: Settings) -> str:
     return " ".join(f"{key}={json.dumps(value)}" for key, value in run_config(settings).items())
 
 
-def belongs(folder: Path, home: Path) -> bool:
-    try:
-        return f"FLWR_HOME={home}\0".encode() in (folder / "environ").read_bytes()
-    except OSError:  # it has ended, or is another user's
-        return False
-
-
-def processes_of(home: Path) -> list[int]:
-    """The processes that Flower has started with a folder of ours."""
-    folders = Path("/proc").glob("[0-9]*")
-    return [int(folder.name) for folder in folders if belongs(folder, home)]
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
     """A folder for Flower's files. Fails if a process is left, and ends it."""
@@ -58,7 +45,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     end = time.monotonic() + 20
-    while (left := processes_of(folder)) and time.monotonic() < end:
+    while (left := launcher.having(f"FLWR_HOME={folder}")) and time.monotonic() < end:
         time.sleep(0.2)
     for process in left:
         os.kill(process, signal.SIGKILL)
@@ -106,6 +93,18 @@ def test_the_simulation_gives_the_rounds_of_one_process_and_resumes(
     state = state_of(choice)
     assert len(state["history"]) == 3
     assert_near(state["network"], expected.network)
+
+
+def test_a_run_that_is_stopped_leaves_no_process(settings: Make, home: Path) -> None:
+    choice = settings(num_server_rounds=10_000, timeout=200.0)
+    command = [sys.executable, str(APP / "run.py"), "--run-config", run_config_option(choice)]
+    log, env = home / "run.log", {**os.environ, "FLWR_HOME": str(home)}
+    with launcher.started(command, env, log) as process:
+        wait_for(lambda: bool(rounds_of(choice)), process, log)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 1
+        assert "stopped: the same command resumes" in log.read_text()
+        assert not launcher.having(f"FLWR_HOME={home}")
 
 
 def test_a_wrong_configuration_is_refused_before_flower_starts(home: Path) -> None:
