@@ -119,7 +119,14 @@ class LocalContextNorm2d(_UnitNorm2d):
         """Returns the mean over each tile, at each of its elements."""
         rows, columns = self.window
         height, width = x.shape[2:]
-        tiles = F.avg_pool2d(self.group_mean(x), self.window, ceil_mode=True)
+        # Not by ceil_mode, whose backward pass Inductor gets wrong where tiles are smaller.
+        whole = F.pad(self.group_mean(x), (0, -width % columns, 0, -height % rows))
+        positions = (
+            (size - torch.arange(0, size, step, device=x.device)).clamp(max=step)
+            for size, step in ((height, rows), (width, columns))
+        )
+        share = torch.outer(*positions).to(x.dtype) / (rows * columns)
+        tiles = F.avg_pool2d(whole, self.window) / share
         tiles = tiles.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
         return self.spread(tiles[..., :height, :width])
 
