@@ -410,9 +410,11 @@ def test_missing_accelerator_is_an_error(tmp_path: Path) -> None:
         train(small(), Launch(out=tmp_path, accelerator="tpu"))
 
 
-def test_a_single_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="1 training images are too few for a batch"):
-        train(small(subset=1), Launch(out=tmp_path))
+def test_a_subset_without_one_of_the_classes_is_an_error(tmp_path: Path) -> None:
+    message = "none of the 7 training images is of class '7': there are 10 classes"
+    with pytest.raises(RunError, match=message):
+        train(small(subset=7), Launch(out=tmp_path))
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_images_too_small_for_the_network_are_an_error(tmp_path: Path) -> None:

@@ -47,15 +47,22 @@ def make_preprocess(config: RunConfig, images: Images) -> Preprocess:
 
 
 def check_splits(train: Images, test: Images) -> None:
-    """Refuse a single class, and test images of another size, before anything is trained.
+    """Refuse too few classes and test images of another size, before anything is trained.
 
     Raises:
-        RunError: there is one, or they are.
+        RunError: there is one class, a class has no training image, or test images differ in size.
     """
     if len(train.classes) < 2:
         raise RunError(
             f"the images have only one class, {train.classes[0]!r}: a network needs two to tell "
             "apart. Put the images of each class into a folder of its own"
+        )
+    present = {*train.labels.tolist()}
+    absent = [name for label, name in enumerate(train.classes) if label not in present]
+    if absent:
+        raise RunError(
+            f"none of the {len(train)} training images is of class {absent[0]!r}: there are "
+            f"{len(train.classes)} classes, so give --subset at least that number"
         )
     sizes = [f"{images.pixels.shape[3]}x{images.pixels.shape[2]}" for images in (train, test)]
     if sizes[0] != sizes[1]:
