@@ -449,6 +449,8 @@ def test_batches_that_processes_cannot_share_are_an_error() -> None:
         check_shares(fabric_of(3), "layer", 8)
     with pytest.raises(RunError, match="BatchNorm cannot be trained in several processes without"):
         check_shares(fabric_of(2), "batch", 8)
+    with pytest.raises(RunError, match="BatchRenorm cannot be trained in several processes:"):
+        check_shares(fabric_of(2, device="cuda"), "batch_renorm", 8)
     check_shares(fabric_of(2, device="cuda"), "batch", 8)
     check_shares(fabric_of(1), "batch", 8)
 

@@ -94,13 +94,14 @@ def ending(variable: str) -> Iterator[None]:
         yield
     finally:
         # Ray's raylet ends its agents, which have no readable environment, if it is asked to.
+        # Processes may start others in the meantime, so it is asked again and again.
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in having(variable):
-                with suppress(ProcessLookupError):
-                    os.kill(process, number)
             limit = time.monotonic() + END_SECONDS
-            while having(variable) and time.monotonic() < limit:
-                time.sleep(0.1)
+            while (left := having(variable)) and time.monotonic() < limit:
+                for process in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, number)
+                time.sleep(0.5)
 
 
 def having(variable: str) -> list[int]:

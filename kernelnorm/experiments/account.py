@@ -14,11 +14,14 @@ from opacus.accountants.utils import get_noise_multiplier
 from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.runs import RunError
 
-__all__ = ["Account", "noise_multiplier"]
+__all__ = ["ORDERS", "Account", "noise_multiplier"]
 
 _SEARCHED = [1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5, 5.5, *range(2, 64)]
-"""The orders of divergence in the search for a noise: few that are no integers, which take time.
-More orders can only lower epsilon."""
+"""The orders of divergence in the search for a noise: few that are no integers, which take time."""
+
+ORDERS = sorted({*RDPAccountant.DEFAULT_ALPHAS, *_SEARCHED})
+"""Each order gives a bound, and epsilon is the least: more of them than in the search can only
+lower it."""
 
 
 class Account:
@@ -33,8 +36,7 @@ class Account:
     def __init__(self, noise: float, rate: float, delta: float) -> None:
         self.accountant, self.delta = RDPAccountant(), delta
         self.noise, self.rate = noise, rate
-        self._orders = RDPAccountant.DEFAULT_ALPHAS
-        self._per_step = compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=self._orders)
+        self._per_step = compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=ORDERS)
 
     @property
     def steps(self) -> int:
@@ -44,7 +46,8 @@ class Account:
     def epsilon(self, more: int = 0) -> float:
         """Return what the steps so far have spent, and ``more`` steps with them.
 
-        Divergences of steps add up, so this is what the accountant's ``get_epsilon`` computes.
+        Divergences of steps add up, so this is what the accountant's ``get_epsilon`` computes with
+        the orders here.
         """
         steps = self.steps + more
         if not steps:
@@ -52,7 +55,7 @@ class Account:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Optimal order is the")  # the bound is valid
             epsilon, _ = get_privacy_spent(
-                orders=self._orders, rdp=self._per_step * steps, delta=self.delta
+                orders=ORDERS, rdp=self._per_step * steps, delta=self.delta
             )
         return float(epsilon)
 

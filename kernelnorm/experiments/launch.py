@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import kernelnorm
 from kernelnorm.experiments.runs import RunError
+from kernelnorm.norms import describe
 
 __all__ = [
     "Launch",
@@ -101,10 +102,13 @@ def check_shares(fabric: Fabric, norm: str, batch_size: int) -> None:
             f"a batch of {batch_size} images cannot be shared out evenly over "
             f"{fabric.world_size} processes: change --batch-size or the number of processes"
         )
-    if norm == "batch" and fabric.world_size > 1 and fabric.device.type != "cuda":
+    if fabric.world_size == 1 or describe(norm).group != "batch-dependent":
+        return
+    if norm != "batch" or fabric.device.type != "cuda":
+        where = " without CUDA" if norm == "batch" else ""
         raise RunError(
-            "BatchNorm cannot be trained in several processes without CUDA: each would normalise "
-            "only its part of a batch. Use one process, or another --norm"
+            f"{describe(norm).label} cannot be trained in several processes{where}: each would "
+            "normalise only its part of a batch. Use one process, or another --norm"
         )
 
 

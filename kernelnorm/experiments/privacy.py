@@ -76,8 +76,8 @@ class Privacy:
         if describe(norm).group == "batch-dependent":
             raise RunError(
                 f"norm {norm} cannot be trained privately: it mixes the samples of a batch, so "
-                "that none has a gradient of its own to be clipped. Choose kernel, group, layer, "
-                "ws_group or none"
+                "that none has a gradient of its own to be clipped. Choose another, such as kernel "
+                "or group"
             )
         if precision != "32-true":
             raise RunError(

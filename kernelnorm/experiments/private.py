@@ -1,14 +1,16 @@
 """Private steps: Poisson batches, clipped gradients, noise, and the account of what is spent.
 
 Sampling, noise, optimizer and accountant are Opacus'; the clipped gradients are those of
-:mod:`kernelnorm.privacy`. Batches and noise are functions of the seed and the step: a run that is
+:mod:`kernelnorm.privacy`. Batches and noise are functions of the run and the step: a run that is
 resumed within an epoch takes again exactly the steps that were lost.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import opacus
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from kernelnorm.experiments.account import Account, noise_multiplier
-from kernelnorm.experiments.data import seeded_generator
+from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.data.poisson import PoissonSampling
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.privacy import Privacy
@@ -54,7 +56,7 @@ def check(config: RunConfig, launch: Launch, network: nn.Module) -> None:
     except (NotImplementedError, UnsupportedModuleError) as error:
         raise RunError(
             f"{config.model} with norm {config.norm} has layers that private training does not "
-            "know. Choose the norm kernel, group, layer, ws_group or none"
+            "know. Choose another norm, such as kernel or group"
         ) from error
 
 
@@ -63,6 +65,25 @@ class Batch(NamedTuple):
 
     epoch: int
     step: int
+
+
+class Seeds:
+    """Seeds of the batch and of the noise of each step, all of them different.
+
+    They depend on the whole configuration and on the images. Runs that shared their noise would
+    tell it, since it could be computed from the difference of their weights.
+    """
+
+    def __init__(self, config: RunConfig, images: Images, per_epoch: int) -> None:
+        record = {k: v for k, v in config.record().items() if k not in ("case", "dataset")}
+        text = f"{json.dumps(record, sort_keys=True)} {images.fingerprint()}"
+        self.first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        self.per_epoch = per_epoch
+
+    def of(self, what: Literal["batch", "noise"], epoch: int, step: int) -> int:
+        """Return a seed below 2**32: generators on CPUs take no more of it."""
+        number = 2 * (epoch * self.per_epoch + step) + (what == "noise")
+        return (self.first + number) % (1 << 32)
 
 
 class PrivateSteps:
@@ -86,11 +107,16 @@ class PrivateSteps:
             self.privacy.delta,
         )
         secure = _secure_generator() if self.privacy.secure_mode else None
+        self.seeds = seeds = Seeds(config, images, self.per_epoch)
+
+        def generator(epoch: int, step: int) -> torch.Generator:
+            return secure or torch.Generator().manual_seed(seeds.of("batch", epoch, step))
+
         self.sampling = PoissonSampling(
             images=images,
             rate=rate,
+            generator=generator,
             seed=config.seed,
-            generator=secure,
             views=self.privacy.augmentations,
             augment=material.augment,
             preprocess=material.preprocess,
@@ -155,8 +181,7 @@ class PrivateSteps:
 
     def _seed_noise(self, batch: Batch) -> None:
         if not self.privacy.secure_mode:
-            seed = seeded_generator("noise", self.config.seed, *batch).initial_seed()
-            self.optimizer.generator.manual_seed(seed)
+            self.optimizer.generator.manual_seed(self.seeds.of("noise", *batch))
 
     def metrics(self) -> Metrics:
         """See :class:`kernelnorm.experiments.steps.Steps`."""

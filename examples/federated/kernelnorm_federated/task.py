@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernelnorm.experiments.data import Images, batches, load_images
 from kernelnorm.models import create_model
+from kernelnorm.norms import adaptive_clip_grad_, clipped_parameters, describe
 from kernelnorm_federated.settings import Settings
 
 TEST_BATCH_SIZE = 256
@@ -102,6 +103,7 @@ def train(
     optimizer = torch.optim.SGD(
         parameters, lr=settings.learning_rate, momentum=settings.momentum, foreach=True
     )
+    needs_clipping, clipped = "agc" in describe(settings.layers).needs, clipped_parameters(network)
     seed = _seed(settings.seed, server_round, client)
     torch.manual_seed(seed)
     loss_sum, count = 0.0, 0
@@ -115,6 +117,8 @@ def train(
                 loss = loss + proximal_mu / 2 * _squared_distance(parameters, start)
             optimizer.zero_grad()
             loss.backward()
+            if needs_clipping:
+                adaptive_clip_grad_(clipped)
             optimizer.step()
         if not (math.isfinite(loss_sum) and all(p.isfinite().all() for p in parameters)):
             raise ArithmeticError(

@@ -19,15 +19,14 @@ __all__ = ["PoissonSampling"]
 class PoissonSampling:
     """Batches that are Poisson samples, drawn by Opacus; some are empty.
 
-    Without a generator, the batch is a function of ``(seed, epoch, step)``, and so is its
-    augmentation always.
+    Augmentation is a function of ``(seed, epoch, step)`` and of the size of the parts.
 
     Args:
         images: what to draw from.
         rate: the probability of each image.
-        seed: of the run.
+        generator: what draws a batch, from its epoch and step.
+        seed: of the augmentation.
         preprocess: from bytes to what the network takes.
-        generator: what draws the batches in place of the seed.
         views: how often an image is in its batch, each time augmented anew.
         augment: what to do to each view; default: nothing.
         device: where the batches go; augmentation and preprocessing happen there.
@@ -35,20 +34,20 @@ class PoissonSampling:
 
     images: Images
     rate: float
+    generator: Callable[[int, int], torch.Generator]
     seed: int
     preprocess: Callable[[Tensor], Tensor]
-    generator: torch.Generator | None = None
     views: int = 1
     augment: Augment | None = None
     device: torch.device | str = "cpu"
 
     def draw(self, epoch: int, step: int) -> Tensor:
         """Return the indices of the images of a batch, in order."""
-        generator = self.generator
-        if generator is None:
-            generator = seeded_generator("poisson", self.seed, epoch, step)
         sampler = UniformWithReplacementSampler(
-            num_samples=len(self.images), sample_rate=self.rate, generator=generator, steps=1
+            num_samples=len(self.images),
+            sample_rate=self.rate,
+            generator=self.generator(epoch, step),
+            steps=1,
         )
         return torch.tensor(next(iter(sampler)), dtype=torch.int64)
 
