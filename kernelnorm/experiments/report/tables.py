@@ -112,7 +112,8 @@ def _leaderboard(section: Section) -> Table:
         "without the first steps; runs that shared their machine make it longer. Kept: bytes "
         "stored for the backward pass per image of the batch, in thousands, of the same network in "
         "float32 on a CPU; a dash where that is unknown, as in private training. Batch of 1: "
-        "whether the norm is meant for training with one image a batch. AGC: adaptive gradient clipping."
+        "whether the norm is meant for training with one image a batch. AGC: adaptive gradient "
+        "clipping."
     )
     return Table("Leaderboard", head, rows, note)
 
