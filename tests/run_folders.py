@@ -25,10 +25,15 @@ def write_run(
     seconds: float = 2.0,
     failure: tuple[str, str] | None = None,
     case: str = "cifar10-vgg8",
+    losses: Sequence[float] | None = None,
+    images_per_second: float | None = 1.0,
     found: dict[str, Any] | None = None,
     **choices: Any,
 ) -> RunConfig:
-    """Write a run with these test accuracies, in percent, one for each epoch."""
+    """Write a run with these test accuracies, in percent, one for each epoch.
+
+    Without ``losses``, the training loss of an epoch is 2 divided by its number.
+    """
     config = configure(
         recipe_for(case),
         norm=norm,
@@ -40,17 +45,18 @@ def write_run(
     )
     folder = RunFolder(root / config.name)
     folder.write_config({"run": config.record(), "environment": ENVIRONMENT, **(found or {})})
+    speed = {} if images_per_second is None else {"images_per_second": images_per_second}
     folder.write_metrics(
         [
             {
                 "epoch": epoch,
-                "train_loss": 2.0 / epoch,
+                "train_loss": losses[epoch - 1] if losses else 2.0 / epoch,
                 "train_accuracy": accuracy / 100,
                 "test_loss": 1.0,
                 "test_accuracy": accuracy / 100,
                 "lr": lr,
                 "seconds": seconds,
-                "images_per_second": 1.0,
+                **speed,
             }
             for epoch, accuracy in enumerate(accuracies, 1)
         ]

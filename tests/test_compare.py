@@ -19,7 +19,7 @@ from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
 from kernelnorm.experiments.runs import RunError, RunFolder
 from kernelnorm.experiments.style import LABELS, line_style, network_label, plain_log
 from kernelnorm.experiments.trainer import train
-from kernelnorm.norms import NORMS
+from kernelnorm.norms import NORMS, describe
 
 
 def small(norm: str, batch_size: int) -> RunConfig:
@@ -43,6 +43,17 @@ def test_table_and_picture_come_out(out: Path) -> None:
     records = json.loads((out / "comparison.json").read_text())
     assert [record["run"]["batch_size"] for record in records] == [10, 10, 25, 25]
     assert all((out / record["folder"] / "last.ckpt").exists() for record in records)
+
+
+def test_rows_are_in_the_order_of_the_groups(out: Path) -> None:
+    options = ["--epochs=2", "--subset=50", "--image-size=8", f"--out={out}"]
+    main(["compare", "digits-vgg8", "--norms=kernel,batch", "--batch-sizes=10,25", *options])
+    lines = (out / "comparison.md").read_text().splitlines()
+    starts = [line.split(" | ")[:3] for line in lines if line.startswith(("| Batch", "| Kernel"))]
+    batch, kernel = ["| BatchNorm", "batch-dependent"], ["| KernelNorm", "batch-independent"]
+    assert starts == [[*row, size] for size in ("10", "25") for row in (batch, kernel)]
+    groups = [record["group"] for record in json.loads((out / "comparison.json").read_text())]
+    assert groups == ["batch-dependent", "batch-independent"] * 2
 
 
 def test_again_it_trains_nothing_and_shows_the_same(
@@ -185,5 +196,7 @@ def test_networks_have_names_for_people() -> None:
 
 def test_every_norm_has_its_own_look() -> None:
     assert set(LABELS) == set(NORMS)
+    groups = [describe(norm).group for norm in LABELS]
+    assert groups == sorted(groups)
     assert len({line_style(norm)["color"] for norm in NORMS}) == len(NORMS)
     assert len({line_style(norm)["marker"] for norm in NORMS}) == len(NORMS)

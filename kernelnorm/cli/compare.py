@@ -41,11 +41,12 @@ def run(arguments: Namespace) -> None:
     """Run the command."""
     from kernelnorm.experiments.compare import compare
     from kernelnorm.experiments.launch import Launch, leave
+    from kernelnorm.experiments.style import LABELS
 
     configs = [
         configure_run(arguments, norm, batch_size)
         for batch_size in arguments.batch_sizes
-        for norm in arguments.norms
+        for norm in sorted(arguments.norms, key=[*LABELS].index)
     ]
     explain_lr(arguments, configs)
     out = arguments.out or Path("runs") / configs[0].case

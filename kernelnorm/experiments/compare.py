@@ -34,6 +34,7 @@ from kernelnorm.experiments.style import (
     png,
 )
 from kernelnorm.experiments.trainer import train
+from kernelnorm.norms import describe
 
 __all__ = ["Row", "compare"]
 
@@ -67,6 +68,7 @@ class Row:
         """Return the row as an object for JSON."""
         return {
             "folder": self.config.name,
+            "group": describe(self.config.norm).group,
             "run": self.config.record(),
             "failure": self.failure,
             "final_accuracy": None if self.failure else final_accuracy(self.history),
@@ -161,7 +163,11 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _write(rows: Sequence[Row], out: Path) -> None:
     table = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *(row.cells() for row in rows)]
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    groups = ["group", "---", *(describe(row.config.norm).group for row in rows)]
+    lines = [
+        f"| {' | '.join((norm, group, *cells))} |"
+        for (norm, *cells), group in zip(table, groups, strict=True)
+    ]
     title = f"# {rows[0].config.case}"
     failures = [
         f"- {LABELS[row.config.norm]}, batch size {row.config.batch_size}: {row.failure}."
@@ -203,5 +209,6 @@ def _draw(rows: Sequence[Row]) -> Figure:
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel(f"test accuracy, %\n({MEAN_LABEL})")
     lines = {line.get_label(): line for top in axes[0] for line in top.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    columns = int(figure.get_figwidth() // 2)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns)
     return figure

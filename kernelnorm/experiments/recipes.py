@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "AGC",
     "OPTIMIZERS",
     "RECIPES",
     "SCHEDULES",
@@ -35,6 +36,9 @@ __all__ = [
     "recipe_for",
 ]
 
+
+AGC = 0.01
+"""The default factor of adaptive gradient clipping, for norms that need it."""
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("steps", "cosine")
@@ -356,7 +360,7 @@ def _agc(norm: str, factor: float | None, precision: str | None) -> float | None
             f"norm {norm} needs adaptive gradient clipping, which the scaled gradients of 16-mixed "
             "do not allow: choose --precision bf16-mixed or 32-true"
         )
-    return 0.01 if factor is None else factor
+    return AGC if factor is None else factor
 
 
 @cache

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from kernelnorm.norms import NORMS, describe
+from kernelnorm.norms import NORMS, NormGroup, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["LABELS", "MEAN_LABEL", "line_style", "mean_line", "network_label", "plain_log", "png"]
 
-LABELS = {name: describe(name).label for name in NORMS}
+LABELS = {
+    name: describe(name).label
+    for group in get_args(NormGroup)
+    for name in NORMS
+    if describe(name).group == group
+}
+"""The norms' names for people, in the order of tables and legends: group by group."""
 
 MEAN_LABEL = "dashed: mean of the last five epochs"
 

@@ -12,6 +12,8 @@
     ``cells``
         one for each normalisation and batch size, see :class:`.cells.Cell`, with the values of
         ``paper``, and ``absence``: why there is no accuracy.
+    ``leaderboard``
+        one for each normalisation and batch size with runs, see :class:`.leaderboard.Standing`.
     ``comparisons``, ``variants``
         see :class:`.sections.Comparison` and :class:`.variants.Variant`.
     ``runs``

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernelnorm.experiments.privacy import Privacy
-from kernelnorm.experiments.recipes import RunConfig, paper
+from kernelnorm.experiments.recipes import AGC, RunConfig, paper
 from kernelnorm.experiments.report.collect import Collection
 from kernelnorm.experiments.report.entries import Table
 from kernelnorm.experiments.report.figures import section_pictures
@@ -22,6 +22,7 @@ __all__ = ["Chapter", "make_chapters"]
 _ORDER = (
     "accuracy",
     "figure-3",
+    "leaderboard",
     "comparison",
     "figure-4",
     "time",
@@ -93,6 +94,7 @@ def _unlike_the_paper(config: RunConfig) -> str:
             ", AdamW" * (config.optimizer == "adamw"),
             ", cosine schedule" * (config.schedule == "cosine"),
             f", {config.warmup_epochs:g} epochs of warm-up" * (config.warmup_epochs > 0),
+            "" if config.agc in (None, AGC) else f", adaptive gradient clipping at {config.agc:g}",
             f", from the weights {config.init_from}" * bool(config.init_from),
         ]
     )

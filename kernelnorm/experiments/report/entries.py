@@ -15,6 +15,7 @@ __all__ = [
     "interval_entry",
     "number_entry",
     "ratio_entry",
+    "rounded_entry",
     "signed",
     "states_text",
 ]
@@ -57,6 +58,14 @@ class Table:
 def number_entry(value: int) -> Entry:
     """Return a whole number."""
     return Entry(str(value), value)
+
+
+def rounded_entry(value: float | None, factor: float = 1) -> Entry:
+    """Return a number times ``factor`` with three digits, or with those of its whole part."""
+    if value is None:
+        return Entry("-")
+    value *= factor
+    return Entry(f"{value:,.0f}" if value >= 100 else f"{value:.3g}", value)
 
 
 def signed(value: float) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kernelnorm.experiments.recipes import RECIPES, RunConfig, paper
+from kernelnorm.experiments.recipes import AGC, RECIPES, RunConfig, paper
 from kernelnorm.experiments.report.cells import Cell, make_cell
 from kernelnorm.experiments.report.collect import Record
+from kernelnorm.experiments.report.leaderboard import Standing, make_standings
 from kernelnorm.experiments.report.reference import (
     deviations,
     paper_accuracy,
@@ -45,6 +46,7 @@ class Section:
         records: its runs.
         cells: by normalisation and batch size, of the runs with the paper's rules; the grid that
             their normalisations and batch sizes span.
+        standings: the norms ranked at each batch size, with what they cost.
         comparisons: kernel against batch normalisation.
         variants: of the rules.
         deviations: what differs from the paper's training, as phrases; nothing if it is the same,
@@ -54,6 +56,7 @@ class Section:
     config: RunConfig
     records: list[Record]
     cells: dict[tuple[str, int], Cell]
+    standings: list[Standing]
     comparisons: list[Comparison]
     variants: list[Variant]
     deviations: list[str]
@@ -113,6 +116,7 @@ class Section:
             "environments": self.environments,
             "counts": {**self.counts, "missing": len(self.missing)},
             "cells": cells,
+            "leaderboard": [asdict(standing) for standing in self.standings],
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
             "variants": variants,
             "runs": [record.record() for record in self.records],
@@ -158,6 +162,7 @@ def _make_section(group: Sequence[Record]) -> Section:
         config,
         records,
         cells,
+        make_standings(cells),
         _comparisons(config.case, cells),
         make_variants(records),
         deviations(config, found),
@@ -189,6 +194,8 @@ def _setting(config: RunConfig) -> dict[str, Any]:
     for name in ("norm", "batch_size", "lr", "seed"):
         del setting[name]
     setting["model_options"].pop("rules", None)
+    if setting["agc"] in (None, AGC):  # a part of the norms that need it
+        del setting["agc"]
     return setting
 
 

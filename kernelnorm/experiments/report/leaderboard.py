@@ -1,0 +1,177 @@
+"""The norms of a section ranked by accuracy, batch size by batch size, with what each one costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
+
+import torch
+from tqdm import tqdm
+
+from kernelnorm.experiments.bench import saved_bytes
+from kernelnorm.experiments.report.cells import Cell
+from kernelnorm.experiments.report.collect import Record
+from kernelnorm.experiments.report.statistics import Estimate
+from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.trained import build_network
+from kernelnorm.norms import describe
+
+__all__ = ["Standing", "make_standings"]
+
+_BEST = 3
+"""How many norms determine the training loss to which epochs are counted."""
+
+_SIZES = (2, 3)
+"""Batch sizes of the measurements: BatchNorm trains on no fewer than two images."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The place of a norm at one batch size.
+
+    Args:
+        batch_size: images a step.
+        rank: 1 for the highest mean accuracy, ``None`` where no run is done.
+        norm: the normalisation.
+        group: what it takes its statistics from.
+        accuracy: final accuracy in percent, mean and deviation over seeds.
+        absence: why there is no accuracy.
+        loss: the training loss to which epochs are counted, the same for all norms at a batch
+            size: the lowest that all seeds of the three most accurate norms reach, rounded up to
+            three digits.
+        epochs: until the mean training loss of an epoch is at most ``loss``, the median over
+            seeds; ``None`` where the median run does not reach it.
+        seconds_per_step: the median over epochs and runs.
+        saved_bytes: kept for the backward pass, per image of a batch of this size.
+        batch_one: whether the norm is meant for training with one image a batch.
+        needs: what training needs beside the optimizer.
+    """
+
+    batch_size: int
+    rank: int | None
+    norm: str
+    group: str
+    accuracy: Estimate | None
+    absence: str
+    loss: float | None
+    epochs: float | None
+    seconds_per_step: float | None
+    saved_bytes: float | None
+    batch_one: bool
+    needs: tuple[str, ...]
+
+
+def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
+    """Rank the norms at each batch size; there is nothing to rank with fewer than two norms.
+
+    Args:
+        cells: of a section, by norm and batch size.
+    """
+    if len({norm for norm, _ in cells}) < 2:
+        return []
+    sizes = sorted({batch_size for _, batch_size in cells})
+    memory = _measure(cells)
+    standings = []
+    for batch_size in sizes:
+        tried = [cell for cell in cells.values() if cell.batch_size == batch_size and cell.rates]
+        # Norms without an accuracy stay behind the others, in the order of the groups.
+        ranked = sorted(tried, key=lambda c: -c.accuracy.mean if c.accuracy else math.inf)
+        loss = _loss_of_the_best(ranked)
+        for rank, cell in enumerate(ranked, 1):
+            norm, kept = describe(cell.norm), memory.get(cell.norm)
+            runs = _done(cell)
+            standings.append(
+                Standing(
+                    batch_size,
+                    rank if cell.accuracy else None,
+                    cell.norm,
+                    norm.group,
+                    cell.accuracy,
+                    "" if cell.accuracy else cell.absence,
+                    loss,
+                    None if loss is None else _epochs_to(loss, runs),
+                    _seconds_per_step(runs),
+                    None if kept is None else kept[0] / batch_size + kept[1],
+                    norm.batch_one,
+                    norm.needs,
+                )
+            )
+    return standings
+
+
+def _done(cell: Cell) -> list[Record]:
+    return [record for record in cell.records if record.state == "done"]
+
+
+def _loss_of_the_best(ranked: Sequence[Cell]) -> float | None:
+    runs = [record for cell in ranked[:_BEST] for record in _done(cell)]
+    if not runs:
+        return None
+    loss = max(min(record.train_losses) for record in runs)
+    return float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(loss))
+
+
+def _epochs_to(loss: float, runs: Sequence[Record]) -> float | None:
+    firsts = [
+        next((epoch for epoch, x in enumerate(record.train_losses, 1) if x <= loss), math.inf)
+        for record in runs
+    ]
+    epochs = statistics.median(firsts) if firsts else math.inf
+    return epochs if math.isfinite(epochs) else None
+
+
+def _seconds_per_step(runs: Sequence[Record]) -> float | None:
+    seconds = [
+        record.config.batch_size / metrics["images_per_second"]
+        for record in runs
+        for metrics in record.history
+        if metrics.get("images_per_second")
+    ]
+    return statistics.median(seconds) if seconds else None
+
+
+def _measure(cells: Mapping[tuple[str, int], Cell]) -> dict[str, tuple[int, int]]:
+    """Return the bytes that each norm's network keeps for the backward pass: of a whole batch,
+    such as standardised weights, and of each image.
+    """
+    runs = {cell.norm: _done(cell)[0] for cell in cells.values() if _done(cell)}
+    memory = {}
+    # The bar appears where it takes longer than two seconds.
+    for norm, record in tqdm(
+        runs.items(), desc="memory", unit=" norms", leave=False, disable=None, delay=2
+    ):
+        measured = _measure_run(record)
+        if measured:
+            memory[norm] = measured
+    return memory
+
+
+def _measure_run(record: Record) -> tuple[int, int] | None:
+    """Measure the network of a run; ``None`` for private training, whose hooks keep more, and
+    where ``config.yaml`` does not tell the images' shape or this version cannot build the network.
+    """
+    if record.config.private is not None:
+        return None
+    try:
+        channels, height, width = map(int, record.found["image_shape"])
+        classes = len(record.found["classes"])
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(
+                record.config, num_classes=classes, in_channels=channels
+            ).train()
+            low, high = (
+                saved_bytes(
+                    network,
+                    torch.rand(size, channels, height, width).contiguous(
+                        memory_format=torch.channels_last
+                    ),
+                )
+                for size in _SIZES
+            )
+    except (LookupError, RunError, RuntimeError, TypeError, ValueError):
+        return None
+    per_image = (high - low) // (_SIZES[1] - _SIZES[0])
+    return low - _SIZES[0] * per_image, per_image
