@@ -27,8 +27,9 @@ from pathlib import Path
 import tomllib
 
 APP = Path(__file__).parent
-MARK = "KERNELNORM_FEDERATED_SUPERLINK"
-"""Variable of the environment that tells whose processes they are."""
+MARKS = [f"KERNELNORM_FEDERATED_SUPERLINK_{i}" for i in range(8)]
+"""Variables of the environment that tell whose processes they are. Ray's agents write their names
+over a part of what can be read of their environment, so one might not be seen."""
 START_SECONDS = 60.0
 """Time that a SuperLink has to start."""
 END_SECONDS = 10.0
@@ -88,28 +89,27 @@ def end(process: subprocess.Popen[bytes], first: signal.Signals = signal.SIGTERM
 
 
 @contextmanager
-def ending(variable: str) -> Iterator[None]:
-    """End all processes with a variable of the environment after the block; on Linux only."""
+def ending(value: str) -> Iterator[None]:
+    """End all processes with a value in their environment after the block; on Linux only."""
     try:
         yield
     finally:
-        # Ray's raylet ends its agents, which have no readable environment, if it is asked to.
-        # Processes may start others in the meantime, so it is asked again and again.
+        # Processes may start others in the meantime, so they are asked again and again.
         for number in (signal.SIGTERM, signal.SIGKILL):
             limit = time.monotonic() + END_SECONDS
-            while (left := having(variable)) and time.monotonic() < limit:
+            while (left := having(value)) and time.monotonic() < limit:
                 for process in left:
                     with suppress(ProcessLookupError):
                         os.kill(process, number)
                 time.sleep(0.5)
 
 
-def having(variable: str) -> list[int]:
-    """Return the processes that were started with ``variable``, ``"NAME=value"``."""
+def having(value: str) -> list[int]:
+    """Return the processes that were started with a variable of the environment of this value."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
-            if f"{variable}\0".encode() in (folder / "environ").read_bytes():
+            if f"={value}\0".encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -125,11 +125,11 @@ def superlink(env: Mapping[str, str], *options: str) -> Iterator[int]:
     """
     port = free_port()
     mark = str(uuid.uuid4())
-    env = {**env, MARK: mark}
+    env = {**env, **dict.fromkeys(MARKS, mark)}
     log = Path(env["FLWR_HOME"], "superlink.log")
     address = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
     with (
-        ending(f"{MARK}={mark}"),
+        ending(mark),
         started(["flower-superlink", *address, *options], env, log) as process,
     ):
         limit = time.monotonic() + START_SECONDS

@@ -45,7 +45,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     end = time.monotonic() + 20
-    while (left := launcher.having(f"FLWR_HOME={folder}")) and time.monotonic() < end:
+    while (left := launcher.having(str(folder))) and time.monotonic() < end:
         time.sleep(0.2)
     for process in left:
         os.kill(process, signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_a_run_that_is_stopped_leaves_no_process(settings: Make, home: Path) -> 
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
         assert "stopped: the same command resumes" in log.read_text()
-        assert not launcher.having(f"FLWR_HOME={home}")
+        assert not launcher.having(str(home))
 
 
 def test_a_wrong_configuration_is_refused_before_flower_starts(home: Path) -> None:
