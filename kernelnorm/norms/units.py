@@ -125,8 +125,8 @@ class LocalContextNorm2d(_UnitNorm2d):
             (size - torch.arange(0, size, step, device=x.device)).clamp(max=step)
             for size, step in ((height, rows), (width, columns))
         )
-        share = torch.outer(*positions).to(x.dtype) / (rows * columns)
-        tiles = F.avg_pool2d(whole, self.window) / share
+        sums = F.avg_pool2d(whole, self.window, divisor_override=1)
+        tiles = sums / torch.outer(*positions).to(x.dtype)
         tiles = tiles.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
         return self.spread(tiles[..., :height, :width])
 
