@@ -82,4 +82,4 @@ def test_each_configuration_has_a_folder_unless_one_is_given(
     assert len(folders) == 2
     assert {folder.parent for folder in folders} == {Path("/home/flower/kernelnorm-federated")}
     assert settings(out="", timeout=9.0).folder in folders
-    assert settings(out="/tmp/run").folder == Path("/tmp/run")
+    assert settings(out="/somewhere/run").folder == Path("/somewhere/run")
