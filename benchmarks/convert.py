@@ -1,11 +1,13 @@
 """Trains networks of torchvision and timm at batch size 2, as they are and converted.
 
     python benchmarks/convert.py IMAGENETTE_FOLDER
-    python benchmarks/convert.py IMAGENETTE_FOLDER --networks resnet50,googlenet --seeds 0,1,2
+    python benchmarks/convert.py CIFAR10_FOLDER --image-size 32 --networks vgg16_bn
+    python benchmarks/convert.py --table
 
-Each run is a network, a norm, a learning rate and a seed, and a line of RESULTS; runs that have a
-line are not repeated, so the same command goes on after an interruption. The table is printed at
-the end. Needs torchvision and timm beside ``kernelnorm[experiments]``.
+The search for a learning rate begins at 0.003 and tries the next ones until the best has a worse
+one on either side. Each run is a line of RESULTS; runs that have a line are not repeated, so the
+same command continues after an interruption. Needs torchvision and timm beside
+``kernelnorm[experiments]``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import time
 from itertools import product
 from pathlib import Path
@@ -31,27 +32,31 @@ from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.models import init_convolutions
 
 NETWORKS = [
-    *("mobilenet_v3_small", "resnet18", "googlenet", "shufflenet_v2_x1_0", "regnet_y_400mf"),
-    *("fasternet_t0", "efficientnet_b0", "resnet50", "vgg16_bn"),
+    *("mobilenet_v3_small", "resnet18", "shufflenet_v2_x1_0", "fasternet_t0", "googlenet"),
+    *("regnet_y_400mf", "efficientnet_b0", "resnet50", "vgg16_bn"),
 ]
-RATES = [0.001, 0.003, 0.01]
-IMAGE_SIZE, BATCH_SIZE, CLASSES = 96, 2, 10
+RATES = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]
+FIRST_RATE = 0.003
+BATCH_SIZE, CLASSES = 2, 10
 
 
-def make_network(name: str, norm: str) -> nn.Module:
+def make_network(name: str, norm: str, image_size: int) -> nn.Module:
     """Returns a network with random weights; for ``kernel``, the same network converted.
 
     BatchNorm makes the scale of the weights before it irrelevant, so networks draw them in many
-    ways. In a KNConvNet it counts.
+    ways. In a KNConvNet it counts. VGG16 gets the head that is usual for small images, one linear
+    layer on the mean of the last map: its own three have 120 million weights.
     """
     network: nn.Module
     if name in torchvision.models.list_models(module=torchvision.models):
         options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
         network = torchvision.models.get_model(name, num_classes=CLASSES, **options)
+        if name.startswith("vgg"):
+            network.avgpool, network.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, CLASSES)
     else:
         network = timm.create_model(name, num_classes=CLASSES)
     if norm == "kernel":
-        network, report = convert(network, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), inplace=True)
+        network, report = convert(network, torch.zeros(1, 3, image_size, image_size), inplace=True)
         assert not report.unconverted, report
         init_convolutions(network, "fan_in")
     return network.to(memory_format=torch.channels_last)
@@ -69,21 +74,23 @@ def accuracy(network: nn.Module, images: Images, preprocess: Preprocess) -> floa
     return correct / len(images)
 
 
-def train(name: str, norm: str, rate: float, seed: int, epochs: int, data: list[Images]) -> float:
+def train(run: dict, data: list[Images]) -> float:
     """Trains with SGD and a cosine of learning rates; returns the accuracy on the test images."""
-    torch.manual_seed(seed)
-    network, (images, test) = make_network(name, norm).train(), data
+    torch.manual_seed(run["seed"])
+    network = make_network(run["network"], run["norm"], run["image_size"]).train()
+    images, test = data
     preprocess, augment = Preprocess.standardise(images), Augment(crop=True, flip=True)
-    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
-    steps = epochs * len(images) // BATCH_SIZE
+    optimizer = torch.optim.SGD(network.parameters(), lr=run["rate"], momentum=0.9, fused=True)
+    steps = run["epochs"] * len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1, (step + 1) / 200) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
-    with tqdm(total=steps, desc=f"{name} {norm} {rate} seed {seed}", mininterval=5) as bar:
-        for epoch in range(epochs):
+    title = "{network} {norm} {rate} seed {seed}".format(**run)
+    with tqdm(total=steps, desc=title, mininterval=5) as bar:
+        for epoch in range(run["epochs"]):
             for x, y in batches(
-                images, BATCH_SIZE, train=True, seed=seed, epoch=epoch, augment=augment,
+                images, BATCH_SIZE, train=True, seed=run["seed"], epoch=epoch, augment=augment,
                 preprocess=preprocess,
             ):  # fmt: skip
                 loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), y)
@@ -97,19 +104,33 @@ def train(name: str, norm: str, rate: float, seed: int, epochs: int, data: list[
     return accuracy(network, test, preprocess)
 
 
+def rates_tried(results: list[dict], **run: object) -> dict[float, float]:
+    """Returns the accuracies of the first seed, by learning rate."""
+    return {
+        result["rate"]: result["accuracy"]
+        for result in results
+        if result["seed"] == 0 and run.items() <= result.items()
+    }
+
+
+def next_rate(tried: dict[float, float]) -> float | None:
+    """Returns the rate to try next; ``None`` if the best lies between worse ones, or at the end."""
+    if not tried:
+        return FIRST_RATE
+    place = RATES.index(max(tried, key=lambda rate: tried[rate]))
+    beside = [*RATES[max(0, place - 1) : place], *RATES[place + 1 : place + 2]]
+    return next((rate for rate in beside if rate not in tried), None)
+
+
 def print_table(results: list[dict]) -> None:
-    """Prints the best learning rate of each network and norm, and its accuracies."""
-    print("| network | norm | learning rate | accuracy, % |")
-    print("|---|---|---:|---:|")
+    """Prints the accuracies of each network and norm, by learning rate."""
+    rates = sorted({result["rate"] for result in results})
+    print("| network | norm |" + "".join(f" {rate} |" for rate in rates))
+    print("|---|---|" + "---:|" * len(rates))
     for name, norm in product(NETWORKS, ["batch", "kernel"]):
-        found: dict[float, list[float]] = {}
-        for result in results:
-            if (result["network"], result["norm"]) == (name, norm):
-                found.setdefault(result["rate"], []).append(100 * result["accuracy"])
-        if found:
-            rate = max(found, key=lambda rate: statistics.mean(found[rate]))
-            numbers = ", ".join(f"{number:.1f}" for number in found[rate])
-            print(f"| {name} | {norm} | {rate} | {numbers} |")
+        tried = rates_tried(results, network=name, norm=norm)
+        cells = [f"{100 * tried[rate]:.1f}" if rate in tried else "" for rate in rates]
+        print(f"| {name} | {norm} |" + "".join(f" {cell} |" for cell in cells))
 
 
 def main() -> None:
@@ -117,33 +138,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="images: a folder for each class")
     parser.add_argument("--networks", type=lambda text: text.split(","), default=NETWORKS)
-    parser.add_argument("--rates", type=lambda text: [*map(float, text.split(","))], default=RATES)
-    parser.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0])
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--results", type=Path, default=Path("runs/convert/results.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the results, train nothing")
     options = parser.parse_args()
-    keep_freed_memory()
-    data = [
-        load_images(options.folder, split, image_size=IMAGE_SIZE, subset=subset)
-        for split, subset in (("train", 2000), ("test", 1000))
-    ]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.touch()
-    for name, seed, rate, norm in product(
-        options.networks, options.seeds, options.rates, ["batch", "kernel"]
-    ):
-        run = {"network": name, "norm": norm, "rate": rate, "seed": seed, "epochs": options.epochs}
-        done = [json.loads(line) for line in options.results.read_text().splitlines()]
-        if any(run.items() <= result.items() for result in done):
-            continue
-        start = time.time()
-        run["accuracy"] = train(name, norm, rate, seed, options.epochs, data)
-        run["seconds"] = round(time.time() - start)
-        with options.results.open("a") as file:
-            file.write(json.dumps(run) + "\n")
-    print_table([json.loads(line) for line in options.results.read_text().splitlines()])
+
+    def results() -> list[dict]:
+        return [json.loads(line) for line in options.results.read_text().splitlines()]
+
+    if options.table:
+        print_table(results())
+        return
+    keep_freed_memory()
+    data = [
+        load_images(options.folder, split, image_size=options.image_size, subset=subset)
+        for split, subset in (("train", 2000), ("test", 1000))
+    ]
+    for name, norm in product(options.networks, ["batch", "kernel"]):
+        run = {"network": name, "norm": norm, "image_size": options.image_size, "epochs": 4}
+        while (rate := next_rate(rates_tried(results(), **run))) is not None:
+            start = time.time()
+            trained = {**run, "rate": rate, "seed": 0}
+            trained["accuracy"] = train(trained, data)
+            trained["seconds"] = round(time.time() - start)
+            with options.results.open("a") as file:
+                file.write(json.dumps(trained) + "\n")
 
 
 if __name__ == "__main__":
