@@ -16,16 +16,17 @@ from camvid_runs import (
     SEEDS,
     Results,
     Run,
-    best_rate,
     load,
     mean_iou,
     read_results,
+    scores,
     tuning_runs,
 )
 from torch import Tensor, nn
 
 from kernelnorm.experiments.bench.measure import saved_bytes
 from kernelnorm.experiments.report.statistics import difference, estimate
+from kernelnorm.experiments.sweep.tuning import best_rate
 
 COLOURS = {  # of the classes, in their order
     "sky": "#9BC8F0", "building": "#A05A4A", "pole": "#E8E0C0", "road": "#6B6B7B",
@@ -36,7 +37,7 @@ COLOURS = {  # of the classes, in their order
 
 def full_runs(results: Results, network: str, norm: str, batch_size: int) -> dict[int, Run]:
     """Returns the runs at the best rate, by seed."""
-    best = best_rate(results, network, norm, batch_size)
+    best = best_rate(scores(results, network, norm, batch_size))
     runs = (Run(network, norm, batch_size, best, seed, EPOCHS) for seed in SEEDS if best)
     return {run.seed: run for run in runs if run in results}
 
@@ -168,7 +169,7 @@ def draw_picture(archive: Path | None, folder: Path, file: Path, batch_size: int
     palette = torch.tensor([to_rgb(colour) for colour in (*COLOURS.values(), "black")])
     columns["truth"] = palette[masks[shown]]
     for norm, label in COLUMNS.items():
-        rate = best_rate(results, "unet", norm, batch_size)
+        rate = best_rate(scores(results, "unet", norm, batch_size))
         if rate is None:
             continue
         run = Run("unet", norm, batch_size, rate, SEEDS[0], EPOCHS)

@@ -1,8 +1,7 @@
 """The runs of the study on CamVid: which there are, and how each is trained.
 
 The learning rate is the best on the validation images of the first seed; the other seeds take it.
-The search begins with two rates and goes on beyond the better one, until a worse one is on either
-side of the best.
+The search begins with three rates, and goes on until the best has a worse one on either side.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ import torch
 from camvid_networks import EXAMPLE, build
 from torch import Tensor, nn
 
+from kernelnorm.experiments.sweep.tuning import best_rate, rates_to_try
+
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
-FIRST_RATES = (0.001, 0.003)
+FIRST_RATE = 0.001
 EPOCHS = 24
 SEEDS = (0, 1, 2)
 WEIGHT_DECAY = 0.01
@@ -72,37 +73,22 @@ def tuning_runs(network: str, batch_size: int, norms: Iterable[str]) -> list[Run
     ]
 
 
-def best_rate(results: Results, network: str, norm: str, batch_size: int) -> float | None:
-    """Returns the best rate on the validation images among those tried so far."""
+def scores(results: Results, network: str, norm: str, batch_size: int) -> dict[float, float]:
+    """Returns the mean IoU of the first seed's validation images, by learning rate."""
     tried = [run for run in tuning_runs(network, batch_size, [norm]) if run in results]
-    best = max(tried, key=lambda run: mean_iou(results[run], "val"), default=None)
-    return None if best is None else best.rate
-
-
-def next_rate(results: Results, network: str, norm: str, batch_size: int) -> float | None:
-    """Returns the rate to try next; ``None`` if the best one lies between others, or at the end."""
-    runs = tuning_runs(network, batch_size, [norm])
-    tried = [run.rate for run in runs if run in results]
-    for rate in FIRST_RATES:
-        if rate not in tried:
-            return rate
-    best = best_rate(results, network, norm, batch_size)
-    assert best is not None
-    place = RATES.index(best)
-    beside = [*RATES[max(0, place - 1) : place], *RATES[place + 1 : place + 2]]
-    return next((rate for rate in beside if rate not in tried), None)
+    return {run.rate: mean_iou(results[run], "val") for run in tried}
 
 
 def next_run(results: Results) -> Run | None:
     """Returns the run to train next: the rates of a stage come before its other seeds."""
     for network, batch_size, norms, seeds in STAGES:
         for norm in norms:
-            rate = next_rate(results, network, norm, batch_size)
-            if rate is not None:
+            tried = scores(results, network, norm, batch_size)
+            for rate in rates_to_try(RATES, FIRST_RATE, tried):
                 return Run(network, norm, batch_size, rate, SEEDS[0], EPOCHS)
         for seed in seeds:
             for norm in norms:
-                best = best_rate(results, network, norm, batch_size)
+                best = best_rate(scores(results, network, norm, batch_size))
                 assert best is not None
                 run = Run(network, norm, batch_size, best, seed, EPOCHS)
                 if run not in results:

@@ -4,9 +4,9 @@
     python benchmarks/convert.py CIFAR10_FOLDER --image-size 32 --networks vgg16_bn
     python benchmarks/convert.py --table
 
-The search for a learning rate begins at 0.003 and tries the next ones until the best has a worse
-one on either side. Each run is a line of RESULTS; runs that have a line are not repeated, so the
-same command continues after an interruption. Needs torchvision and timm beside
+The search for a learning rate begins with 0.001, 0.003 and 0.01, and goes on until the best has a
+worse one on either side. Each run is a line of RESULTS; runs that have a line are not repeated, so
+the same command continues after an interruption. Needs torchvision and timm beside
 ``kernelnorm[experiments]``.
 """
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from kernelnorm import convert
 from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, load_images
 from kernelnorm.experiments.heap import keep_freed_memory
+from kernelnorm.experiments.sweep.tuning import rates_to_try
 from kernelnorm.models import init_convolutions
 
 NETWORKS = [
@@ -113,15 +114,6 @@ def rates_tried(results: list[dict], **run: object) -> dict[float, float]:
     }
 
 
-def next_rate(tried: dict[float, float]) -> float | None:
-    """Returns the rate to try next; ``None`` if the best lies between worse ones, or at the end."""
-    if not tried:
-        return FIRST_RATE
-    place = RATES.index(max(tried, key=lambda rate: tried[rate]))
-    beside = [*RATES[max(0, place - 1) : place], *RATES[place + 1 : place + 2]]
-    return next((rate for rate in beside if rate not in tried), None)
-
-
 def print_table(results: list[dict]) -> None:
     """Prints the accuracies of each network and norm, by learning rate."""
     rates = sorted({result["rate"] for result in results})
@@ -160,9 +152,9 @@ def main() -> None:
     ]
     for name, norm in product(options.networks, ["batch", "kernel"]):
         run = {"network": name, "norm": norm, "image_size": options.image_size, "epochs": 4}
-        while (rate := next_rate(rates_tried(results(), **run))) is not None:
+        while rates := rates_to_try(RATES, FIRST_RATE, rates_tried(results(), **run)):
             start = time.time()
-            trained = {**run, "rate": rate, "seed": 0}
+            trained = {**run, "rate": rates[0], "seed": 0}
             trained["accuracy"] = train(trained, data)
             trained["seconds"] = round(time.time() - start)
             with options.results.open("a") as file:

@@ -37,7 +37,6 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setattr(module, "RATES", (0.001, 0.01))
         monkeypatch.setattr(module, "SEEDS", (0, 1))
         monkeypatch.setattr(module, "EPOCHS", 2)
-    monkeypatch.setattr(camvid_runs, "FIRST_RATES", (0.001, 0.01))
     monkeypatch.setattr(camvid_runs, "STAGES", stages)
     return camvid_runs
 
@@ -127,31 +126,13 @@ def test_other_seeds_take_the_rate_that_is_best_on_validation_images(study: Modu
         value = 0.5 + run.rate if run.norm == "kernel" else 0.5 - run.rate
         results[run] = {"val": [value] * 11, "test": [1 - value] * 11}
     assert order == [
-        Run("unet", "kernel", 2, 0.001, 0, 2),
         Run("unet", "kernel", 2, 0.01, 0, 2),
-        Run("unet", "group", 2, 0.001, 0, 2),
+        Run("unet", "kernel", 2, 0.001, 0, 2),
         Run("unet", "group", 2, 0.01, 0, 2),
+        Run("unet", "group", 2, 0.001, 0, 2),
         Run("unet", "kernel", 2, 0.01, 1, 2),
         Run("unet", "group", 2, 0.001, 1, 2),
     ]
-
-
-def test_the_search_ends_when_the_best_rate_lies_between_others(
-    study: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(study, "RATES", (0.1, 0.2, 0.3, 0.4, 0.5))
-    monkeypatch.setattr(study, "FIRST_RATES", (0.2, 0.3))
-
-    def tried(iou: dict[float, float]) -> list[float]:
-        results = {}
-        while (rate := study.next_rate(results, "unet", "kernel", 2)) is not None:
-            run = study.Run("unet", "kernel", 2, rate, 0, 2)
-            results[run] = {"val": [iou[rate]] * 11}
-        return [run.rate for run in results]
-
-    assert tried({0.1: 0, 0.2: 2, 0.3: 1}) == [0.2, 0.3, 0.1]
-    assert tried({0.2: 1, 0.3: 2, 0.4: 1}) == [0.2, 0.3, 0.4]
-    assert tried({0.2: 1, 0.3: 2, 0.4: 3, 0.5: 4}) == [0.2, 0.3, 0.4, 0.5]
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(

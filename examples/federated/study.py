@@ -11,8 +11,10 @@ interrupted resumes at its last round. Several processes may share the work by -
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from kernelnorm_federated.settings import Settings
 from study_report import draw, print_tables
 
 from kernelnorm.experiments.heap import keep_freed_memory
+from kernelnorm.experiments.sweep.tuning import TUNING_SEED, best_rate, rates_to_try
 
 APP = Path(__file__).parent
 RESULTS = APP.parent.parent / "docs" / "results" / "federated"
@@ -38,10 +41,13 @@ PARTITIONS: dict[str, dict[str, Any]] = {
     "2-classes": {"partition": "classes", "classes_per_client": 2},
 }
 """In the order in which they are trained."""
-RATES = {8: (0.003, 0.01, 0.03), 32: (0.01, 0.03, 0.1)}
-"""Learning rates that are tried, by batch size."""
-SEEDS = {"dirichlet-0.1": (0, 1, 2)}
-"""Seeds of a partition, if not only the first, which chooses the learning rate."""
+TUNED = "dirichlet-0.1"
+"""The partition on which the learning rates are chosen; its runs have three seeds."""
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+FIRST_RATE = {8: 0.01, 32: 0.03}
+"""Where the search begins, by batch size."""
+SEEDS = (1, 2, 3)
+"""Of the repetitions; the other partitions take the first of them."""
 TEST_IMAGES = 2000
 """Images on which the server tests after each round."""
 LAST_ROUNDS = 3
@@ -96,30 +102,35 @@ def read_results(folder: Path) -> Results:
 
 
 def score(entry: dict[str, Any]) -> float:
-    """Return a run's result: its accuracy in the last rounds, 0 if it diverged."""
+    """Return a run's result: its accuracy in the last rounds, minus infinity if it diverged."""
     last = entry["accuracy"][-LAST_ROUNDS:]
-    return 0.0 if entry["diverged"] else sum(last) / len(last)
+    return -math.inf if entry["diverged"] else sum(last) / len(last)
+
+
+def scores(results: Results, run: Run) -> dict[float, float]:
+    """Return the results of the runs that differ from ``run`` in the learning rate alone."""
+    tried = [replace(run, rate=rate) for rate in RATES]
+    return {each.rate: score(results[each]) for each in tried if each in results}
 
 
 def planned(
     results: Results, batch_sizes: Sequence[int], rounds: int, images: int
 ) -> Iterator[Run]:
-    """Yield all runs in order; those of further seeds once the learning rate is chosen."""
+    """Yield the runs that are wanted so far, in order.
 
-    def tuning(partition: str, size: int, norm: str) -> list[Run]:
-        return [Run(partition, size, norm, rate, 0, rounds, images) for rate in RATES[size]]
-
+    A seed of its own chooses the learning rate; the repetitions and the other partitions take it.
+    """
+    tuned = []
+    for batch_size, norm in itertools.product(batch_sizes, NORMS):
+        run = Run(TUNED, batch_size, norm, 0.0, TUNING_SEED, rounds, images)
+        tried = scores(results, run)
+        untried = rates_to_try(RATES, FIRST_RATE[batch_size], tried)
+        yield from (replace(run, rate=rate) for rate in (*tried, *untried))
+        if not untried and (best := best_rate(tried)) is not None:
+            tuned.append(replace(run, rate=best))
     for partition in PARTITIONS:
-        for batch_size in batch_sizes:
-            for norm in NORMS:
-                yield from tuning(partition, batch_size, norm)
-        for seed in SEEDS.get(partition, (0,))[1:]:
-            for batch_size in batch_sizes:
-                for norm in NORMS:
-                    tried = tuning(partition, batch_size, norm)
-                    if all(run in results for run in tried):
-                        best = max(tried, key=lambda run: score(results[run]))
-                        yield replace(best, seed=seed)
+        for seed in SEEDS if partition == TUNED else SEEDS[:1]:
+            yield from (replace(run, partition=partition, seed=seed) for run in tuned)
 
 
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="has results.jsonl")
     parser.add_argument("--images", type=int, default=4000, help="of all clients together")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", choices=[*RATES], default=[*RATES])
+    sizes = [*FIRST_RATE]
+    parser.add_argument("--batch-sizes", type=int, nargs="+", choices=sizes, default=sizes)
     parser.add_argument("--limit", type=int, default=1000, help="runs, then stop")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -179,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_missing(args)
         return
     scored = [
-        (run, entry, score(entry))
+        (run, entry, max(0.0, score(entry)))
         for run, entry in read_results(args.out).items()
         if (run.rounds, run.images) == (args.rounds, args.images)
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernelnorm.experiments.report.statistics import difference, estimate
 from kernelnorm.experiments.style import LABELS, line_style, png
+from kernelnorm.experiments.sweep.tuning import TUNING_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,44 +25,32 @@ Cell = tuple[str, int, str]
 """Partition, batch size, norm."""
 
 
-def chosen(scored: Scored) -> dict[Cell, dict[int, tuple[Run, dict[str, Any], float]]]:
-    """Return the runs with the best learning rate of the first seed, by cell and seed."""
-    cells = defaultdict(list)
+def repetitions(scored: Scored) -> dict[Cell, dict[int, tuple[Run, dict[str, Any], float]]]:
+    """Return the runs by cell and seed, without those that chose the learning rates."""
+    cells: dict[Cell, dict[int, tuple[Run, dict[str, Any], float]]] = defaultdict(dict)
     for run, entry, score in scored:
-        cells[run.partition, run.batch_size, run.norm].append((run, entry, score))
-    found = {}
-    for cell, runs in cells.items():
-        first = [each for each in runs if each[0].seed == 0]
-        rate = max(first, key=lambda each: each[2])[0].rate
-        found[cell] = {each[0].seed: each for each in runs if each[0].rate == rate}
-    return found
-
-
-def at_an_end(cell: Cell, rate: float, scored: Scored) -> bool:
-    """Tell whether no larger, or no smaller, rate was tried: the best may lie beyond."""
-    tried = [run.rate for run, *_ in scored if (run.partition, run.batch_size, run.norm) == cell]
-    return rate in (min(tried), max(tried))
+        if run.seed != TUNING_SEED:
+            cells[run.partition, run.batch_size, run.norm][run.seed] = (run, entry, score)
+    return cells
 
 
 def print_tables(scored: Scored) -> None:
-    scored = [*scored]
-    best = chosen(scored)
+    cells = repetitions(scored)
     print("| clients | batch size | normalisation | accuracy, % | runs | learning rate |")
     print("|---|---|---|---|---|---|")
-    for cell, runs in best.items():
+    for cell, runs in cells.items():
         partition, batch_size, norm = cell
         result = estimate([100 * score for _, _, score in runs.values()])
         assert result is not None
         spread = "" if result.deviation is None else f" ± {result.deviation:.1f}"
         rate = next(iter(runs.values()))[0].rate
-        mark = " (at an end)" if at_an_end(cell, rate, scored) else ""
         print(
             f"| {partition} | {batch_size} | {norm} | {result.mean:.1f}{spread} | {result.runs} | "
-            f"{rate:g}{mark} |"
+            f"{rate:g} |"
         )
     print(f"\nKernel minus another, clients {COMPARED}, 95 % interval of paired seeds:\n")
-    for (partition, batch_size, norm), runs in best.items():
-        kernel = best.get((partition, batch_size, "kernel"))
+    for (partition, batch_size, norm), runs in cells.items():
+        kernel = cells.get((partition, batch_size, "kernel"))
         if partition != COMPARED or norm == "kernel" or kernel is None:
             continue
         values = ({seed: 100 * each[2] for seed, each in cell.items()} for cell in (kernel, runs))
@@ -78,14 +67,14 @@ def draw(scored: Scored, file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    best = chosen(scored)
-    partitions = [*dict.fromkeys(cell[0] for cell in best)]
-    sizes = sorted({cell[1] for cell in best})
+    cells = repetitions(scored)
+    partitions = [*dict.fromkeys(cell[0] for cell in cells)]
+    sizes = sorted({cell[1] for cell in cells})
     figure = Figure(figsize=(3.2 * len(partitions), 2.8 * len(sizes)), layout="constrained")
     grid = figure.subplots(len(sizes), len(partitions), sharex=True, sharey=True, squeeze=False)
     for row, size in zip(grid, sizes, strict=True):
         for axes, partition in zip(row, partitions, strict=True):
-            for cell, runs in best.items():
+            for cell, runs in cells.items():
                 if cell[:2] == (partition, size):
                     _draw_lines(axes, cell[2], [entry["accuracy"] for _, entry, _ in runs.values()])
             axes.set_title(f"{partition}, batch size {size}", fontsize="medium")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import study
 from PIL import Image
-from study import NORMS, PARTITIONS, RATES, Run, planned, score
+from study import NORMS, PARTITIONS, SEEDS, TUNED, Run, planned, score
+
+from kernelnorm.experiments.sweep.tuning import TUNING_SEED
 
 ROUNDS, IMAGES = 2, 100
 
@@ -20,25 +23,30 @@ def entry(run: Run, accuracy: float, diverged: bool = False) -> dict[str, Any]:
     return {"run": asdict(run), "accuracy": [0.1, accuracy], "diverged": diverged}
 
 
-def test_all_runs_are_planned_once_and_further_seeds_take_the_best_rate() -> None:
-    first = [*planned({}, (8, 32), ROUNDS, IMAGES)]
-    assert len(first) == len({*first}) == len(PARTITIONS) * 2 * len(NORMS) * 3
-    results = {run: entry(run, run.rate) for run in first}
-    worst = Run("dirichlet-0.1", 32, "none", 0.1, 0, ROUNDS, IMAGES)
-    results[worst] = entry(worst, 0.9, diverged=True)
-    everything = [*planned(results, (8, 32), ROUNDS, IMAGES)]
-    further = [run for run in everything if run.seed]
-    assert len(everything) == len({*everything}) == len(first) + 2 * 2 * len(NORMS)
-    assert {run.partition for run in further} == {"dirichlet-0.1"}
-    for run in further:
-        rates = RATES[run.batch_size]
-        assert run.rate == (rates[1] if (run.norm, run.batch_size) == ("none", 32) else rates[2])
+def test_a_seed_of_its_own_chooses_the_rates_of_all_partitions() -> None:
+    results: dict[Run, dict[str, Any]] = {}
+    while missing := [
+        run for run in planned(results, (8, 32), ROUNDS, IMAGES) if run not in results
+    ]:
+        run = missing[0]
+        best = 0.1 if run.norm == "kernel" else 0.01
+        diverged = run.norm == "none" and run.rate >= best
+        results[run] = entry(run, 1 / (1 + abs(math.log(run.rate / best))), diverged)
+    plan = [*planned(results, (8, 32), ROUNDS, IMAGES)]
+    assert len(plan) == len({*plan}) == len(results)
+    tuning = [run for run in plan if run.seed == TUNING_SEED]
+    assert {run.partition for run in tuning} == {TUNED}
+    assert {run.rate for run in tuning if run.norm == "kernel"} == {0.003, 0.01, 0.03, 0.1, 0.3}
+    repeated = [run for run in plan if run.seed != TUNING_SEED]
+    assert len(repeated) == 2 * len(NORMS) * (len(SEEDS) + len(PARTITIONS) - 1)
+    rates = {"kernel": 0.1, "none": 0.003}
+    assert all(run.rate == rates.get(run.norm, 0.01) for run in repeated)
 
 
-def test_a_run_that_diverged_scores_nothing() -> None:
+def test_a_run_that_diverged_has_no_score() -> None:
     run = Run("even", 8, "none", 0.1, 0, ROUNDS, IMAGES)
     assert score(entry(run, 0.5)) == pytest.approx(0.3)
-    assert score(entry(run, 0.5, diverged=True)) == 0
+    assert score(entry(run, 0.5, diverged=True)) == -math.inf
 
 
 @pytest.fixture
@@ -58,8 +66,9 @@ def test_runs_are_trained_recorded_shown_and_not_repeated(
 ) -> None:
     monkeypatch.setattr(study, "NORMS", ("kernel", "none"))
     monkeypatch.setattr(study, "PARTITIONS", {"dirichlet-0.1": {"partition": "even"}})
-    monkeypatch.setattr(study, "RATES", {32: (0.01, 1e20)})
-    monkeypatch.setattr(study, "SEEDS", {"dirichlet-0.1": (0, 1)})
+    monkeypatch.setattr(study, "RATES", (0.01, 1e20))
+    monkeypatch.setattr(study, "FIRST_RATE", {32: 0.01})
+    monkeypatch.setattr(study, "SEEDS", (1,))
     common = ["--out", str(tmp_path / "out"), "--rounds", "2", "--images", "100"]
     study.main(["run", "--data-dir", str(data), "--limit", "1", *common])
     study.main(["run", "--data-dir", str(data), *common])
