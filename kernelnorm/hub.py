@@ -1,8 +1,7 @@
 """Networks as folders of a configuration and safetensors, here or on the Hugging Face Hub.
 
 Nothing is unpickled. Folders need the package safetensors; repositories on the Hub need
-huggingface_hub, too. Both are imported when a function needs them: huggingface_hub alone would
-make ``import kernelnorm`` 90 ms slower.
+huggingface_hub, too. Both are imported when a function needs them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelnorm import __version__, cli
+from kernelnorm import __version__
 from kernelnorm.cli import main, train
 from kernelnorm.cli.options import configure_run, explain_lr
 from kernelnorm.experiments.evaluation import evaluate
@@ -135,7 +135,7 @@ def test_ctrl_c_exits_with_130(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.COMMANDS[arguments[0]].file, moment, stop)
+    monkeypatch.setattr(f"kernelnorm.cli.{arguments[0]}.{moment}", stop)
     with pytest.raises(SystemExit, match="130"):
         main(arguments)
     assert capsys.readouterr().err == message

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernelnorm import cli
-from kernelnorm.cli import main, sweep, train
+from kernelnorm.cli import main, predict, sweep, train
 
 NETWORKS = "vgg8, resnet18, resnet34, resnet50, resnet101, densenet121, densenet161, densenet169"
 
@@ -148,7 +148,7 @@ def test_home_is_expanded_in_every_path() -> None:
     given = train.make_parser().parse_args(arguments)
     assert (given.data_dir, given.out) == (home / "data", home / "run")
     assert given.dataset == str(home / "photos")
-    given = cli.predict.make_parser().parse_args(["~/run", "~/a.png", "~/b.png"])
+    given = predict.make_parser().parse_args(["~/run", "~/a.png", "~/b.png"])
     assert (given.run, given.images) == (home / "run", [home / "a.png", home / "b.png"])
 
 
@@ -163,7 +163,7 @@ def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_names_are_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(cli.report, "run", lambda _: print("Käse"))
+    monkeypatch.setattr("kernelnorm.cli.report.run", lambda _: print("Käse"))
     main(["report", "runs"])
     stream.flush()
     assert stream.buffer.getvalue() == b"K\\xe4se\n"  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelnorm.cli import COMMANDS
+from kernelnorm.cli import COMMANDS, parser_of
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import configure, recipe_for
 from kernelnorm.experiments.trainer import train
@@ -54,7 +54,7 @@ def test_commands_exist(
         (tmp_path / "sweep.yaml").write_text(block)
     line = line[line.index("kernelnorm ") :].replace(" NORM ", " kernel ")
     _, command, *arguments = shlex.split(line, comments=True)
-    COMMANDS[command].file.make_parser().parse_args(arguments)
+    parser_of(command).parse_args(arguments)
 
 
 def test_every_command_is_named() -> None:

@@ -36,10 +36,11 @@ __main__
 """From the lowest to the highest. A file belongs to the longest name that is, or contains, its own;
 it imports from its own layer and from lower ones."""
 WHEN_ASKED_FOR = {
+    ("kernelnorm", "kernelnorm.hub"),
     ("kernelnorm", "kernelnorm.experiments.trained"),
     ("kernelnorm.modules", "kernelnorm.privacy.samplers"),  # when Opacus hooks a KNConv
 }
-"""Imports of higher layers, inside functions."""
+"""Imports of higher layers, inside functions, or of public names when they are first used."""
 CORE = "kernelnorm"
 """The highest layer of the core, which needs PyTorch and nothing else."""
 

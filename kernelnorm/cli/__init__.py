@@ -1,7 +1,7 @@
-"""The command line.
+"""The command line. Each command has a file, with the functions ``make_parser`` and ``run``.
 
-The experiments are imported where they are used, so that ``--help`` and errors in the
-arguments need no time for them.
+What a command needs is imported when it runs: the help of a command, and mistakes in its
+arguments, do not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -9,59 +9,37 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 from kernelnorm import __version__
-from kernelnorm.cli import (
-    bench,
-    compare,
-    evaluate,
-    evaluate_published,
-    predict,
-    report,
-    reproduce,
-    sweep,
-    train,
-)
-from kernelnorm.cli.options import Help
-from kernelnorm.cli.values import unknown
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-
-
-class _File(Protocol):
-    """The functions of a command's file."""
-
-    def make_parser(self) -> ArgumentParser: ...
-
-    def run(self, arguments: Namespace) -> None: ...
+    from jsonargparse import ArgumentParser
 
 
 class Command(NamedTuple):
     """One of ``kernelnorm``'s commands; ``resumes``: a stopped one resumes if run again."""
 
-    file: _File
     summary: str
     resumes: bool = False
 
 
 COMMANDS = {
-    "train": Command(train, "train a network, or resume its training", resumes=True),
-    "compare": Command(
-        compare, "train several normalisations; write a table and a picture", resumes=True
-    ),
-    "sweep": Command(sweep, "train a grid of runs, several in parallel", resumes=True),
+    "train": Command("train a network, or resume its training", resumes=True),
+    "compare": Command("train several normalisations; write a table and a picture", resumes=True),
+    "sweep": Command("train a grid of runs, several in parallel", resumes=True),
     "reproduce": Command(
-        reproduce, "repeat the paper's experiments: tuning, repetitions, report", resumes=True
+        "repeat the paper's experiments: tuning, repetitions, report", resumes=True
     ),
-    "report": Command(report, "write tables and figures from folders of runs"),
-    "evaluate": Command(evaluate, "test accuracy of a trained network"),
+    "report": Command("write tables and figures from folders of runs"),
+    "evaluate": Command("test accuracy of a trained network"),
     "evaluate-published": Command(
-        evaluate_published, "accuracy on ImageNet of weights that the paper's authors published"
+        "accuracy on ImageNet of weights that the paper's authors published"
     ),
-    "predict": Command(predict, "predict the classes of image files"),
-    "bench": Command(bench, "measure time and memory of normalisations"),
+    "predict": Command("predict the classes of image files"),
+    "bench": Command("measure time and memory of normalisations"),
 }
 
 
@@ -74,12 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of classes and files, on any console
             stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        _main(argv)
-    except KeyboardInterrupt:  # also while modules are imported
-        name = next(iter(sys.argv[1:] if argv is None else argv), "")
-        more = " Run the same command to resume." * (name in COMMANDS and COMMANDS[name].resumes)
-        print(f"Stopped.{more}", file=sys.stderr)
+        _main(*arguments or ["--help"])
+    except KeyboardInterrupt:
+        print(_stopped(*arguments), file=sys.stderr)
         sys.exit(130)
     except ModuleNotFoundError as error:
         sys.exit(
@@ -88,15 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+def _main(name: str, *rest: str) -> None:
     if name not in COMMANDS:
-        _answer(name)
+        _answer(name, *rest)
         return
-    command = COMMANDS[name]
-    parser = command.file.make_parser()
-    parser.prog = f"kernelnorm {name}"
-    arguments = parser.parse_args(rest)
+    command = _file_of(name)
+    arguments = parser_of(name).parse_args(rest)
 
     from kernelnorm.experiments.data import DataError
     from kernelnorm.experiments.heap import keep_freed_memory
@@ -104,14 +78,33 @@ def _main(argv: Sequence[str] | None) -> None:
 
     keep_freed_memory()
     try:
-        command.file.run(arguments)
+        command.run(arguments)
     except (DataError, RunError) as error:
         sys.exit(f"kernelnorm: {error}")
 
 
-def _answer(argument: str) -> None:
+def _stopped(name: str = "", *_: str) -> str:
+    """Return what a command that was stopped says."""
+    resumes = name in COMMANDS and COMMANDS[name].resumes
+    return f"Stopped.{' Run the same command to resume.' * resumes}"
+
+
+def parser_of(name: str) -> ArgumentParser:
+    """Return the parser of a command's arguments."""
+    parser: ArgumentParser = _file_of(name).make_parser()
+    parser.prog = f"kernelnorm {name}"
+    return parser
+
+
+def _file_of(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def _answer(*arguments: str) -> None:
     """Print the help or the version, or report an unknown command."""
+    from kernelnorm.cli.options import Help
     from kernelnorm.cli.parser import Parser
+    from kernelnorm.cli.values import unknown
 
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}} {command.summary}" for name, command in COMMANDS.items()]
@@ -125,6 +118,6 @@ def _answer(argument: str) -> None:
         version=__version__,
         formatter_class=Help,
     )
-    if not argument.startswith("-"):
-        parser.error(unknown("command", argument, COMMANDS))
-    parser.parse_args([argument])
+    if not arguments[0].startswith("-"):
+        parser.error(unknown("command", arguments[0], COMMANDS))
+    parser.parse_args(arguments)

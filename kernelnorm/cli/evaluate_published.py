@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from kernelnorm.cli import values
 from kernelnorm.cli.evaluate import add_evaluation_argument, chosen_evaluations, print_scores
+from kernelnorm.cli.names import PUBLISHED
 from kernelnorm.cli.options import add_accelerator_argument, command_parser
-from kernelnorm.models.published import PUBLISHED
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -24,7 +24,7 @@ def make_parser() -> ArgumentParser:
     )
     add = parser.add_argument
     network_help = ", ".join(PUBLISHED)
-    add("network", choices=[*PUBLISHED], metavar="NETWORK", help=network_help)
+    add("network", choices=PUBLISHED, metavar="NETWORK", help=network_help)
     add("file", type=values.path, metavar="FILE", help="file of the weights")
     images_help = "folder with CLASS/*, the classes in the order of their names"
     add("images", type=values.path, metavar="IMAGES", help=images_help)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelnorm.cli import values
+from kernelnorm.cli.names import CASES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -118,7 +119,7 @@ def add_privacy_arguments(parser: ArgumentParser) -> None:
 
 def add_case_argument(parser: ArgumentParser, default: str) -> None:
     """Add the case study; a default value would replace the value of a YAML file."""
-    cases = "digits-vgg8, cifar10-vgg8, imagenette-densenet121 or imagewoof-resnet18"
+    cases = f"{', '.join(CASES[:-1])} or {CASES[-1]}"
     text = f"case study: {cases} (default: {default})"
     parser.add_argument("case", nargs="?", type=values.case, help=text).default = SUPPRESS
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernelnorm.cli import values
+from kernelnorm.cli.names import NORMS
 from kernelnorm.cli.options import (
     add_run_arguments,
     command_parser,
@@ -15,7 +16,6 @@ from kernelnorm.cli.options import (
     explain_lr,
     where,
 )
-from kernelnorm.norms import NORMS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace

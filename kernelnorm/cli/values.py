@@ -20,8 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kernelnorm.models import list_models
-from kernelnorm.norms import NORMS
+from kernelnorm.cli.names import CASES, MODELS, NORMS
 
 T = TypeVar("T")
 
@@ -174,16 +173,10 @@ def choice(kind: str, known: Iterable[str]) -> Callable[[Any], str]:
     return check
 
 
-model = choice("model", list_models())
+case = choice("case", CASES)
+model = choice("model", MODELS)
 models = several(model, "must be networks separated by commas")
 norms = several(choice("norm", NORMS), "must be norms separated by commas")
-
-
-def case(value: Any) -> str:
-    """Check the name of a case study."""
-    from kernelnorm.experiments.recipes import RECIPES
-
-    return choice("case", RECIPES)(value)
 
 
 def dataset(value: Any) -> str:
