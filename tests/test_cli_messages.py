@@ -77,6 +77,17 @@ def message_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("sweep --cpus-per-run=0", "--cpus-per-run must be a positive integer, got '0'"),
         ("sweep --gpus-per-run=-1", "--gpus-per-run must be a number of at least 0, got '-1'"),
         ("reproduce --scale=huge", "unknown scale 'huge': choose from small, paper"),
+        (
+            "bench --modes=eager,compiled",
+            "unknown mode 'compiled': did you mean 'compile'? Choose from eager, compile, reduce-",
+        ),
+        ("bench --dtypes=float23", "unknown dtype 'float23': did you mean 'float32'? Choose from "),
+        ("bench --dtypes=", "--dtypes must be dtypes separated by commas, got ''"),
+        ("bench --passes=test", "unknown pass 'test': choose from train, inference"),
+        (
+            "bench --memory-formats=channel_last",
+            "unknown memory format 'channel_last': did you mean 'channels_last'? Choose from ",
+        ),
         ("bench --threads=0", "--threads must be a positive integer, got '0'"),
         ("bench --rounds=x", "--rounds must be a positive integer, got 'x'"),
         ("bench --seconds=-1", "--seconds must be a number of at least 0, got '-1'"),
@@ -158,6 +169,19 @@ def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert message_of(["train", f"--out={file}"], capsys).startswith("--out must be a folder, got")
     message = message_of(["train", f"--out={file / 'run'}"], capsys)
     assert message.startswith(f"--out cannot be in the file {file}, got")
+
+
+def test_file_that_looks_like_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["predict", "run", "-x.png"]
+    assert message_of(command, capsys) == "unknown option '-x.png'"
+    Path("-x.png").touch()
+    expected = "unknown option '-x.png'. For the file of this name, write: -- -x.png"
+    assert message_of(command, capsys) == expected
+    given = predict.make_parser().parse_args(["run", "--", "-x.png"])
+    assert given.images == [Path("-x.png")]
 
 
 def test_names_are_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> None:

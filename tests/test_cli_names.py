@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernelnorm.cli import names
+from kernelnorm.experiments.bench import plan
 from kernelnorm.experiments.recipes import RECIPES
 from kernelnorm.models import list_models
 from kernelnorm.models.published import PUBLISHED
@@ -14,3 +15,7 @@ def test_names_are_those_of_the_tables() -> None:
     assert (*list_models(),) == names.MODELS
     assert names.NORMS == NORMS
     assert (*PUBLISHED,) == names.PUBLISHED
+    assert (*plan.DTYPES,) == names.DTYPES
+    assert (*plan.MEMORY_FORMATS,) == names.MEMORY_FORMATS
+    assert names.MODES == plan.MODES
+    assert names.PASSES == plan.PASSES

@@ -38,13 +38,18 @@ def make_parser() -> ArgumentParser:
     norms_help = "comma-separated (default: none,batch,group,layer,kernel); none: the floor"
     add("--norms", type=values.norms, help=norms_help)
     passes_help = "train: forward, backward and SGD; inference: forward alone (default: both)"
-    add("--passes", type=values.texts, help=passes_help)
+    add("--passes", type=values.passes, help=passes_help)
     dtypes_help = "float32, bfloat16 (autocast), float16 (autocast, on CUDA)"
-    add("--dtypes", type=values.texts, default=["float32"], help=dtypes_help)
+    add("--dtypes", type=values.dtypes, default=["float32"], help=dtypes_help)
     formats_help = "channels_last, contiguous; with both, the faster one of each norm is reported"
-    add("--memory-formats", type=values.texts, default=["channels_last"], help=formats_help)
+    add(
+        "--memory-formats",
+        type=values.memory_formats,
+        default=["channels_last"],
+        help=formats_help,
+    )
     modes_help = "eager, compile, reduce-overhead (torch.compile with CUDA graphs)"
-    add("--modes", type=values.texts, default=["eager"], help=modes_help)
+    add("--modes", type=values.modes, default=["eager"], help=modes_help)
     device_help = "auto: CUDA if available"
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device_help)
     threads_help = "CPU threads of PyTorch (default: PyTorch's choice)"

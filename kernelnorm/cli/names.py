@@ -49,3 +49,9 @@ NORMS = (
 
 PUBLISHED = ("knresnet18", "knresnet34", "knresnet50")
 """The keys of :data:`kernelnorm.models.published.PUBLISHED`."""
+
+# Of ``bench``, as in kernelnorm.experiments.bench.plan.
+DTYPES = ("float32", "bfloat16", "float16")
+MEMORY_FORMATS = ("channels_last", "contiguous")
+MODES = ("eager", "compile", "reduce-overhead")
+PASSES = ("train", "inference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -65,7 +66,10 @@ class Parser(ArgumentParser):
                 break
             option = argument.split("=")[0]
             if re.match(r"-[^\d.]", option) and option not in self._option_string_actions:
-                self.error(_unknown_option(option, self._option_string_actions))
+                message = _unknown_option(option, self._option_string_actions)
+                if os.path.lexists(argument):
+                    message += f". For the file of this name, write: -- {argument}"
+                self.error(message)
         return super().parse_args(args, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kernelnorm.cli.names import CASES, MODELS, NORMS
+from kernelnorm.cli.names import CASES, DTYPES, MEMORY_FORMATS, MODELS, MODES, NORMS, PASSES
 
 T = TypeVar("T")
 
@@ -158,9 +158,6 @@ def text(value: Any) -> str:
     return value
 
 
-texts = several(text, "must be names separated by commas")
-
-
 def choice(kind: str, known: Iterable[str]) -> Callable[[Any], str]:
     """Return the check of a name among the known ones, each of which is a ``kind``."""
     names = [*known]
@@ -177,6 +174,12 @@ case = choice("case", CASES)
 model = choice("model", MODELS)
 models = several(model, "must be networks separated by commas")
 norms = several(choice("norm", NORMS), "must be norms separated by commas")
+dtypes = several(choice("dtype", DTYPES), "must be dtypes separated by commas")
+passes = several(choice("pass", PASSES), "must be passes separated by commas")
+modes = several(choice("mode", MODES), "must be modes separated by commas")
+memory_formats = several(
+    choice("memory format", MEMORY_FORMATS), "must be memory formats separated by commas"
+)
 
 
 def dataset(value: Any) -> str:
