@@ -112,35 +112,6 @@ for module in "jsonargparse", "lightning_fabric":
         assert "pip install '.[experiments]'" in line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train"], "Stopped. Run the same command to resume.\n"),
-        (["compare"], "Stopped. Run the same command to resume.\n"),
-        (["sweep"], "Stopped. Run the same command to resume.\n"),
-        (["reproduce"], "Stopped. Run the same command to resume.\n"),
-        (["evaluate", "run"], "Stopped.\n"),
-        (["predict", "run", "x.png"], "Stopped.\n"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-@pytest.mark.parametrize("moment", ["make_parser", "run"])  # the first imports, the second works
-def test_ctrl_c_exits_with_130(
-    moment: str,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"kernelnorm.cli.{arguments[0]}.{moment}", stop)
-    with pytest.raises(SystemExit, match="130"):
-        main(arguments)
-    assert capsys.readouterr().err == message
-
-
 def test_train_tells_the_lr_only_where_it_is_not_quite_the_papers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

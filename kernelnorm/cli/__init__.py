@@ -1,14 +1,19 @@
 """The command line. Each command has a file, with the functions ``make_parser`` and ``run``.
 
 What a command needs is imported when it runs: the help of a command, and mistakes in its
-arguments, do not wait for PyTorch.
+arguments, do not wait for PyTorch. This file imports little, so that Ctrl-C finds :func:`main`
+at work from the first moment on.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,12 +74,13 @@ def _main(name: str, *rest: str) -> None:
     if name not in COMMANDS:
         _answer(name, *rest)
         return
-    command = _file_of(name)
-    arguments = parser_of(name).parse_args(rest)
+    with _ctrl_c_ends_the_process(_stopped(name)):
+        command = _file_of(name)
+        arguments = parser_of(name).parse_args(rest)
 
-    from kernelnorm.experiments.data import DataError
-    from kernelnorm.experiments.heap import keep_freed_memory
-    from kernelnorm.experiments.runs import RunError
+        from kernelnorm.experiments.data import DataError
+        from kernelnorm.experiments.heap import keep_freed_memory
+        from kernelnorm.experiments.runs import RunError
 
     keep_freed_memory()
     try:
@@ -87,6 +93,29 @@ def _stopped(name: str = "", *_: str) -> str:
     """Return what a command that was stopped says."""
     resumes = name in COMMANDS and COMMANDS[name].resumes
     return f"Stopped.{' Run the same command to resume.' * resumes}"
+
+
+@contextmanager
+def _ctrl_c_ends_the_process(message: str) -> Iterator[None]:
+    """Print the message and exit upon Ctrl-C while modules are imported.
+
+    An exception is not enough: PyTorch drops it while it imports NumPy, and goes on with half of
+    NumPy.
+    """
+
+    def stop(*_: object) -> None:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(130)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # Ctrl-C is for others, or is ignored as in the background of a shell
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parser_of(name: str) -> ArgumentParser:
