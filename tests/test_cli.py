@@ -20,7 +20,7 @@ from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS
 
 ALL = ["train", "compare", "sweep", "reproduce", "report", "evaluate", "evaluate-published"]
-ALL += ["predict", "bench"]
+ALL += ["predict", "bench", "info"]
 SMALL = ["--batch-size=16", "--epochs=1", "--subset=50", "--image-size=8", "--accelerator=cpu"]
 
 

@@ -88,6 +88,8 @@ def message_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "bench --memory-formats=channel_last",
             "unknown memory format 'channel_last': did you mean 'channels_last'? Choose from ",
         ),
+        ("info --json", "unknown option '--json'"),
+        ("info more", "unexpected argument 'more'"),
         ("bench --threads=0", "--threads must be a positive integer, got '0'"),
         ("bench --rounds=x", "--rounds must be a positive integer, got 'x'"),
         ("bench --seconds=-1", "--seconds must be a number of at least 0, got '-1'"),

@@ -45,6 +45,7 @@ COMMANDS = {
     ),
     "predict": Command("predict the classes of image files"),
     "bench": Command("measure time and memory of normalisations"),
+    "info": Command("show versions, devices and folders, for a bug report"),
 }
 
 
@@ -76,6 +77,9 @@ def _main(name: str, *rest: str) -> None:
         return
     with _ctrl_c_ends_the_process(_stopped(name)):
         command = _file_of(name)
+        if name == "info" and not rest:  # shows what is missing, also if that is the parser
+            command.run()
+            return
         arguments = parser_of(name).parse_args(rest)
 
         from kernelnorm.experiments.data import DataError
