@@ -88,6 +88,7 @@ def message_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "bench --memory-formats=channel_last",
             "unknown memory format 'channel_last': did you mean 'channels_last'? Choose from ",
         ),
+        ("--print-completion=fish", "unknown shell 'fish': choose from bash, zsh, tcsh"),
         ("info --json", "unknown option '--json'"),
         ("info more", "unexpected argument 'more'"),
         ("bench --threads=0", "--threads must be a positive integer, got '0'"),

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -134,10 +135,10 @@ def _file_of(name: str) -> ModuleType:
 
 
 def _answer(*arguments: str) -> None:
-    """Print the help or the version, or report an unknown command."""
+    """Print the help, the version or a completion script, or report an unknown command."""
     from kernelnorm.cli.options import Help
     from kernelnorm.cli.parser import Parser
-    from kernelnorm.cli.values import unknown
+    from kernelnorm.cli.values import choice, unknown
 
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}} {command.summary}" for name, command in COMMANDS.items()]
@@ -153,4 +154,13 @@ def _answer(*arguments: str) -> None:
     )
     if not arguments[0].startswith("-"):
         parser.error(unknown("command", arguments[0], COMMANDS))
-    parser.parse_args(arguments)
+    help = "print a script for completion in bash, zsh or tcsh, see docs/training.md"
+    check = choice("shell", ["bash", "zsh", "tcsh"])
+    parser.add_argument("--print-completion", type=check, metavar="SHELL", help=help)
+    if shell := parser.parse_args(arguments).print_completion:
+        if find_spec("shtab") is None:
+            sys.exit("kernelnorm: --print-completion needs: pip install shtab")
+        from kernelnorm.cli.completion import script
+
+        parsers = {name: parser_of(name) for name in COMMANDS}
+        print(script(shell, parsers, {name: c.summary for name, c in COMMANDS.items()}))
