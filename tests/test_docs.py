@@ -30,7 +30,13 @@ LINES = [
 ]
 
 # The code of these is run by tests of their own: below, and that of the recipes by make test-zoo.
-RUN_ELSEWHERE = {"README.md", "docs/convert.md", "docs/private.md", "docs/recipes.md"}
+RUN_ELSEWHERE = {
+    "README.md",
+    "docs/convert.md",
+    "docs/private.md",
+    "docs/recipes.md",
+    "docs/training.md",
+}
 
 
 def python_blocks(document: Path) -> list[str]:
@@ -62,9 +68,9 @@ def test_every_command_is_named() -> None:
     assert named == {*COMMANDS}
 
 
-def test_the_python_code_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has ``cat.jpg``, images in ``photos`` and a run on them in ``runs``."""
     monkeypatch.chdir(tmp_path)
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -76,10 +82,21 @@ def test_the_python_code_of_the_readme_runs(
     options = {"model_options": {"width": 0.25}, "image_size": 8, "epochs": 1}
     config = configure(recipe, norm="kernel", batch_size=4, lr=0.01, **options)
     train(config, Launch(out=Path("runs/photos"), verbose=False))
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = python_blocks(ROOT / "README.md")
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     exec("\n".join(blocks), {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_code_of_the_page_on_training_loads_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = python_blocks(ROOT / "docs" / "training.md")
+    exec(code, {})
+    assert re.fullmatch(r"cat: [\d.]+%\ndog: [\d.]+%\n", capsys.readouterr().out)
 
 
 def test_the_code_of_the_page_on_conversion_prints_what_it_says(
