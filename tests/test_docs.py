@@ -157,3 +157,13 @@ def test_links_lead_somewhere(document: Path) -> None:
         file = document.parent / path if path else document
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/design.md"])
+def test_files_and_names_are_there(document: str) -> None:
+    """The files that a document for developers names, and what it says is in them."""
+    text = (ROOT / document).read_text()
+    for file in re.findall(r"`((?:kernelnorm|tests|docs|benchmarks)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / file).is_file(), file
+    for name, file in re.findall(r"`(\w+)` in\s+`((?:kernelnorm|tests)/[\w./-]+\.\w+)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), (name, file)
