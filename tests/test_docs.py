@@ -113,9 +113,7 @@ def test_the_code_of_the_page_on_conversion_prints_what_it_says(
 def test_the_code_of_the_page_on_private_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("opacus")
     (code, *_) = python_blocks(ROOT / "docs" / "private.md")
-    data = torch.utils.data.TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,)))
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
-    exec(code, {"torch": torch, "F": torch.nn.functional, "loader": loader})
+    exec(code, {})
     assert float(capsys.readouterr().out) > 0
 
 
