@@ -30,7 +30,13 @@ LINES = [
 ]
 
 # The code of these is run by tests of their own: below, and that of the recipes by make test-zoo.
-RUN_ELSEWHERE = {"README.md", "docs/convert.md", "docs/private.md", "docs/recipes.md"}
+RUN_ELSEWHERE = {
+    "README.md",
+    "docs/convert.md",
+    "docs/private.md",
+    "docs/recipes.md",
+    "docs/training.md",
+}
 
 
 def python_blocks(document: Path) -> list[str]:
@@ -62,9 +68,9 @@ def test_every_command_is_named() -> None:
     assert named == {*COMMANDS}
 
 
-def test_the_python_code_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has ``cat.jpg``, images in ``photos`` and a run on them in ``runs``."""
     monkeypatch.chdir(tmp_path)
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -76,10 +82,21 @@ def test_the_python_code_of_the_readme_runs(
     options = {"model_options": {"width": 0.25}, "image_size": 8, "epochs": 1}
     config = configure(recipe, norm="kernel", batch_size=4, lr=0.01, **options)
     train(config, Launch(out=Path("runs/photos"), verbose=False))
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_python_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = python_blocks(ROOT / "README.md")
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     exec("\n".join(blocks), {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_code_of_the_page_on_training_loads_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = python_blocks(ROOT / "docs" / "training.md")
+    exec(code, {})
+    assert re.fullmatch(r"cat: [\d.]+%\ndog: [\d.]+%\n", capsys.readouterr().out)
 
 
 def test_the_code_of_the_page_on_conversion_prints_what_it_says(
@@ -96,9 +113,7 @@ def test_the_code_of_the_page_on_conversion_prints_what_it_says(
 def test_the_code_of_the_page_on_private_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("opacus")
     (code, *_) = python_blocks(ROOT / "docs" / "private.md")
-    data = torch.utils.data.TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,)))
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
-    exec(code, {"torch": torch, "F": torch.nn.functional, "loader": loader})
+    exec(code, {})
     assert float(capsys.readouterr().out) > 0
 
 
@@ -140,3 +155,13 @@ def test_links_lead_somewhere(document: Path) -> None:
         file = document.parent / path if path else document
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/design.md"])
+def test_files_and_names_are_there(document: str) -> None:
+    """The files that a document for developers names, and what it says is in them."""
+    text = (ROOT / document).read_text()
+    for file in re.findall(r"`((?:kernelnorm|tests|docs|benchmarks)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / file).is_file(), file
+    for name, file in re.findall(r"`(\w+)` in\s+`((?:kernelnorm|tests)/[\w./-]+\.\w+)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), (name, file)
