@@ -68,7 +68,7 @@ def kernel_norm(
     arguments.check_windows_fit(observers.sizes(x)[2:], geometry)
     p, masked = _dropout(dropout_p, training, evaluation)
     settings = Settings(geometry, 1, p, masked, eps, None)
-    with knconv.without_autocast(x):
+    with observers.without_autocast(x):
         x_hat = _normalize(x.to(compute_dtype(x)), settings)
     return (x_hat if input.dim() == d + 2 else x_hat.squeeze(0)).to(input.dtype)
 

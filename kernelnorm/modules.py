@@ -1,17 +1,12 @@
-"""Kernel normalisation as modules: parameters, and a forward that is one call."""
+"""Kernel normalisation as layers, for one, two and three spatial dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
-from kernelnorm import arguments, functional
+from kernelnorm import arguments
 from kernelnorm.arguments import Evaluation
-from kernelnorm.ops import observers
+from kernelnorm.bases import KernelNormNd, KNConvNd
 
 __all__ = [
     "KNConv1d",
@@ -24,54 +19,7 @@ __all__ = [
 ]
 
 
-class _KernelNorm(nn.Module):
-    _dims: ClassVar[int]
-
-    def __init__(
-        self,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        dropout_p: float = 0.1,
-        eps: float = 1e-5,
-        *,
-        evaluation: Evaluation = "expected",
-    ) -> None:
-        super().__init__()
-        arguments.check_normalization(dropout_p, eps, evaluation)
-        stride = kernel_size if stride is None else stride
-        padding = arguments.integers("padding", padding, self._dims, at_least=0)
-        geometry = arguments.geometry(self._dims, kernel_size, stride, padding, 1)
-        self.kernel_size, self.stride, self.padding, _ = geometry
-        self.dropout_p = dropout_p
-        self.eps = eps
-        self.evaluation: Evaluation = evaluation
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises each window of the input."""
-        recorded: Tensor | None = observers.called_as_leaf(self, input)
-        if recorded is not None:
-            return recorded
-        return functional.kernel_norm(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            dropout_p=self.dropout_p,
-            training=self.training,
-            eps=self.eps,
-            evaluation=self.evaluation,
-        )
-
-    def extra_repr(self) -> str:
-        """The arguments, as ``print(module)`` shows them."""
-        return (
-            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"dropout_p={self.dropout_p}, eps={self.eps}{_shown_evaluation(self.evaluation)}"
-        )
-
-
-class KernelNorm1d(_KernelNorm):
+class KernelNorm1d(KernelNormNd):
     r"""Normalises each window of :math:`(N, C, L)` inputs by its own mean and variance.
 
     See :class:`KernelNorm2d`, of which this is the form for one spatial dimension.
@@ -82,6 +30,7 @@ class KernelNorm1d(_KernelNorm):
 
     Example::
 
+        >>> import torch
         >>> KernelNorm1d(3, stride=1, padding=1)(torch.randn(8, 16, 100)).shape
         torch.Size([8, 16, 300])
     """
@@ -89,7 +38,7 @@ class KernelNorm1d(_KernelNorm):
     _dims = 1
 
 
-class KernelNorm2d(_KernelNorm):
+class KernelNorm2d(KernelNormNd):
     r"""Normalises each window of :math:`(N, C, H, W)` inputs by its own mean and variance.
 
     A window :math:`u` has all channels and slides like a pooling window; the normalised windows are
@@ -129,6 +78,7 @@ class KernelNorm2d(_KernelNorm):
 
     Example::
 
+        >>> import torch
         >>> x = torch.randn(8, 64, 7, 7)
         >>> KernelNorm2d(kernel_size=1, dropout_p=0.2)(x).shape
         torch.Size([8, 64, 7, 7])
@@ -139,7 +89,7 @@ class KernelNorm2d(_KernelNorm):
     _dims = 2
 
 
-class KernelNorm3d(_KernelNorm):
+class KernelNorm3d(KernelNormNd):
     r"""Normalises each window of :math:`(N, C, D, H, W)` inputs by its own mean and variance.
 
     See :class:`KernelNorm2d`, of which this is the form for three spatial dimensions.
@@ -150,6 +100,7 @@ class KernelNorm3d(_KernelNorm):
 
     Example::
 
+        >>> import torch
         >>> KernelNorm3d(2)(torch.randn(2, 4, 8, 8, 8)).shape
         torch.Size([2, 4, 8, 8, 8])
     """
@@ -157,103 +108,7 @@ class KernelNorm3d(_KernelNorm):
     _dims = 3
 
 
-class _KNConv(nn.modules.conv._ConvNd):
-    """What the three KNConvs share; it stands before ``nn.ConvNd`` among their bases."""
-
-    _dims: ClassVar[int]
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        dropout_p: float = 0.1,
-        eps: float = 1e-5,
-        activation: str | nn.Module | None = None,
-        evaluation: Evaluation = "expected",
-    ) -> None:
-        if type(activation) is nn.ReLU:
-            activation = "relu"
-        arguments.check_normalization(dropout_p, eps, evaluation)
-        arguments.check_convolution(*arguments.fused(activation), padding_mode)
-        arguments.check_channels(in_channels, out_channels, groups)
-        window = arguments.geometry(self._dims, kernel_size, stride, padding, dilation)
-        init: Any = super().__init__  # of nn.ConvNd, not of the base that the type checker sees
-        init(
-            in_channels,
-            out_channels,
-            window.kernel_size,
-            window.stride,
-            padding if isinstance(padding, str) else window.padding,
-            window.dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        self.dropout_p = dropout_p
-        self.eps = eps
-        self.activation = activation
-        self.evaluation: Evaluation = evaluation
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolves the normalised windows of the input."""
-        recorded: Tensor | None = observers.called_as_leaf(self, input)
-        if recorded is not None:
-            return recorded
-        fused, negative_slope = arguments.fused(self.activation)
-        y = functional.kn_conv(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            padding_mode=self.padding_mode,
-            dropout_p=self.dropout_p,
-            training=self.training,
-            eps=self.eps,
-            activation=fused,
-            negative_slope=negative_slope,
-            evaluation=self.evaluation,
-        )
-        return self.activation(y) if isinstance(self.activation, nn.Module) and not fused else y
-
-    def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-        """See :meth:`torch.nn.Module.register_forward_hook`.
-
-        Those of Opacus also keep the dropout mask, see :mod:`kernelnorm.privacy`.
-        """
-        owner = type(getattr(hook, "__self__", None))
-        if any(base.__module__.startswith("opacus.") for base in owner.__mro__):
-            from kernelnorm.privacy.samplers import with_call  # registers the samplers, too
-
-            hook = with_call(hook)
-        return super().register_forward_hook(hook, **options)
-
-    def extra_repr(self) -> str:
-        """The arguments, as ``print(module)`` shows them."""
-        convolution: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        named = isinstance(self.activation, str)  # a module is shown below this line
-        activation = f", activation={self.activation}" if named else ""
-        return (
-            f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"
-            f"{_shown_evaluation(self.evaluation)}"
-        )
-
-
-class KNConv1d(_KNConv, nn.Conv1d):
+class KNConv1d(KNConvNd, nn.Conv1d):
     r"""A convolution of windows that are normalised by their own statistics, for :math:`(N, C, L)`.
 
     See :class:`KNConv2d`, of which this is the form for one spatial dimension.
@@ -264,6 +119,7 @@ class KNConv1d(_KNConv, nn.Conv1d):
 
     Example::
 
+        >>> import torch
         >>> KNConv1d(16, 33, 3, stride=2)(torch.randn(20, 16, 50)).shape
         torch.Size([20, 33, 24])
     """
@@ -271,7 +127,7 @@ class KNConv1d(_KNConv, nn.Conv1d):
     _dims = 1
 
 
-class KNConv2d(_KNConv, nn.Conv2d):
+class KNConv2d(KNConvNd, nn.Conv2d):
     r"""A convolution of windows that are normalised by their own mean and variance.
 
     A drop-in replacement for a convolution and its BatchNorm. The state dict is that of the
@@ -330,6 +186,7 @@ class KNConv2d(_KNConv, nn.Conv2d):
 
     Example::
 
+        >>> import torch
         >>> layer = KNConv2d(3, 64, kernel_size=3, padding=1, activation="relu")
         >>> layer(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 64, 32, 32])
@@ -338,7 +195,7 @@ class KNConv2d(_KNConv, nn.Conv2d):
     _dims = 2
 
 
-class KNConv3d(_KNConv, nn.Conv3d):
+class KNConv3d(KNConvNd, nn.Conv3d):
     r"""A convolution of windows that are normalised by their own statistics, for volumes.
 
     See :class:`KNConv2d`, of which this is the form for three spatial dimensions.
@@ -349,15 +206,12 @@ class KNConv3d(_KNConv, nn.Conv3d):
 
     Example::
 
+        >>> import torch
         >>> KNConv3d(4, 8, 3, padding=1)(torch.randn(2, 4, 8, 8, 8)).shape
         torch.Size([2, 8, 8, 8, 8])
     """
 
     _dims = 3
-
-
-def _shown_evaluation(evaluation: Evaluation) -> str:
-    return "" if evaluation == "expected" else f", evaluation={evaluation}"
 
 
 def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
@@ -378,6 +232,6 @@ def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
     """
     arguments.check_normalization(dropout_p=0, eps=1, evaluation=evaluation)
     for layer in module.modules():
-        if isinstance(layer, (_KernelNorm, _KNConv)):
+        if isinstance(layer, (KernelNormNd, KNConvNd)):
             layer.evaluation = evaluation
     return module

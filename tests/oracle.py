@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import knconv
+from kernelnorm.ops import passes
 from kernelnorm.ops.backends import Backend, Statistics, compute_dtype, cpu, eager, triton
 from kernelnorm.ops.settings import Settings, constants
 from tests.strategies import Case, laid_out
@@ -73,7 +73,7 @@ class Subject:
 def on_backend(backend: Backend) -> AbstractContextManager[object]:
     """Layers run on a backend if it supports their inputs."""
     return mock.patch.object(
-        knconv, "backend_for", side_effect=lambda x: backend if backend.supports(x) else eager
+        passes, "backend_for", side_effect=lambda x: backend if backend.supports(x) else eager
     )
 
 
@@ -138,8 +138,8 @@ def check_layer(
     if options.masked and x.shape[1] * math.prod(options.geometry.kernel_size) <= 4:
         unit *= 30  # the few elements are differences to the first, which may have been dropped
     with subject.running(tile):
-        result = knconv.forward(knconv.backend_for(x), *inputs, keys, options)
-    expected = knconv.forward(eager, *double(inputs), keys, options)
+        result = passes.forward(*inputs, keys, options)
+    expected = passes.forward(*double(inputs), keys, options, eager)
     # What the rounding of each product comes to: a few outputs can all be small by chance.
     products = eager.convolution(x.double().square(), weight.double().square(), options).sqrt()
     size = (products * expected.rstd).max().item() if products.numel() else 0.0
@@ -155,10 +155,10 @@ def check_layer(
     saved = [result.numerator if options.slope is None else result.y, *result[2:]]
     before = grad.clone()
     with subject.running(tile):
-        results = knconv.backward(grad, *inputs, keys, saved, options, needs)
+        results = passes.backward(grad, *inputs, keys, saved, options, needs)
     assert torch.equal(grad, before)
     with on_backend(eager):
-        exact = knconv.backward(grad.double(), *double(inputs), keys, double(saved), options, needs)
+        exact = passes.backward(grad.double(), *double(inputs), keys, double(saved), options, needs)
     assert [a is None for a in results] == [
         not need or t is None for t, need in zip(inputs, needs, strict=True)
     ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernelnorm import reference
 from kernelnorm.functional import kernel_norm, kn_conv
-from kernelnorm.ops import knconv
+from kernelnorm.ops import passes
 from kernelnorm.ops.backends import eager
 from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from tests.strategies import CHANNELS_LAST, Case, cases, mask_of
@@ -29,7 +29,7 @@ def backend(request):
     if request.param == "default":
         yield
     else:
-        with mock.patch.object(knconv, "backend_for", return_value=eager):
+        with mock.patch.object(passes, "backend_for", return_value=eager):
             yield
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernelnorm import reference
 from kernelnorm.functional import kn_conv
-from kernelnorm.ops import knconv
+from kernelnorm.ops import passes
 from kernelnorm.ops.backends import Statistics, compute_dtype, eager
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
@@ -205,12 +205,12 @@ def test_strides_that_leave_a_remainder(backend, length: int, layout: str):
     options = Settings(geometry, 1, 0.0, False, EPS, slope=None)
     x, (weight, bias) = case.input(device=backend.device), case.filters(device=backend.device)
     with backend.running():
-        y, numerator, *small = knconv.forward(backend, x, weight, bias, None, options)
+        y, numerator, *small = passes.forward(x, weight, bias, None, options, backend)
         grad = case.randn(*y.shape, device=backend.device)
         arguments = grad, x, weight, bias, None, [numerator, *small], options, [True] * 3
-        results = knconv.backward(*arguments)
+        results = passes.backward(*arguments)
     with on_backend(eager):
-        expected = knconv.backward(*arguments)
+        expected = passes.backward(*arguments)
     torch.testing.assert_close(results, expected, rtol=1e-11, atol=1e-11)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernelnorm.ops import knconv
+from kernelnorm.ops import passes
 from kernelnorm.ops.backends import cpu
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
@@ -38,11 +38,11 @@ def test_threads_share_the_work(device, three_threads, layout: str, masked: bool
     runs = []
     for threads in (3, 3, 1):
         torch.set_num_threads(threads)
-        y, _, *small = knconv.forward(cpu, x, weight, bias, keys, options)
+        y, _, *small = passes.forward(x, weight, bias, keys, options, cpu)
         grad = case.randn(*y.shape, dtype=torch.float32)
         assert y.numel() > 4 * cpu._ELEMENTS_PER_THREAD
         saved = [y, *small]
-        gradients = knconv.backward(grad, x, weight, bias, keys, saved, options, [True] * 3)
+        gradients = passes.backward(grad, x, weight, bias, keys, saved, options, [True] * 3)
         runs.append([*saved, *gradients])
     for first, second, alone in zip(*runs, strict=True):
         assert torch.equal(first, second)

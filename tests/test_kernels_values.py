@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernelnorm.functional import kn_conv
-from kernelnorm.ops import knconv
+from kernelnorm.ops import passes
 from kernelnorm.ops.backends import Statistics, compute_dtype
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
@@ -103,7 +103,7 @@ def test_a_pixel_that_is_not_finite_spoils_its_windows_only(backend, value: floa
         x = laid_out(x, layout)
         with backend.running():
             statistics = backend.window_statistics(x, None, options, False)
-            y = knconv.forward(backend, x, weight, None, None, options).y
+            y = passes.forward(x, weight, None, None, options, backend).y
         expected = F.unfold(x[:, 1:2].isfinite().float(), (3, 2), stride=(2, 1), padding=(1, 0))
         padded = F.unfold(torch.ones_like(x[:, 1:2]), (3, 2), stride=(2, 1), padding=(1, 0))
         finite = (expected == padded).all(1).view(statistics.mu.shape)

@@ -1,11 +1,13 @@
-"""Who watches a call: compilers, exporters, functional transforms, dispatch modes, autocast.
+"""What observes a call: compilers, exporters, functional transforms, dispatch modes, autocast.
 
-The only file that uses private names of PyTorch; docs/design.md lists them with their reasons.
+Private functions of PyTorch are used in this file only; docs/design.md lists all private names with
+their reasons.
 """
 
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ def needs_plain_operations(*tensors: Tensor | None) -> bool:
 
 def is_observed() -> bool:
     """True if a compiler, a tracer or a dispatch mode must see the call as an operator."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or bool(_get_current_dispatch_mode_stack())
 
 
 def _is_exporting() -> bool:
@@ -50,7 +52,7 @@ def _is_tracing() -> bool:
 
 def _counts_flops() -> bool:
     """True under ``torch.utils.flop_counter``, which takes long to import."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+    if torch.compiler.is_compiling():
         return False
     modes = map(type, _get_current_dispatch_mode_stack())
     return any(mode.__module__ == "torch.utils.flop_counter" for mode in modes)
@@ -69,6 +71,13 @@ def is_autocast_on(x: Tensor) -> bool:
     """True if autocast is enabled for the device of ``x``."""
     device = x.device.type
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which autocast changes no dtypes."""
+    if is_autocast_on(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def has_storage(x: Tensor) -> bool:
