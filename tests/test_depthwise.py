@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kernelnorm.models import create_model, list_models
-from kernelnorm.models.blocks import init_convolutions
+from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.squeeze_excite import SqueezeExcite
 from kernelnorm.modules import KernelNorm2d, KNConv2d
 from kernelnorm.norms import NORMS

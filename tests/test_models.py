@@ -1,11 +1,13 @@
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import kernelnorm as kn
 from kernelnorm.models import create_model, list_models, vgg8
 from kernelnorm.modules import KernelNorm2d, KNConv2d
 from kernelnorm.norms import NORMS
@@ -271,3 +273,21 @@ def test_unknown_norms_are_refused_with_the_choices(name):
 def test_a_width_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="width must be positive, got 0"):
         create_model("vgg8", width=0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernelnorm.models.blocks:Rules",
+        "kernelnorm.models.knresnet:Residual",
+        "kernelnorm.models.mobilenet:InvertedResidual",
+    ],
+)
+def test_networks_that_were_saved_whole_find_their_classes(name: str):
+    """Pickles of earlier versions name these classes so, which have moved since."""
+    assert isinstance(resolve_name(name), type)
+
+
+@pytest.mark.parametrize("name", ["KNConv1d", "KNConv2d", "KNConv3d", "KernelNorm2d"])
+def test_pickles_name_the_file_of_the_layers(name: str):
+    assert getattr(kn, name).__module__ == "kernelnorm.modules"

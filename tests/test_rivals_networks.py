@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kernelnorm.models import create_model, list_models
-from kernelnorm.models.blocks import init_convolutions
+from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.resnet import BasicBlock, Bottleneck
 from kernelnorm.norms import (
     NORMS,

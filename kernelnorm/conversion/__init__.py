@@ -16,7 +16,7 @@ from kernelnorm.conversion.plan import Fate, Plan, make_plan
 from kernelnorm.conversion.record import Call, record
 from kernelnorm.conversion.replace import carry_out
 from kernelnorm.conversion.report import Report, Row
-from kernelnorm.models.blocks import Rules, as_rules
+from kernelnorm.models.rules import Rules, as_rules
 
 __all__ = ["Report", "Row", "convert"]
 

@@ -21,7 +21,7 @@ from kernelnorm.conversion.flow import Flow, is_global_pooling
 from kernelnorm.conversion.head import Head
 from kernelnorm.conversion.kinds import Kind, kind_of
 from kernelnorm.conversion.record import Call, Value
-from kernelnorm.models.blocks import Rules
+from kernelnorm.models.rules import Rules
 
 __all__ = ["Activations", "plan_activations"]
 

@@ -11,7 +11,7 @@ from kernelnorm.conversion import kinds
 from kernelnorm.conversion.flow import Flow, is_global_pooling
 from kernelnorm.conversion.kinds import Kind, kind_of
 from kernelnorm.conversion.record import Call
-from kernelnorm.models.blocks import Rules
+from kernelnorm.models.rules import Rules
 
 __all__ = ["Head", "plan_head"]
 

@@ -13,7 +13,7 @@ from kernelnorm.conversion.activations import Activations, plan_activations
 from kernelnorm.conversion.flow import Flow
 from kernelnorm.conversion.head import Head, plan_head
 from kernelnorm.conversion.record import Call
-from kernelnorm.models.blocks import Rules
+from kernelnorm.models.rules import Rules
 
 __all__ = ["Fate", "Plan", "make_plan"]
 

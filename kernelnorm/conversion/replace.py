@@ -12,7 +12,7 @@ from torch import nn
 from kernelnorm.conversion.head import Head
 from kernelnorm.conversion.layers import Copy, KNConv2dSame
 from kernelnorm.conversion.plan import Fate, Plan
-from kernelnorm.models.blocks import Rules
+from kernelnorm.models.rules import Rules
 from kernelnorm.modules import (
     KernelNorm1d,
     KernelNorm2d,

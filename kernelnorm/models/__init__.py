@@ -5,15 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from kernelnorm.models.blocks import Rules, has_norm, init_convolutions
+from kernelnorm.models.blocks import has_norm
 from kernelnorm.models.densenet import densenet121, densenet161, densenet169, densenet201
 from kernelnorm.models.efficientnet import efficientnet_b0
+from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.knresnet import knresnet13, knresnet18, knresnet34, knresnet50
 from kernelnorm.models.mobilenet import mobilenet_v3_small
 from kernelnorm.models.published import load_published
 from kernelnorm.models.resnet import resnet18, resnet34, resnet50, resnet101
+from kernelnorm.models.rules import Rules
 from kernelnorm.models.vgg import vgg8
-from kernelnorm.norms import NORMS
+from kernelnorm.norms import describe
 
 __all__ = [
     "Rules",
@@ -76,7 +78,7 @@ def list_models(norm: str = "kernel") -> list[str]:
         >>> sorted({*list_models()} - {*list_models("batch")})
         ['knresnet13', 'knresnet18', 'knresnet34', 'knresnet50']
     """
-    _check_norm(norm)
+    describe(norm)  # which refuses unknown names
     models = [*_MODELS, *(_KERNEL_MODELS if norm == "kernel" else ())]
     return [name for name in models if has_norm(name, norm)]
 
@@ -126,13 +128,8 @@ def _with_config(network: nn.Module, **config: Any) -> nn.Module:
     return network
 
 
-def _check_norm(norm: str) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}, choose one of: {', '.join(NORMS)}")
-
-
 def _check_kernel_only(name: str, norm: str, rules: Rules | Mapping[str, Any] | None) -> None:
-    _check_norm(norm)
+    describe(norm)  # which refuses unknown names
     if norm != "kernel":
         raise ValueError(
             f"{name} exists with norm='kernel' only, got norm={norm!r}. "

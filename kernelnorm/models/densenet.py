@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
+from kernelnorm.models.blocks import Layers, layers_for
+from kernelnorm.models.initialisation import init_convolutions
+from kernelnorm.models.rules import Rules
+from kernelnorm.models.stem import stem
 from kernelnorm.ops.concatenation import concatenate
 
 BOTTLENECK = 4
@@ -56,7 +59,7 @@ class DenseNet(nn.Module):
     Args:
         growth: the channels that a dense layer appends
         depths: the dense layers of each block
-        stem: the channels of the first convolution
+        channels: the channels of the first convolution
         norm, num_classes, in_channels, small_images, rules: see :func:`densenet121`
     """
 
@@ -64,7 +67,7 @@ class DenseNet(nn.Module):
         self,
         growth: int,
         depths: tuple[int, int, int, int],
-        stem: int,
+        channels: int,
         norm: str,
         num_classes: int,
         in_channels: int,
@@ -75,14 +78,13 @@ class DenseNet(nn.Module):
         layers = layers_for(
             norm, rules, family="densenet", unused={"residual_relu": "DenseNet has no additions"}
         )
-        kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
+        conv, pool = stem(layers.conv, in_channels, channels, small_images)
         features = nn.Sequential()
-        features.add_module("conv0", layers.conv(in_channels, stem, kernel_size, stride, padding))
-        features.add_module("norm0", layers.norm(stem))
+        features.add_module("conv0", conv)
+        features.add_module("norm0", layers.norm(channels))
         features.add_module("relu0", layers.relu())
-        features.add_module("pool0", nn.Identity() if small_images else nn.MaxPool2d(3, 2, 1))
+        features.add_module("pool0", pool)
 
-        channels = stem
         for block, depth in enumerate(depths, start=1):
             if block > 1:
                 features.add_module(f"transition{block - 1}", Transition(layers, channels))

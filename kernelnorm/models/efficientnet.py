@@ -4,12 +4,16 @@ With ``norm="batch"`` the parameters have the names, the order and the shapes of
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
+from kernelnorm.models.blocks import Layers, layers_for
+from kernelnorm.models.initialisation import init_convolutions
+from kernelnorm.models.inverted_residual import InvertedResidual
+from kernelnorm.models.rules import Rules
 from kernelnorm.models.squeeze_excite import SqueezeExcite
 
 STEM = 32
@@ -69,11 +73,13 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}"
 
 
-class MBConv(nn.Module):
-    """1x1 convolution to more channels, depthwise convolution, gate, 1x1 convolution to fewer.
+class MBConv(InvertedResidual):
+    """An inverted residual block with a gate of SiLUs, which training leaves out for some samples.
 
-    There is no first convolution with an expansion of 1, and no activation after the last. The
-    input is added where it has the shape of the output.
+    Args:
+        expansion: the channels of the depthwise convolution, in multiples of ``in_channels``
+        drop: the probability of a sample to be left out
+        layers, in_channels, out_channels, kernel_size, stride: those of :class:`InvertedResidual`
     """
 
     def __init__(
@@ -86,16 +92,11 @@ class MBConv(nn.Module):
         stride: int,
         drop: float,
     ) -> None:
-        super().__init__()
-        conv, width = layers.conv_norm_activation, in_channels * expansion
-        block = nn.Sequential()
-        if expansion > 1:
-            block.append(conv(in_channels, width, 1, activation=nn.SiLU))
-        block.append(conv(width, width, kernel_size, stride, groups=width, activation=nn.SiLU))
-        block.append(SqueezeExcite(width, max(1, in_channels // 4), nn.SiLU, nn.Sigmoid))
-        block.append(conv(width, out_channels, 1))
-        self.block = block
-        self.residual = stride == 1 and in_channels == out_channels
+        width = in_channels * expansion
+        gate = partial(SqueezeExcite, width, max(1, in_channels // 4), nn.SiLU, nn.Sigmoid)
+        super().__init__(
+            layers, in_channels, width, out_channels, kernel_size, stride, nn.SiLU, gate
+        )
         self.stochastic_depth = StochasticDepth(drop)
 
     def forward(self, x: Tensor) -> Tensor:

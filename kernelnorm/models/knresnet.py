@@ -7,125 +7,20 @@ stand between the stages in place of strided convolutions. They exist with the k
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from kernelnorm.arguments import Evaluation
-from kernelnorm.models.blocks import init_convolutions
-from kernelnorm.modules import KernelNorm2d, KNConv2d
-
-
-class Layers(NamedTuple):
-    """What the layers of a network share.
-
-    Args:
-        dropout_p: of all KNConvs
-        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`
-        activation: stands before each KNConv but the stem
-    """
-
-    dropout_p: float
-    evaluation: Evaluation
-    activation: type[nn.Module] = nn.ReLU
-
-    def conv(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        padding: int = 0,
-        stride: int = 1,
-        *,
-        activated: bool = False,
-    ) -> KNConv2d:
-        """Returns a KNConv with a bias; ``activated``: with the activation after it fused in."""
-        return KNConv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dropout_p=self.dropout_p,
-            activation=self.activation() if activated else None,
-            evaluation=self.evaluation,
-        )
-
-    def head(self, dropout_p: float) -> nn.Sequential:
-        """Returns what stands before the final average pooling."""
-        norm = KernelNorm2d(1, 1, dropout_p=dropout_p, evaluation=self.evaluation)
-        return nn.Sequential(norm, self.activation())
-
-
-class Residual(nn.Sequential):
-    """Layers beside the identity; nothing follows the addition."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` plus the output of the layers for it."""
-        y = x
-        for layer in self:
-            y = layer(y)
-        return x + y
-
-
-class Stage(NamedTuple):
-    """Residual blocks of one shape.
-
-    Args:
-        depth: the number of blocks
-        channels: of their input and output
-        inner: the channels between their KNConvs
-        kernel_size: of the KNConvs that change the channels, 2 or 1
-    """
-
-    depth: int
-    channels: int
-    inner: int
-    kernel_size: int = 2
-
-
-def basic_block(layers: Layers, stage: Stage) -> Residual:
-    """A 2x2 KNConv whose map is one pixel larger, and a 2x2 KNConv that undoes that.
-
-    The activation between the two is part of the first KNConv. The one before them is a layer of
-    its own, since the identity takes the input as it is.
-    """
-    return Residual(
-        OrderedDict[str, nn.Module](
-            act=layers.activation(),
-            conv1=layers.conv(stage.channels, stage.inner, 2, padding=1, activated=True),
-            conv2=layers.conv(stage.inner, stage.channels, 2),
-        )
-    )
-
-
-def bottleneck(layers: Layers, stage: Stage) -> Residual:
-    """:func:`basic_block` with a 3x3 KNConv between; or 1x1, 3x3 and 1x1 KNConvs."""
-    size = stage.kernel_size
-    return Residual(
-        OrderedDict[str, nn.Module](
-            act=layers.activation(),
-            conv1=layers.conv(stage.channels, stage.inner, size, padding=size - 1, activated=True),
-            conv2=layers.conv(stage.inner, stage.inner, 3, padding=1, activated=True),
-            conv3=layers.conv(stage.inner, stage.channels, size),
-        )
-    )
-
-
-def transition(
-    layers: Layers, in_channels: int, stage: Stage, padding: tuple[int, int, int, int]
-) -> nn.Sequential:
-    """The activation, a KNConv to the channels of the next stage and 2x2 max-pooling.
-
-    The padding (left, right, top, bottom) of a 2x2 KNConv is a layer of its own, since a
-    convolution pads opposite sides alike. Its zeros are elements of the windows in either place.
-    """
-    step = OrderedDict[str, nn.Module](act=layers.activation())
-    if stage.kernel_size > 1:
-        step["pad"] = nn.ZeroPad2d(padding)
-    step["conv"] = layers.conv(in_channels, stage.channels, stage.kernel_size)
-    step["pool"] = nn.MaxPool2d(2)
-    return nn.Sequential(step)
+from kernelnorm.models.initialisation import init_convolutions
+from kernelnorm.models.knresnet_blocks import (
+    Layers,
+    Residual,
+    Stage,
+    basic_block,
+    bottleneck,
+    transition,
+)
+from kernelnorm.models.stem import stem
 
 
 class KNResNet(nn.Module):
@@ -152,11 +47,7 @@ class KNResNet(nn.Module):
         super().__init__()
         layers = Layers(dropout_p, evaluation)
         one, two, three, four = stages
-        if small_images:
-            self.stem = layers.conv(in_channels, one.channels, 3, padding=1)
-        else:
-            self.stem = layers.conv(in_channels, one.channels, 7, padding=3, stride=2)
-        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
+        self.stem, self.maxpool = stem(layers.conv, in_channels, one.channels, small_images)
 
         def blocks(stage: Stage) -> nn.Sequential:
             return nn.Sequential(*(block(layers, stage) for _ in range(stage.depth)))

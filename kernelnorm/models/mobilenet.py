@@ -4,11 +4,15 @@ With ``norm="batch"`` the parameters have the names, the order and the shapes of
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import Activation, Layers, Rules, init_convolutions, layers_for
+from kernelnorm.models.blocks import Activation, layers_for
+from kernelnorm.models.initialisation import init_convolutions
+from kernelnorm.models.inverted_residual import InvertedResidual
+from kernelnorm.models.rules import Rules
 from kernelnorm.models.squeeze_excite import SqueezeExcite
 
 STEM = 16
@@ -29,42 +33,6 @@ BLOCKS: tuple[tuple[int, int, int, bool, Activation, int], ...] = (
 )
 """Of each block: the kernel size, the channels inside and after it, whether it has a gate, the
 activation, and the stride."""
-
-
-class InvertedResidual(nn.Module):
-    """1x1 convolution to more channels, depthwise convolution, gate, 1x1 convolution to fewer.
-
-    There is no first convolution where ``width`` is ``in_channels``, and no activation after the
-    last. The input is added where it has the shape of the output.
-    """
-
-    def __init__(
-        self,
-        layers: Layers,
-        in_channels: int,
-        width: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        gate: bool,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        conv = layers.conv_norm_activation
-        block = nn.Sequential()
-        if width != in_channels:
-            block.append(conv(in_channels, width, 1, activation=activation))
-        block.append(conv(width, width, kernel_size, stride, groups=width, activation=activation))
-        if gate:
-            block.append(SqueezeExcite(width, _squeezed(width), nn.ReLU, nn.Hardsigmoid))
-        block.append(conv(width, out_channels, 1))
-        self.block = block
-        self.residual = stride == 1 and in_channels == out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the block's output, at ``1 / stride`` of the resolution."""
-        y: Tensor = self.block(x)
-        return y + x if self.residual else y
 
 
 def _squeezed(width: int) -> int:
@@ -98,12 +66,12 @@ class MobileNetV3(nn.Module):
         conv, stride = layers.conv_norm_activation, 1 if small_images else 2
         features = nn.Sequential(conv(in_channels, STEM, 3, stride, activation=nn.Hardswish))
         channels = STEM
-        for index, (kernel_size, width, after, gate, activation, stride) in enumerate(BLOCKS):
+        for index, (kernel_size, width, after, gated, activation, stride) in enumerate(BLOCKS):
             stride = 1 if small_images and index == 0 else stride
+            gate = partial(SqueezeExcite, width, _squeezed(width), nn.ReLU, nn.Hardsigmoid)
+            options = activation, gate if gated else None
             features.append(
-                InvertedResidual(
-                    layers, channels, width, after, kernel_size, stride, gate, activation
-                )
+                InvertedResidual(layers, channels, width, after, kernel_size, stride, *options)
             )
             channels = after
         last = 6 * channels

@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import Layers, Rules, init_convolutions, layers_for
+from kernelnorm.models.blocks import Layers, layers_for
+from kernelnorm.models.initialisation import init_convolutions
+from kernelnorm.models.rules import Rules
+from kernelnorm.models.stem import stem
 
 
 class BasicBlock(nn.Module):
@@ -124,11 +127,11 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         layers = layers_for(norm, rules, family="resnet")
-        kernel_size, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
-        self.conv1 = layers.conv(in_channels, 64, kernel_size, stride, padding)
+        conv, pool = stem(layers.conv, in_channels, 64, small_images)
+        self.conv1 = conv
         self.bn1 = layers.norm(64, in_stream=True)
         self.relu = layers.relu()
-        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = pool
 
         channels, additions = 64, 0
         stages = []

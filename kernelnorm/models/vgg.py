@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernelnorm.models.blocks import Rules, layers_for
+from kernelnorm.models.blocks import layers_for
+from kernelnorm.models.rules import Rules
 
 _NO_HEAD = "VGG8 has no KernelNorm before its average pooling"
 _UNUSED = {
