@@ -31,7 +31,7 @@ def geometry(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
 ) -> Geometry:
-    """How the window slides over ``d`` dimensions; named paddings are left to :func:`pads`."""
+    """How the window slides over ``d`` dimensions; named paddings are left to :func:`pad_first`."""
     kernel_size = integers("kernel_size", kernel_size, d, at_least=1)
     stride = integers("stride", stride, d, at_least=1)
     dilation = integers("dilation", dilation, d, at_least=1)
@@ -45,12 +45,29 @@ def geometry(
     return Geometry(kernel_size, stride, (0,) * d, dilation)
 
 
-def pads(geometry: Geometry, padding: int | Sequence[int] | str) -> list[tuple[int, int]]:
-    """The padding before and after the input, for each spatial dimension."""
-    if padding != "same":
-        return [(p, p) for p in geometry.padding]
-    totals = [geometry.reach(i) - 1 for i in range(len(geometry.kernel_size))]
-    return [(total // 2, total - total // 2) for total in totals]
+def pad_first(
+    geometry: Geometry, padding: int | Sequence[int] | str, padding_mode: str
+) -> tuple[tuple[int, ...], Geometry]:
+    """How to pad the input before a convolution, and the geometry of that convolution.
+
+    A convolution pads with zeros, and opposite sides alike. For other paddings the input is padded
+    first.
+
+    Returns:
+        The sides as :func:`torch.nn.functional.pad` takes them, empty if the convolution pads; and
+        the geometry with the padding that is left.
+    """
+    size, stride, before, dilation = geometry
+    after = before
+    if padding == "same":
+        totals = [geometry.reach(i) - 1 for i in range(len(size))]
+        before = tuple(total // 2 for total in totals)
+        after = tuple(total - total // 2 for total in totals)
+    if padding_mode == "zeros" and before == after:
+        return (), Geometry(size, stride, before, dilation)
+    pairs = [*zip(before, after, strict=True)]
+    sides = tuple(side for pair in reversed(pairs) for side in pair)
+    return sides, Geometry(size, stride, (0,) * len(size), dilation)
 
 
 def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int) -> tuple[int, ...]:
@@ -183,7 +200,7 @@ def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 
 def check_windows_fit(sizes: Sequence[int], geometry: Geometry) -> None:
-    """At least one window in the padded input, of which ``sizes`` are the spatial ones."""
+    """At least one window in an input of these spatial sizes, with its padding."""
     for i, size in enumerate(sizes):
         padded = size + 2 * geometry.padding[i]
         if geometry.reach(i) > padded:

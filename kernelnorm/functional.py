@@ -17,7 +17,6 @@ from kernelnorm.ops.backends import backend_for, compute_dtype, eager
 from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from kernelnorm.ops.pixel_norm import pixel_norm
 from kernelnorm.ops.settings import Settings
-from kernelnorm.ops.windows import Geometry
 
 __all__ = ["backend", "kernel_norm", "kn_conv"]
 
@@ -230,14 +229,11 @@ def _plan(
     arguments.check_normalization(dropout_p, eps, evaluation)
     arguments.check_convolution(activation, negative_slope, padding_mode)
 
-    pads, sizes = arguments.pads(geometry, padding), list(shape[-d:])
-    sides: tuple[int, ...] = ()
-    if padding_mode != "zeros" or any(before != after for before, after in pads):
-        sides = tuple(side for pair in reversed(pads) for side in pair)
-        sizes = [size + sum(pair) for size, pair in zip(sizes, pads, strict=True)]
-        pads = [(0, 0)] * d
-    padding = tuple(before for before, _ in pads)
-    geometry = Geometry(geometry.kernel_size, geometry.stride, padding, geometry.dilation)
+    sides, geometry = arguments.pad_first(geometry, padding, padding_mode)
+    sizes = list(shape[-d:])
+    if sides:
+        pairs = zip(sides[-2::-2], sides[::-2], strict=True)  # F.pad begins with the last dimension
+        sizes = [size + sum(pair) for size, pair in zip(sizes, pairs, strict=True)]
     arguments.check_windows_fit(sizes, geometry)
 
     p, masked = _dropout(dropout_p, training, evaluation)

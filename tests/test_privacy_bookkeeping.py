@@ -28,7 +28,7 @@ from kernelnorm.models.densenet import DenseNet
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import PrivacyEngine, gradients
 from kernelnorm.privacy.book import Vectors, Weight, weight_entry
-from kernelnorm.privacy.gradients import Product, unnormalised
+from kernelnorm.privacy.product import Product, unnormalised
 from tests.per_sample import (
     SEED,
     assert_close,

@@ -1,4 +1,4 @@
-"""What private training keeps between the backward pass and the step: a book of all layers.
+"""The book of a private step: the gradients of all layers, from the backward pass to the step.
 
 Each layer enters the norms of its gradients in the backward pass, one per sample. When all norms
 are known, so are the factors that clip the samples, and each layer forms the sum of its clipped
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kernelnorm.privacy import gradients
-from kernelnorm.privacy.gradients import Back, Product
+from kernelnorm.privacy.gradients import Back
+from kernelnorm.privacy.product import Product
 
 
 class Entry(Protocol):
@@ -47,7 +48,7 @@ class Vectors:
 
 
 class Weight:
-    """The gradient of a weight, from which the gradients of the samples are not kept."""
+    """The gradient of a weight, as a product: the gradients of the samples are not kept."""
 
     def __init__(self, parameter: nn.Parameter, product: Product, back: Back | None = None) -> None:
         self.parameter, self.product, self.back = parameter, product, back

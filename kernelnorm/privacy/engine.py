@@ -29,7 +29,7 @@ MODE = "bookkeeping"
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
-    """A network whose backward pass leaves what the clipped gradients are formed from.
+    """A network whose backward pass fills a book, from which clipped gradients are formed.
 
     It calls the network; :meth:`to_standard_module` gives the network back as it was.
 
@@ -58,7 +58,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         for layer, name in names.items():
             keep_book(layer, self.book)
             for p_name, parameter in _trained(layer):
-                hook = _Outside(f"{name}.{p_name}" if name else p_name)
+                hook = _NoGradient(f"{name}.{p_name}" if name else p_name)
                 self._handles.append(parameter.register_hook(hook))
 
     def remove_hooks(self) -> None:
@@ -187,8 +187,8 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         return kind(optimizer, generator=generator, secure_mode=self.secure_mode, **options)
 
 
-class _Outside:
-    """A hook of a parameter to which autograd gives a gradient that the book does not know."""
+class _NoGradient:
+    """A hook that refuses gradients of a parameter by autograd, which are not in the book."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""The layers that bookkeeping knows: the forward pass of each, which fills the book backwards.
+"""The layers that bookkeeping supports: their backward passes fill the book.
 
 Autograd gives their parameters no gradients: the sum over the batch is formed once, when each
 sample's weight in it is known.
@@ -24,7 +24,8 @@ from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import gradients
 from kernelnorm.privacy.book import Book, Entry, Vectors, weight_entry
-from kernelnorm.privacy.gradients import Back, Product
+from kernelnorm.privacy.gradients import Back
+from kernelnorm.privacy.product import Product, unnormalised
 
 Forward = Callable[[Any, Book, Tensor], Tensor]
 """The forward pass of a layer that enters its gradients into a book."""
@@ -78,14 +79,10 @@ def _convolve(
     geometry = arguments.geometry(
         input.dim() - 2, layer.kernel_size, layer.stride, layer.padding, layer.dilation
     )
-    pads = arguments.pads(geometry, layer.padding)
-    if layer.padding_mode != "zeros" or any(before != after for before, after in pads):
-        sides = [side for pair in reversed(pads) for side in pair]
+    sides, geometry = arguments.pad_first(geometry, layer.padding, layer.padding_mode)
+    if sides:
         input = F.pad(input, sides, arguments.PADDING_MODES[layer.padding_mode])
-        pads = [(0, 0)] * len(pads)
-    geometry = geometry._replace(padding=tuple(before for before, _ in pads))
-
-    settings = gradients.unnormalised(geometry, layer.groups)
+    settings = unnormalised(geometry, layer.groups)
 
     def receive(x: Tensor, z: Tensor) -> None:
         _enter(book, layer, Product(x, z, settings), back=back)
@@ -120,7 +117,7 @@ def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
     return y
 
 
-_LINEAR = gradients.unnormalised(Geometry((1,), (1,), (0,), (1,)), 1)
+_LINEAR = unnormalised(Geometry((1,), (1,), (0,), (1,)), 1)
 """Linear layers as convolutions of one pixel."""
 
 LAYERS: dict[type[nn.Module], Forward] = {

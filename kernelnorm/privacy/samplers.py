@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge
 from kernelnorm.modules import KNConv1d, KNConv2d, KNConv3d
 from kernelnorm.ops.knconv import Call, call_at, node_behind
 from kernelnorm.privacy import gradients
-from kernelnorm.privacy.gradients import Product
+from kernelnorm.privacy.product import Product
 
 __all__ = ["with_call"]
 
