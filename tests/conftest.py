@@ -72,13 +72,13 @@ def fresh_seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session", params=["cpu", "cpu in 3 threads", "triton"])
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Subject:
     """A backend with kernels of its own; see :mod:`tests.oracle`."""
-    from kernelnorm.ops.backends.triton import kernels
+    from kernelnorm.ops.backends.triton import device_functions
     from tests.oracle import Subject
 
     name = request.param.split()[0]
     if name == "cpu" and device.type != "cpu":
         pytest.skip("the C kernels are for CPUs")
-    if name == "triton" and not kernels.AVAILABLE:
+    if name == "triton" and not device_functions.AVAILABLE:
         pytest.skip("Triton is not installed")
     subject = Subject(request.param, device)
     if not subject.supports(torch.ones(1, 1, 1, device=device)):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops.backends import Statistics, compute_dtype, eager
-from kernelnorm.ops.backends.triton import kernels
+from kernelnorm.ops.backends.triton import device_functions, kernels
 from kernelnorm.ops.mask import keep_threshold
 from kernelnorm.ops.settings import Settings, constants
 from kernelnorm.ops.strides import collapsible, single_stride
@@ -60,7 +60,7 @@ convolution_backward = eager.convolution_backward
 def supports(x: Tensor) -> bool:
     """True for floating-point tensors on a GPU for which Triton can compile."""
     return (
-        kernels.AVAILABLE
+        device_functions.AVAILABLE
         and (x.is_cuda or INTERPRETED)
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and x.numel() > 0

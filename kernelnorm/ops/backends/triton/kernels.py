@@ -10,78 +10,20 @@ of all pixels where one stride leads through all samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from kernelnorm.ops.mask import HASH_MULTIPLIER
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-AVAILABLE = triton is not None
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    """Makes it a kernel. Its arguments have no annotations: Triton would interpret them."""
-    return triton.jit(function) if AVAILABLE else function
+from kernelnorm.ops.backends.triton.device_functions import (
+    accumulator,
+    block_of_channels,
+    block_of_pixels,
+    double,
+    is_kept,
+    jit,
+    keep,
+    keys_of_pixels,
+    tl,
+)
 
 
-@_jit
-def _double(bits):
-    """A double-precision argument, which is passed as the integer that has its bits."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@_jit
-def _accumulator(x):
-    """``x`` in the dtype of sums over channels."""
-    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
-
-
-@_jit
-def _block(pixels, BLOCK_P: tl.constexpr):
-    """This program's sample, its pixels in it, which of them exist, and their place in maps."""
-    program = tl.program_id(0).to(tl.int64)  # tensors may have more than 2**31 elements
-    blocks = tl.cdiv(pixels, BLOCK_P)
-    sample = program // blocks
-    pixel = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    return sample, pixel, pixel < pixels, sample * pixels + pixel
-
-
-@_jit
-def _pixel_keys(keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS: tl.constexpr):
-    """See :func:`kernelnorm.ops.mask.expand_keys`. ``size_2`` is that of the last dimension."""
-    volume = size_0 * size_1 * size_2
-    first_size = size_2 if DIMS == 1 else (size_1 if DIMS == 2 else size_0)
-    inner = volume // first_size
-    first = keys + channels
-    key = tl.load(first + place // inner, exists, 0) | 1
-    if DIMS == 3:
-        second = first + samples * first_size
-        key *= tl.load(second + place // size_2 % size_1, exists, 0) | 1
-        key *= tl.load(second + size_1 + place % size_2, exists, 0) | 1
-    if DIMS == 2:
-        key *= tl.load(first + samples * first_size + place % size_2, exists, 0) | 1
-    return key
-
-
-@_jit
-def _keep(pixel_keys, channel_keys, threshold):
-    """See :func:`kernelnorm.ops.mask.keep`."""
-    return _is_kept(pixel_keys[:, None] * (channel_keys | 1)[None, :], threshold)
-
-
-@_jit
-def _is_kept(element, threshold, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
-    """The same for products of keys."""
-    element = (element ^ ((element >> 15) & 0x1FFFF)) * MULTIPLIER
-    return element >= threshold
-
-
-@_jit
+@jit
 def pixel_statistics(
     x, x_n, x_p, x_c, keys, threshold, maps, samples, size_0, size_1, size_2,
     size, pixels, channels,
@@ -92,25 +34,24 @@ def pixel_statistics(
     Sums differences to the pixel's first channel, which are small, and adds that afterwards. A
     first channel that the mask drops counts as zero.
     """
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     rows = x + sample * x_n + pixel * x_p
-    first = _accumulator(tl.load(rows, exists, 0))
+    first = accumulator(tl.load(rows, exists, 0))
     total = tl.zeros_like(first)
     square = tl.zeros_like(first)
     kept = tl.zeros_like(first)
     if keys is not None:
-        pixel_keys = _pixel_keys(
+        pixel_keys = keys_of_pixels(
             keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS
         )
-        first = tl.where(_is_kept(pixel_keys * (tl.load(keys) | 1), threshold), first, 0)
+        first = tl.where(is_kept(pixel_keys * (tl.load(keys) | 1), threshold), first, 0)
     for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        inside = exists[:, None] & (channel < channels)[None, :]
-        value = _accumulator(tl.load(rows[:, None] + channel[None, :] * x_c, inside, 0))
+        channel, valid, inside = block_of_channels(start, channels, exists, BLOCK_C)
+        value = accumulator(tl.load(rows[:, None] + channel[None, :] * x_c, inside, 0))
         difference = tl.where(inside, value - first[:, None], 0)
         if keys is not None:
-            channel_keys = tl.load(keys + channel, channel < channels, 0)
-            mask = (inside & _keep(pixel_keys, channel_keys, threshold)).to(first.dtype)
+            channel_keys = tl.load(keys + channel, valid, 0)
+            mask = (inside & keep(pixel_keys, channel_keys, threshold)).to(first.dtype)
             difference *= mask
             kept += tl.sum(mask, 1)
         total += tl.sum(difference, 1)
@@ -126,7 +67,7 @@ def pixel_statistics(
     )
 
 
-@_jit
+@jit
 def window_statistics(
     maps, mu, rstd, mean_factor, square_factor, eps, size, count,
     size_0, size_1, size_2, positions_0, positions_1, positions_2,
@@ -155,14 +96,14 @@ def window_statistics(
                 valid = inside & (w >= 0) & (w < size_2)
                 mean += tl.load(maps + row + w, valid, 0)
                 square += tl.load(maps + size + row + w, valid, 0)
-    mean *= _double(mean_factor)
-    var = square * _double(square_factor) - mean * mean
+    mean *= double(mean_factor)
+    var = square * double(square_factor) - mean * mean
     var = tl.where(var < 0, 0, var)
     tl.store(mu + window, mean, exists)
-    tl.store(rstd + window, 1 / tl.sqrt(tl.where(exists, var + _double(eps), 1)), exists)
+    tl.store(rstd + window, 1 / tl.sqrt(tl.where(exists, var + double(eps), 1)), exists)
 
 
-@_jit
+@jit
 def epilogue(
     z, z_n, z_p, z_c, y, y_n, y_p, y_c,
     map_1, vector_1, map_2, vector_2, rstd, bias,
@@ -170,7 +111,7 @@ def epilogue(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Without an activation, ``SLOPE`` being ``None``, it leaves the numerator in ``z``."""
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     z += sample * z_n + pixel * z_p
     y += sample * y_n + pixel * y_p
     scale = tl.load(rstd + place, exists, 0)
@@ -178,9 +119,7 @@ def epilogue(
     if map_2 is not None:
         second = tl.load(map_2 + place, exists, 0)
     for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        valid = channel < channels
-        inside = exists[:, None] & valid[None, :]
+        channel, valid, inside = block_of_channels(start, channels, exists, BLOCK_C)
         at = z[:, None] + channel[None, :] * z_c
         numerator = tl.load(at, inside, 0).to(scale.dtype)
         numerator -= first[:, None] * tl.load(vector_1 + channel, valid, 0)[None, :]
@@ -198,7 +137,7 @@ def epilogue(
         tl.store(y[:, None] + channel[None, :] * y_c, output, inside)
 
 
-@_jit
+@jit
 def epilogue_backward(
     kept, kept_n, kept_p, kept_c,
     grad, grad_n, grad_p, grad_c,
@@ -208,7 +147,7 @@ def epilogue_backward(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Each program writes its own part of the sums over pixels."""
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     kept += sample * kept_n + pixel * kept_p
     grad += sample * grad_n + pixel * grad_p
     grad_z += sample * grad_z_n + pixel * grad_z_p
@@ -220,9 +159,7 @@ def epilogue_backward(
     with_bias = tl.zeros_like(scale)
     with_sums = tl.zeros_like(scale)
     for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        valid = channel < channels
-        inside = exists[:, None] & valid[None, :]
+        channel, valid, inside = block_of_channels(start, channels, exists, BLOCK_C)
         k = tl.load(kept[:, None] + channel[None, :] * kept_c, inside, 0).to(scale.dtype)
         g = tl.load(grad[:, None] + channel[None, :] * grad_c, inside, 0).to(scale.dtype)
         if SLOPE is not None:
@@ -246,11 +183,11 @@ def epilogue_backward(
     grad_var = -0.5 * scale * scale * scale * grad_rstd
     grad_mean = -scale * with_sums - 2 * mean * grad_var
     at = pair + (place + place // volume * volume)  # (samples, 2, volume)
-    tl.store(at, grad_mean * _double(grad_mean_factor), exists)
-    tl.store(at + volume, grad_var * _double(grad_var_factor), exists)
+    tl.store(at, grad_mean * double(grad_mean_factor), exists)
+    tl.store(at + volume, grad_var * double(grad_var_factor), exists)
 
 
-@_jit
+@jit
 def statistics_backward(
     x, x_n, x_p, x_c, grad, grad_n, grad_p, grad_c,
     pair, keys, threshold, samples,
@@ -261,7 +198,7 @@ def statistics_backward(
     DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums the pair over the windows that contain each pixel, and adds to ``grad`` in place."""
-    sample, pixel, exists, place = _block(pixels, BLOCK_P)
+    sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     x += sample * x_n + pixel * x_p
     grad += sample * grad_n + pixel * grad_p
     windows = positions_0 * positions_1 * positions_2
@@ -285,17 +222,15 @@ def statistics_backward(
                 a += tl.load(row + w // stride_2, valid, 0)
                 b += tl.load(row + windows + w // stride_2, valid, 0)
     if keys is not None:
-        pixel_keys = _pixel_keys(
+        pixel_keys = keys_of_pixels(
             keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS
         )
     for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        valid = channel < channels
-        inside = exists[:, None] & valid[None, :]
+        channel, valid, inside = block_of_channels(start, channels, exists, BLOCK_C)
         value = tl.load(x[:, None] + channel[None, :] * x_c, inside, 0).to(a.dtype)
         through = a[:, None] + b[:, None] * value
         if keys is not None:
             channel_keys = tl.load(keys + channel, valid, 0)
-            through *= _keep(pixel_keys, channel_keys, threshold).to(a.dtype)
+            through *= keep(pixel_keys, channel_keys, threshold).to(a.dtype)
         at = grad[:, None] + channel[None, :] * grad_c
         tl.store(at, through + tl.load(at, inside, 0).to(a.dtype), inside)
