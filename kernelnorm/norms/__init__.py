@@ -42,7 +42,7 @@ name              convolution                         what follows it
                                                       :math:`h + \\alpha f(h / \\beta)`
 ================= =================================== ==========================================
 
-:func:`describe` has what is known of each.
+:func:`describe` returns the :class:`Norm` of each name.
 """
 
 from collections.abc import Callable
@@ -90,7 +90,7 @@ NormGroup = Literal["batch-dependent", "batch-independent", "weight-based"]
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """What people and networks have to know of a normalisation.
+    """A normalisation: its name in figures, its properties, and the layers that networks take.
 
     Args:
         label: its name for tables and figures
@@ -132,7 +132,9 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(channels // _group_size(channels), channels)
 
 
-def _local_context(cls: type[LocalContextNorm2d], channels: int) -> nn.Module:
+def _local_context(
+    cls: type[LocalContextNorm2d | SlidingLocalContextNorm2d], channels: int
+) -> nn.Module:
     return cls(channels, _group_size(channels), window=8)
 
 
@@ -209,7 +211,7 @@ NORMS = tuple(_NORMS)
 
 
 def describe(name: str) -> Norm:
-    """Returns what is known of a normalisation.
+    """Returns the label, the properties and the layers of a normalisation.
 
     Args:
         name: one of :data:`NORMS`

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.norms.affine import AffineNorm2d, per_channel
+from kernelnorm.norms.affine import AffineNorm2d, check_group_size, per_channel
 
 __all__ = ["EvoNorm2dS0", "FilterResponseNorm2d"]
 
@@ -54,8 +54,7 @@ class EvoNorm2dS0(AffineNorm2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, eps, device, dtype)
-        if group_size < 1 or channels % group_size:
-            raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
+        check_group_size(channels, group_size)
         self.group_size = group_size
         v = nn.Parameter(torch.ones(channels, device=device, dtype=dtype)) if activation else None
         self.register_parameter("v", v)

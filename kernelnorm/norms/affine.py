@@ -1,4 +1,4 @@
-"""What the layers in this package share: checks, float32, a scale and a shift a channel."""
+"""The base of the norms: checks, float32, and a scale and a shift for each channel."""
 
 from abc import ABC, abstractmethod
 
@@ -59,6 +59,12 @@ class AffineNorm2d(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Returns the arguments, as ``print`` shows them."""
         return f"{self.channels}, eps={self.eps:g}"
+
+
+def check_group_size(channels: int, group_size: int) -> None:
+    """Refuses groups that do not share out the channels evenly."""
+    if group_size < 1 or channels % group_size:
+        raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
 
 
 def per_channel(x: Tensor) -> Tensor:

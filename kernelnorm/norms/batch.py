@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.norms.affine import AffineNorm2d, per_channel
+from kernelnorm.norms.affine import AffineNorm2d, check_group_size, per_channel
 
 __all__ = ["BatchChannelNorm2d", "BatchRenorm2d"]
 
@@ -146,8 +146,7 @@ class BatchChannelNorm2d(nn.Module):
     ) -> None:
         super().__init__()
         self.batch = _RunningNorm2d(channels, momentum, eps, device, dtype)
-        if group_size < 1 or channels % group_size:
-            raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
+        check_group_size(channels, group_size)
         groups = channels // group_size
         self.channel = nn.GroupNorm(groups, channels, eps, device=device, dtype=dtype)
 

@@ -32,8 +32,8 @@ def adaptive_clip_grad_(
         parameters: those whose gradients are clipped; the authors leave out the last linear layer:
             :func:`clipped_parameters`
         clip_factor: :math:`\lambda`. The authors' 0.01 is for batches of 4096 images; smaller
-            batches stand larger factors
-        eps: the least norm of a unit, so that what starts as zeros can grow
+            batches allow larger factors
+        eps: the least norm of a unit, so that parameters which start as zeros can grow
 
     Raises:
         ValueError: if ``clip_factor`` or ``eps`` is not a positive number.

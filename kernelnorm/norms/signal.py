@@ -1,4 +1,4 @@
-"""Factors that keep the variance of a signal without normalising it."""
+"""Layers that keep the variance of a signal without normalising it, by constant factors."""
 
 import math
 

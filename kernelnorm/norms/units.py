@@ -1,4 +1,4 @@
-"""Norms whose units have one mean and one variance each: positions, tiles, sliding windows."""
+"""Norms with one mean and one variance for each position, tile or sliding window."""
 
 from abc import abstractmethod
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelnorm.norms.affine import AffineNorm2d
+from kernelnorm.norms.affine import AffineNorm2d, check_group_size
 
 __all__ = ["LocalContextNorm2d", "PositionalNorm2d", "SlidingLocalContextNorm2d"]
 
@@ -60,7 +60,40 @@ class PositionalNorm2d(_UnitNorm2d):
         return x.mean(dim=1, keepdim=True)
 
 
-class LocalContextNorm2d(_UnitNorm2d):
+class _LocalContextNorm2d(AffineNorm2d):
+    """The base of both Local Context Norms: arguments, and means over groups of channels."""
+
+    def __init__(
+        self,
+        channels: int,
+        group_size: int,
+        window: int | tuple[int, int],
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, eps, device, dtype)
+        check_group_size(channels, group_size)
+        self.group_size = group_size
+        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        if len(self.window) != 2 or min(self.window) < 1:
+            raise ValueError(f"window must be one or two positive numbers, got {window}")
+
+    def group_mean(self, x: Tensor) -> Tensor:
+        """Returns the mean over the channels of each group, ``(n, groups, h, w)``."""
+        groups: Tensor = x.unflatten(1, (-1, self.group_size))
+        return groups.mean(dim=2)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Repeats the value of each group for each of its channels."""
+        return x.repeat_interleave(self.group_size, dim=1)
+
+    def extra_repr(self) -> str:
+        """Returns the arguments, as ``print`` shows them."""
+        return f"{super().extra_repr()}, group_size={self.group_size}, window={self.window}"
+
+
+class LocalContextNorm2d(_LocalContextNorm2d, _UnitNorm2d):
     r"""Normalises tiles of neighbouring positions and channels.
 
     The input is cut into tiles of ``group_size`` channels and ``window`` positions, from the upper
@@ -98,23 +131,6 @@ class LocalContextNorm2d(_UnitNorm2d):
         True
     """
 
-    def __init__(
-        self,
-        channels: int,
-        group_size: int,
-        window: int | tuple[int, int],
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(channels, eps, device, dtype)
-        if group_size < 1 or channels % group_size:
-            raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
-        self.group_size = group_size
-        self.window = (window, window) if isinstance(window, int) else tuple(window)
-        if len(self.window) != 2 or min(self.window) < 1:
-            raise ValueError(f"window must be one or two positive numbers, got {window}")
-
     def unit_mean(self, x: Tensor) -> Tensor:
         """Returns the mean over each tile, at each of its elements."""
         rows, columns = self.window
@@ -130,21 +146,8 @@ class LocalContextNorm2d(_UnitNorm2d):
         tiles = tiles.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
         return self.spread(tiles[..., :height, :width])
 
-    def group_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean over the channels of each group, ``(n, groups, h, w)``."""
-        groups: Tensor = x.unflatten(1, (-1, self.group_size))
-        return groups.mean(dim=2)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Repeats what each group has for each of its channels."""
-        return x.repeat_interleave(self.group_size, dim=1)
-
-    def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
-        return f"{super().extra_repr()}, group_size={self.group_size}, window={self.window}"
-
-
-class SlidingLocalContextNorm2d(LocalContextNorm2d):
+class SlidingLocalContextNorm2d(_LocalContextNorm2d):
     r"""Normalises each element by the window of positions and channels around it.
 
     .. math::

@@ -50,6 +50,7 @@ class WSConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        *,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -103,11 +104,11 @@ class ScaledWSConv2d(WSConv2d):
     unnormalized ResNets", ICLR 2021.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: see
-            :class:`torch.nn.Conv2d`
+        args, options: those of :class:`WSConv2d`
         eps: the least value of :math:`N \mathrm{var}(W)`
-        device, dtype: of the parameters; the gain :math:`g`, of shape ``(out_channels, 1, 1, 1)``,
-            starts as ones
+
+    Attributes:
+        gain: the parameter :math:`g`, of shape ``(out_channels, 1, 1, 1)``, which starts as ones
 
     Shape:
         Those of :class:`torch.nn.Conv2d`.
@@ -120,34 +121,9 @@ class ScaledWSConv2d(WSConv2d):
         True
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        eps: float = 1e-4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            eps,
-            device,
-            dtype,
-        )
-        self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1, device=device, dtype=dtype))
+    def __init__(self, *args: Any, eps: float = 1e-4, **options: Any) -> None:
+        super().__init__(*args, eps=eps, **options)
+        self.gain = nn.Parameter(self.weight.new_ones(self.out_channels, 1, 1, 1))
 
     def scale_of(self, variance: Tensor) -> Tensor:
         """Returns the factor of the centred filters with this variance."""
