@@ -25,6 +25,12 @@ from kernelnorm.models.rules import Rules
 
 __all__ = ["Activations", "plan_activations"]
 
+_GATHERING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING)
+"""Calls whose input may be the output of several KNConvs."""
+
+_FOLLOWED = (Kind.PASSING, Kind.CONCATENATION, Kind.POOLING, Kind.SUM, Kind.PRODUCT)
+"""Calls behind which the use of a KNConv's output is searched on."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -32,8 +38,9 @@ class Activations:
 
     Args:
         taken: the activation that a KNConv takes over
-        removed: activations that nothing is left of
-        copied: norms and activations that become a copy, since what follows changes it in place
+        removed: activations that are removed
+        copied: norms and activations that become a :class:`~kernelnorm.conversion.layers.Copy`,
+            since a later call changes their output in place
         functions: the modules whose ``forward`` calls a ReLU as a function that could move
         why: the reason for each activation that has to do with a KNConv
     """
@@ -47,7 +54,7 @@ class Activations:
 
 @dataclass
 class _Origin:
-    """Where the numbers come from that a call of an activation takes."""
+    """The calls from which the input of an activation comes."""
 
     calls: list[Call] = field(default_factory=list)  # of KNConvs
     summed: bool = False
@@ -68,7 +75,7 @@ def plan_activations(
     Args:
         flow: the calls
         convolutions: those that become KNConvs
-        removed_norms: norms that nothing is left of
+        removed_norms: norms that are removed
         head: the KernelNorm before the final pooling
         rules: where residual networks have their ReLU
     """
@@ -172,7 +179,7 @@ def _gated(product: Call, value: Value) -> Value | None:
 
 
 def _positive(value: Value) -> bool:
-    """True for what a sigmoid or ReLU has made, perhaps in another shape: never negative."""
+    """True for the output of a sigmoid or ReLU, perhaps in another shape: it is not negative."""
     call = value.maker
     while call is not None and kind_of(call) in (Kind.PASSING, Kind.POOLING):
         call = call.inputs[0].maker
@@ -199,7 +206,7 @@ def _cannot_move(
     removed_norms: Collection[nn.Module],
     head: Head | None,
 ) -> dict[nn.Module, str]:
-    """The activations that something after a KNConv holds back, with the reason."""
+    """The activations that cannot move, as a KNConv has another use, with the reason."""
     covered = {id(call) for origins in moving.values() for call in _calls(origins)}
     takers: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
     for module, origins in moving.items():
@@ -228,7 +235,7 @@ def _other_uses(
     removed_norms: Collection[nn.Module],
     head: Head | None,
 ) -> Iterator[str]:
-    """The names of what would see the difference if the KNConv had its activation at once."""
+    """The names of calls that would get other numbers if the KNConv applied its activation."""
     waiting, seen = [(convolution, False)], {id(convolution)}
     while waiting:
         call, summed = waiting.pop()
@@ -243,14 +250,10 @@ def _other_uses(
                 continue
             if kind is Kind.NORM and user.module not in removed_norms and summed:
                 continue
-            if user.module in removed_norms or kind in _WAYS:
+            if user.module in removed_norms or kind in _FOLLOWED:
                 waiting.append((user, summed or kind is Kind.SUM))
             else:
                 yield "what the model returns" if user.end else user.name or "a function"
-
-
-_GATHERING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING)
-_WAYS = (Kind.PASSING, Kind.CONCATENATION, Kind.POOLING, Kind.SUM, Kind.PRODUCT)
 
 
 def _is_gate(pooling: Call) -> bool:
@@ -272,5 +275,5 @@ def _calls(origins: list[_Origin]) -> list[Call]:
 
 
 def _slope(activation: nn.Module) -> float:
-    """All that ReLUs and LeakyReLUs differ in."""
+    """The slope for negative numbers, the only difference between ReLUs and LeakyReLUs."""
     return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0

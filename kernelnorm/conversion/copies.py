@@ -1,4 +1,4 @@
-"""What a network changes in place: which of the removed layers have to copy their input."""
+"""Finds removed layers that have to copy their input, as the network changes it in place."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def to_copy(
 ) -> Iterator[nn.Module]:
     """The removed layers that have to be copies of their input.
 
-    An identity hands on its input itself. Where that is changed in place afterwards, or its output
-    is, others would see it: another use of the input, the caller of the network, and what made the
-    input and keeps it for the backward pass, such as a KNConv with an activation.
+    An identity returns its input itself. If the input or the output is changed in place afterwards,
+    others would see the change: another use of the input, the caller of the network, and a layer
+    that made the input and keeps it for the backward pass, such as a KNConv with an activation.
     """
     for call in flow.calls:
         if call.module is None or call.module not in removed:

@@ -1,4 +1,4 @@
-"""What feeds what: the calls of a network by layer, and what stands before and after its norms."""
+"""The calls of a network by layer, and the convolutions before and after each norm."""
 
 from __future__ import annotations
 

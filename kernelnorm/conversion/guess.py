@@ -1,4 +1,4 @@
-"""Calls of layers that no forward pass has shown, from the order in which they are registered."""
+"""Guesses the calls of layers that no forward pass has shown, from the order of registration."""
 
 from __future__ import annotations
 

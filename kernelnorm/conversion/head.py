@@ -1,4 +1,4 @@
-"""Rule IV: where the KernelNorm before the final pooling goes."""
+"""Rule IV: finds the place of the KernelNorm before the final pooling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers and functions are to a conversion."""
+"""Classifies layers and functions for a conversion: convolutions, norms, activations, sums, ..."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layer becomes what, and why: rules I to IV of :mod:`kernelnorm.models.blocks`."""
+"""Decides what each layer becomes, and why: rules I to IV of :mod:`kernelnorm.models.rules`."""
 
 from __future__ import annotations
 

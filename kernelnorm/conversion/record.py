@@ -1,4 +1,4 @@
-"""One forward pass, recorded: which call of a layer or function gave which tensor to which other.
+"""Records one forward pass: the calls of layers and functions, and the tensors between them.
 
 Hooks see the calls of layers, and a :class:`torch.overrides.TorchFunctionMode` sees the functions
 that a network calls between them. The network runs as it is; nothing is traced into another form.

@@ -1,4 +1,4 @@
-"""Modules become others in place, so that whoever refers to one refers to the other."""
+"""Turns modules into others in place, so that all references to a module stay valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KN_CONVS = ((nn.Conv1d, KNConv1d), (nn.Conv2d, KNConv2d), (nn.Conv3d, KNConv3d)
 
 
 def carry_out(plan: Plan, dims: Mapping[nn.Module, int], rules: Rules) -> None:
-    """Makes a plan true.
+    """Carries out a plan: changes the network in place.
 
     Args:
         plan: the plan

@@ -1,4 +1,4 @@
-"""What a conversion did, as a table."""
+"""The report of a conversion: a table of layers before and after, with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""KernelNorm of single pixels: what a KNConv does around its convolution.
+r"""KernelNorm of single pixels, in the primitives of a KNConv.
 
 With :math:`u` the channels of a pixel, :math:`y = (u - \mu) \, \text{rstd}`. That is a KNConv whose
 convolution is the identity, so the statistics and the gradients are the backend's primitives.

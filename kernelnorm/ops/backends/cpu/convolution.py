@@ -1,4 +1,4 @@
-"""Convolutions on a CPU: oneDNN's, but products of matrices for few windows and many weights.
+"""Convolutions on a CPU: by oneDNN, or as a matrix product for few windows and many weights.
 
 At the end of a network, with two images a batch, there are a few dozen windows for millions of
 weights. Convolutions are not made for that, and each pass over the weights takes as long as
