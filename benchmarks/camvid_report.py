@@ -25,8 +25,8 @@ from camvid_runs import (
 from torch import Tensor, nn
 
 from kernelnorm.experiments.bench.measure import saved_bytes
-from kernelnorm.experiments.report.statistics import difference, estimate
-from kernelnorm.experiments.sweep.tuning import best_rate
+from kernelnorm.experiments.statistics import difference, estimate
+from kernelnorm.experiments.tuning import best_rate
 
 COLOURS = {  # of the classes, in their order
     "sky": "#9BC8F0", "building": "#A05A4A", "pole": "#E8E0C0", "road": "#6B6B7B",

@@ -18,7 +18,7 @@ import torch
 from camvid_networks import EXAMPLE, build
 from torch import Tensor, nn
 
-from kernelnorm.experiments.sweep.tuning import best_rate, rates_to_try
+from kernelnorm.experiments.tuning import best_rate, rates_to_try
 
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
 FIRST_RATE = 0.001

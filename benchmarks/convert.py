@@ -29,7 +29,7 @@ from tqdm import tqdm
 from kernelnorm import convert
 from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, load_images
 from kernelnorm.experiments.heap import keep_freed_memory
-from kernelnorm.experiments.sweep.tuning import rates_to_try
+from kernelnorm.experiments.tuning import rates_to_try
 from kernelnorm.models import init_convolutions
 
 NETWORKS = [

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
+from kernelnorm.experiments.config import RunConfig, configure
+from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.runs import RunFolder
 
 ENVIRONMENT = {"kernelnorm": "0.1.0", "torch": "2.13.0", "device": "cpu: x86_64", "processes": 1}

@@ -25,7 +25,7 @@ from kernelnorm.experiments.bench.report import (
     ratio_lines,
 )
 from kernelnorm.experiments.bench.results import Quartiles, Result, Variant
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.norms import NORMS
 
 ROW = Row(Case("vgg8", 8, 2), "float32", "eager", "train")

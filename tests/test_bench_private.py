@@ -18,7 +18,7 @@ from kernelnorm.experiments.bench import make_plan, measure
 from kernelnorm.experiments.bench.private import allocated_peak, group_norm_twin
 from kernelnorm.experiments.bench.report import TimeTable, draw, memory_lines, ratio_lines
 from kernelnorm.experiments.bench.results import Result, Variant
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.models import create_model, vgg8
 from tests.test_bench import words
 

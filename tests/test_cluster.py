@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.sweep.cluster import RayPool
 from kernelnorm.experiments.sweep.execute import execute
 from tests.processes import wait_for

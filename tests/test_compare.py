@@ -14,10 +14,13 @@ from tqdm import tqdm
 
 from kernelnorm.cli import main
 from kernelnorm.experiments.compare import Row, _draw, compare
+from kernelnorm.experiments.config import RunConfig, configure
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
-from kernelnorm.experiments.runs import RunError, RunFolder
-from kernelnorm.experiments.style import LABELS, line_style, network_label, plain_log
+from kernelnorm.experiments.plotting import plain_log
+from kernelnorm.experiments.recipes import recipe_for
+from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.style import LABELS, line_style, network_label
 from kernelnorm.experiments.trainer import train
 from kernelnorm.norms import NORMS, describe
 

@@ -1,5 +1,6 @@
 """Downloads: checked, resumed, unpacked whole or not at all; from a server of the test's own."""
 
+import errno
 import hashlib
 import io
 import queue
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
+from kernelnorm.experiments import files
 from kernelnorm.experiments.data import DATASETS, DataError, disk, download, load_images
 
 PUBLISHED = dict(DATASETS)  # before the fixture puts the tests' own Imagenette in its place
@@ -352,25 +354,15 @@ def test_hostile_archive_writes_nothing(tmp_path, monkeypatch, name, content):
     assert not list(tmp_path.rglob("outside*"))
 
 
-def test_two_processes_may_unpack_at_once(tmp_path):
-    target = tmp_path / "folder"
-    with disk.replacing(target, 0) as second:
-        second.mkdir()
-        with disk.replacing(target, 0) as first:
-            first.mkdir()
-            (first / "file").touch()
-    assert names(tmp_path) == ["folder"]
-    assert names(target) == ["file"]
-
-
 def test_what_a_killed_process_leaves_is_removed(tmp_path, messages):
     script = """
 import sys
 from pathlib import Path
 from kernelnorm.experiments.data import disk
+from kernelnorm.experiments.files import replacing
 
 target = Path(sys.argv[1])
-with disk.locked(target), disk.replacing(target, 0) as folder:
+with disk.locked(target), replacing(target) as folder:
     folder.mkdir()
     print("ready", flush=True)
     sys.stdin.read()
@@ -390,8 +382,9 @@ with disk.locked(target), disk.replacing(target, 0) as folder:
         assert other.stdout.readline().strip() == b"ready"
         waiting = pool.submit(found)
         assert messages.get(timeout=60)
-        lock, partial = names(tmp_path)
-        assert (lock, partial[:16]) == (".lock-folder", ".partial-folder-")
+        part, lock = names(tmp_path)
+        assert re.fullmatch(r"\.folder\.\w{8}\.part", part)
+        assert lock == ".lock-folder"
         other.kill()
         assert waiting.result() == [".lock-folder"]
     assert names(tmp_path) == []
@@ -399,10 +392,17 @@ with disk.locked(target), disk.replacing(target, 0) as folder:
 
 def test_disk_that_cannot_lock(tmp_path, monkeypatch):
     def flock(*_):
-        raise OSError(disk.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(disk.fcntl, "flock", flock)
-    (tmp_path / ".partial-folder-abc").mkdir()  # another process may be writing to it
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    (tmp_path / ".folder.abc.part").mkdir()  # another process may be writing to it
     with disk.locked(tmp_path / "folder"):
         pass
-    assert names(tmp_path) == [".partial-folder-abc"]
+    assert names(tmp_path) == [".folder.abc.part"]
+
+
+def test_unpacking_leaves_an_archive_that_is_being_downloaded(tmp_path):
+    (tmp_path / "folder.tgz.part").touch()
+    (tmp_path / ".folder.abc.part").mkdir()
+    with disk.locked(tmp_path / "folder"):
+        assert names(tmp_path) == [".lock-folder", "folder.tgz.part"]

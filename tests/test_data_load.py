@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kernelnorm.experiments import files
 from kernelnorm.experiments.data import DataError, Images, decode, disk, load, load_images
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -219,7 +220,7 @@ class TestCache:
             synced.append(os.fstat(file).st_size)
             assert not list((tmp_path / ".cache").glob("[!.]*.uint8"))
 
-        monkeypatch.setattr(decode.os, "fsync", fsync)
+        monkeypatch.setattr(files.os, "fsync", fsync)
         load_images(folder, "train", data_dir=tmp_path)
         assert synced == [4 * 3 * 10 * 12]
 
@@ -227,8 +228,7 @@ class TestCache:
         load_images(folder, "train", data_dir=tmp_path)
         (name,) = self.cached(tmp_path)
         (tmp_path / ".cache" / name).unlink()
-        (tmp_path / ".cache" / f".partial-{name}-abc").mkdir()
-        (tmp_path / ".cache" / f".partial-{name}-abc" / name).write_bytes(b"half")
+        (tmp_path / ".cache" / f".{name}.abc.part").write_bytes(b"half")
         load_images(folder, "train", data_dir=tmp_path)
         assert self.cached(tmp_path) == [name]
 
@@ -251,12 +251,12 @@ class TestCache:
     def test_disk_that_fills_up_on_the_way(self, tmp_path):
         with (
             pytest.raises(DataError, match="no disk space"),
-            disk.replacing(tmp_path / "file", needed=1),
+            disk.space_for(1, tmp_path),
         ):
             raise OSError(disk.errno.ENOSPC, "No space left on device")
 
     def test_other_errors_of_the_disk_are_left_as_they_are(self, tmp_path):
-        with pytest.raises(PermissionError), disk.replacing(tmp_path / "file", needed=1):
+        with pytest.raises(PermissionError), disk.space_for(1, tmp_path):
             raise PermissionError
 
     def test_read_only_data_folder(self, folder, tmp_path, monkeypatch):

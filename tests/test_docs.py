@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from kernelnorm.cli import COMMANDS, parser_of
+from kernelnorm.experiments.config import configure
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import configure, recipe_for
+from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.trainer import train
 from kernelnorm.models import create_model
 from kernelnorm.models.published import published_names

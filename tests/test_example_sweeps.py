@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kernelnorm.cli.sweep import make_parser, make_runs
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.trained import build_network
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.networks import build_network
 
 SWEEPS = sorted((Path(__file__).parent.parent / "examples" / "sweeps").glob("*.yaml"))
 

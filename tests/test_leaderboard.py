@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kernelnorm.experiments.bench import saved_bytes
+from kernelnorm.experiments.networks import build_network
 from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.report import figures, report
-from kernelnorm.experiments.trained import build_network
 from tests.run_folders import write_result, write_run
 
 FOUND = {"image_shape": [3, 16, 16], "classes": ["cat", "dog"]}

@@ -28,15 +28,17 @@ from kernelnorm import cli
 from kernelnorm.experiments import account, private, trainer
 from kernelnorm.experiments.account import Account, noise_multiplier
 from kernelnorm.experiments.compare import Row, compare
+from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.data.poisson import PoissonSampling
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.evaluation import evaluate
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.private import PrivateSteps, Seeds
-from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
+from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.report import report
-from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.steps import Material
 from kernelnorm.experiments.trainer import train
 from tests.processes import wait_for

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kernelnorm.experiments.recipes import (
-    RECIPES,
-    Recipe,
-    RunConfig,
-    auto_lr,
-    configure,
-    paper,
-    recipe_for,
-)
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.config import RunConfig, configure
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.paper import auto_lr, paper
+from kernelnorm.experiments.recipes import RECIPES, Recipe, recipe_for
 
 
 def test_recipes_are_the_papers() -> None:

@@ -12,11 +12,13 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kernelnorm.experiments.recipes import RECIPES, configure
-from kernelnorm.experiments.report import figures, report, variant_figures
-from kernelnorm.experiments.report.plotting import curves, legend, same_span
-from kernelnorm.experiments.runs import RunError, RunFolder
-from kernelnorm.experiments.style import line_style, png
+from kernelnorm.experiments.config import configure
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.plotting import curves, legend, png, same_span
+from kernelnorm.experiments.recipes import RECIPES
+from kernelnorm.experiments.report import figures, report
+from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.style import line_style
 from kernelnorm.norms import NORMS
 from tests.run_folders import write_result, write_run
 
@@ -30,8 +32,7 @@ def drawn() -> None:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere figures are put together but not drawn, which takes most of a report's time."""
     if "drawn" not in request.fixturenames:
-        for module in (figures, variant_figures):
-            monkeypatch.setattr(module, "png", lambda _: b"a picture")
+        monkeypatch.setattr(figures, "png", lambda _: b"a picture")
 
 
 def numbers_of(root: Path) -> dict[str, Any]:

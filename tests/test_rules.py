@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.experiments.recipes import configure, recipe_for
-from kernelnorm.experiments.runs import RunError
-from kernelnorm.experiments.trained import build_network
+from kernelnorm.experiments.config import configure
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.networks import build_network
+from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.models import Rules, create_model
 from kernelnorm.models.resnet import BasicBlock, Bottleneck
 from kernelnorm.modules import KernelNorm2d, KNConv2d

@@ -19,8 +19,9 @@ import pytest
 
 from kernelnorm.cli import main
 from kernelnorm.cli.sweep import make_parser, make_runs
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import RunConfig, recipe_for
+from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.runs import Metrics, RunFolder
 from kernelnorm.experiments.style import LABELS
 from kernelnorm.experiments.sweep import Grid, LocalPool, Status, make_grid, sweep

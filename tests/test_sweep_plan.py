@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
-from kernelnorm.experiments.recipes import RunConfig, paper, recipe_for
-from kernelnorm.experiments.runs import Metrics, RunError, RunFolder
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.paper import paper
+from kernelnorm.experiments.recipes import recipe_for
+from kernelnorm.experiments.runs import Metrics, RunFolder
+from kernelnorm.experiments.status import State, Status, look, seconds_left
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
 from kernelnorm.experiments.sweep.reproduction import PAPER_NORMS, reproduction, scale_of
-from kernelnorm.experiments.sweep.status import State, Status, look, seconds_left
-from kernelnorm.experiments.sweep.tuning import best_rate, rates_to_try
 from kernelnorm.experiments.sweep.view import duration, forecast, table
+from kernelnorm.experiments.tuning import best_rate, rates_to_try
 
 RATES = [0.1, 0.05, 0.025, 0.01, 0.005, 0.0025, 0.001]
 

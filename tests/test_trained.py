@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 import kernelnorm as kn
+from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.data import load_images
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.evaluation import evaluate, predict
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
-from kernelnorm.experiments.runs import RunError, RunFolder
-from kernelnorm.experiments.trained import read_weights
+from kernelnorm.experiments.networks import read_weights
+from kernelnorm.experiments.recipes import recipe_for
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.trainer import train
 
 SMALL: dict[str, Any] = {

@@ -22,12 +22,14 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch._dynamo.utils import counters
 
-from kernelnorm.experiments import launch, runs, trainer
+from kernelnorm.experiments import files, launch, trainer
+from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.data import Images
+from kernelnorm.experiments.errors import DivergedError, RunError
 from kernelnorm.experiments.launch import Launch, check_shares, share
-from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
-from kernelnorm.experiments.runs import DivergedError, RunError, RunFolder, final_accuracy
-from kernelnorm.experiments.trained import build_network
+from kernelnorm.experiments.networks import build_network
+from kernelnorm.experiments.recipes import recipe_for
+from kernelnorm.experiments.runs import RunFolder, final_accuracy
 from kernelnorm.experiments.trainer import train
 from tests.processes import wait_for
 
@@ -272,7 +274,7 @@ def test_another_process_in_the_folder_is_an_error(tmp_path: Path) -> None:
         pytest.raises(RunError, match=f"another process trains in {tmp_path}"),
     ):
         train(small(), Launch(out=tmp_path))
-    (tmp_path / "last.ckpt.0123.part").write_bytes(b"of a process that was killed")
+    (tmp_path / ".last.ckpt.0123.part").write_bytes(b"of a process that was killed")
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
     assert not list(tmp_path.glob("*.part"))
 
@@ -390,7 +392,7 @@ def test_full_disk_is_an_error_and_the_last_checkpoint_is_intact(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(
         RunError, match=r"cannot write .*\.ckpt: No space left on device\. .*intact"
     ):

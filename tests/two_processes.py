@@ -7,8 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch, leave
-from kernelnorm.experiments.runs import RunError
 from kernelnorm.experiments.trainer import train
 from tests.test_trainer import small
 

@@ -29,7 +29,7 @@ from kernelnorm_federated.settings import Settings
 from study_report import draw, print_tables
 
 from kernelnorm.experiments.heap import keep_freed_memory
-from kernelnorm.experiments.sweep.tuning import TUNING_SEED, best_rate, rates_to_try
+from kernelnorm.experiments.tuning import TUNING_SEED, best_rate, rates_to_try
 
 APP = Path(__file__).parent
 RESULTS = APP.parent.parent / "docs" / "results" / "federated"

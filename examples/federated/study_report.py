@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernelnorm.experiments.report.statistics import difference, estimate
-from kernelnorm.experiments.style import LABELS, line_style, png
-from kernelnorm.experiments.sweep.tuning import TUNING_SEED
+from kernelnorm.experiments.plotting import png
+from kernelnorm.experiments.statistics import difference, estimate
+from kernelnorm.experiments.style import LABELS, line_style
+from kernelnorm.experiments.tuning import TUNING_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -84,8 +84,8 @@ def _main(name: str, *rest: str) -> None:
         arguments = parser_of(name).parse_args(rest)
 
         from kernelnorm.experiments.data import DataError
+        from kernelnorm.experiments.errors import RunError
         from kernelnorm.experiments.heap import keep_freed_memory
-        from kernelnorm.experiments.runs import RunError
 
     keep_freed_memory()
     try:

@@ -33,7 +33,7 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     Raises:
         RunError: runs have failed.
     """
-    from kernelnorm.experiments.runs import RunError
+    from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.sweep import dry_run, sweep
 
     if arguments.dry_run:

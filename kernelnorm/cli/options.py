@@ -14,8 +14,9 @@ from kernelnorm.cli.names import CASES
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from kernelnorm.experiments.config import RunConfig
     from kernelnorm.experiments.privacy import Privacy
-    from kernelnorm.experiments.recipes import Recipe, RunConfig
+    from kernelnorm.experiments.recipes import Recipe
 
 
 class Help(RawDescriptionHelpFormatter):
@@ -162,7 +163,7 @@ def add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
 
 def configure_run(arguments: Namespace, norm: str, batch_size: int) -> RunConfig:
     """Return the configuration of a run."""
-    from kernelnorm.experiments.recipes import configure
+    from kernelnorm.experiments.config import configure
 
     return configure(
         recipe_of(arguments),
@@ -176,7 +177,7 @@ def configure_run(arguments: Namespace, norm: str, batch_size: int) -> RunConfig
 
 def explain_lr(arguments: Namespace, configs: Sequence[RunConfig]) -> None:
     """Print where the learning rates come from, if they are not exactly the paper's."""
-    from kernelnorm.experiments.recipes import auto_lr
+    from kernelnorm.experiments.paper import auto_lr
 
     if arguments.lr != "auto":
         return
@@ -226,8 +227,8 @@ def privacy(arguments: Namespace) -> Privacy | None:
     Raises:
         RunError: one of the others is given without ``--private``.
     """
+    from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.privacy import Privacy
-    from kernelnorm.experiments.runs import RunError
 
     names = [field.name for field in fields(Privacy)]
     given = {name: arguments[name] for name in names if arguments[name] not in (None, False)}

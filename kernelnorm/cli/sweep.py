@@ -20,7 +20,7 @@ from kernelnorm.cli.options import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from kernelnorm.experiments.recipes import RunConfig
+    from kernelnorm.experiments.config import RunConfig
 
 
 def make_parser() -> ArgumentParser:

@@ -55,7 +55,7 @@ def make_parser() -> ArgumentParser:
 def run(arguments: Namespace) -> None:
     """Run the command."""
     from kernelnorm.experiments.launch import Launch, leave
-    from kernelnorm.experiments.trained import read_weights
+    from kernelnorm.experiments.networks import read_weights
     from kernelnorm.experiments.trainer import train
 
     config = configure_run(arguments, arguments.norm, arguments.batch_size)

@@ -11,8 +11,8 @@ from opacus.accountants import RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from opacus.accountants.utils import get_noise_multiplier
 
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.privacy import Privacy
-from kernelnorm.experiments.runs import RunError
 
 __all__ = ["ORDERS", "Account", "noise_multiplier"]
 

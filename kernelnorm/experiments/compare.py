@@ -15,24 +15,13 @@ from matplotlib.ticker import MaxNLocator
 from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.errors import DivergedError, RunError
+from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import (
-    DivergedError,
-    Metrics,
-    RunError,
-    RunFolder,
-    final_accuracy,
-    write_whole,
-)
-from kernelnorm.experiments.style import (
-    LABELS,
-    MEAN_LABEL,
-    line_style,
-    mean_line,
-    plain_log,
-    png,
-)
+from kernelnorm.experiments.plotting import MEAN_LABEL, mean_line, plain_log, png
+from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
+from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.trainer import train
 from kernelnorm.norms import describe
 
@@ -177,13 +166,13 @@ def _write(rows: Sequence[Row], out: Path) -> None:
     notes = [*failures, ""] if failures else []
     end = [_caption(rows), "", "![curves](comparison.png)", ""]
     text = "\n".join([title, "", *lines, "", *notes, *end])
-    write_whole(out / "comparison.md", text.encode())
+    write_atomically(out / "comparison.md", text.encode())
     record = json.dumps([row.record() for row in rows], indent=1)
-    write_whole(out / "comparison.json", record.encode())
+    write_atomically(out / "comparison.json", record.encode())
 
 
 def _write_picture(rows: Sequence[Row], out: Path) -> None:
-    write_whole(out / "comparison.png", png(_draw(rows)))
+    write_atomically(out / "comparison.png", png(_draw(rows)))
 
 
 def _draw(rows: Sequence[Row]) -> Figure:

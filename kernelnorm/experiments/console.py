@@ -6,8 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images
-from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.runs import Metrics
 from kernelnorm.experiments.state import Progress, Sums
 from kernelnorm.experiments.style import LABELS

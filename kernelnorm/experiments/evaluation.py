@@ -15,6 +15,7 @@ from torch import nn
 
 from kernelnorm import set_evaluation
 from kernelnorm.arguments import Evaluation
+from kernelnorm.experiments.checks import check_data
 from kernelnorm.experiments.data import DataError, Images, Preprocess, batches
 from kernelnorm.experiments.inputs import describe, load_split
 from kernelnorm.experiments.launch import make_fabric, over_processes
@@ -105,7 +106,7 @@ def evaluate(
     except DataError as error:
         moved = dataset is None and "is not a folder" in str(error)
         raise DataError(f"{error}. If it has moved, give --dataset" if moved else error) from error
-    RunFolder(run).check_data(describe(test=images))
+    check_data(RunFolder(run), describe(test=images))
     scores = []
     if config.norm != "kernel":
         return [Score("-", *measure(network, images, trained.pixels, fabric))]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images, Preprocess, load_images
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
 
 __all__ = ["check_splits", "describe", "load_split", "make_preprocess"]
 

@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import kernelnorm
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.norms import describe
 
 __all__ = [

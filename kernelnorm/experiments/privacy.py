@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.norms import describe
 
 __all__ = ["Privacy"]

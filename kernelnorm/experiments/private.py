@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from kernelnorm.experiments.account import Account, noise_multiplier
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.data.poisson import PoissonSampling
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.privacy import Privacy
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import Metrics, RunError
+from kernelnorm.experiments.runs import Metrics
 from kernelnorm.experiments.steps import Material, forward, make_optimizer
 from kernelnorm.privacy.engine import BookkeepingModule, BookkeepingOptimizer
 

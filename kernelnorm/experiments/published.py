@@ -16,9 +16,9 @@ from kernelnorm.arguments import Evaluation
 from kernelnorm.experiments.data import Preprocess, read_image
 from kernelnorm.experiments.data.folder import Files, all_images
 from kernelnorm.experiments.data.images import balanced
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.evaluation import EVALUATIONS, Score
 from kernelnorm.experiments.launch import make_fabric
-from kernelnorm.experiments.runs import RunError
 from kernelnorm.models import load_published
 from kernelnorm.models.knresnet import KNResNet
 

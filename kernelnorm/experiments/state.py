@@ -9,7 +9,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from kernelnorm.experiments.runs import Metrics, RunError, RunFolder
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.runs import Metrics, RunFolder
 from kernelnorm.experiments.steps import Steps
 
 __all__ = ["Progress", "Sums", "restore", "save"]

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Augment, Images, Preprocess, batches, steps_per_epoch
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import Metrics, RunError
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.runs import Metrics
 from kernelnorm.norms import adaptive_clip_grad_, clipped_parameters
 
 __all__ = ["Material", "PlainSteps", "Steps", "forward", "make_optimizer"]

@@ -1,18 +1,12 @@
-"""The common style of all figures: a colour and a marker per normalisation, and their names."""
+"""Names of norms and networks for people; a colour and a marker for each norm."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from kernelnorm.norms import NORMS, NormGroup, describe
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
-__all__ = ["LABELS", "MEAN_LABEL", "line_style", "mean_line", "network_label", "plain_log", "png"]
+__all__ = ["LABELS", "line_style", "network_label"]
 
 LABELS = {
     name: describe(name).label
@@ -21,8 +15,6 @@ LABELS = {
     if describe(name).group == group
 }
 """The norms' names for people, in the order of tables and legends: group by group."""
-
-MEAN_LABEL = "dashed: mean of the last five epochs"
 
 _NETWORKS = {
     "vgg": "VGG",
@@ -67,28 +59,3 @@ def network_label(network: str) -> str:
     """Return the name of a network for people: ``"DenseNet-121"`` for ``"densenet121"``."""
     family = network.rstrip("0123456789")
     return _NETWORKS.get(family, family) + network[len(family) :]
-
-
-def mean_line(axes: Axes, epochs: int, mean: float, style: dict[str, Any]) -> None:
-    """Draw the mean of the last five of these epochs, dashed, over those epochs."""
-    ends = (max(1, epochs - 4) - 0.3, epochs + 0.3)
-    axes.plot(ends, (mean, mean), color=style["color"], linestyle="--", linewidth=1.2)
-
-
-def plain_log(axis: Axis) -> None:
-    """Label a logarithmic axis, whose data are drawn, with plain decimals such as 0.5, 1, 2."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    low, high = axis.get_view_interval()
-    steps = (1, 2, 5) if high / low < 30 else (1, 3) if high / low < 300 else (1,)
-    even = MaxNLocator(5, steps=[1, 2, 5, 10])
-    axis.set_major_locator(even if high / low < 5 else LogLocator(subs=steps))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.9f}".rstrip("0").rstrip(".")))
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    return picture.getvalue()

@@ -1,25 +1,24 @@
-"""Networks of runs: built, loaded with their preprocessing and class names, or begun from."""
+"""Load the network of a run with its preprocessing and class names."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Preprocess, read_image
 from kernelnorm.experiments.data.decode import to_pixels
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import RunError, RunFolder
-from kernelnorm.models import create_model
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.networks import build_network
+from kernelnorm.experiments.runs import RunFolder
 
-__all__ = ["Trained", "Weights", "build_network", "load", "read_weights", "start_from"]
+__all__ = ["Checkpoint", "Trained", "load"]
 
 Checkpoint = Literal["best", "last"]
 
@@ -54,7 +53,7 @@ class Trained:
 
         Raises:
             TypeError: the image is none of these.
-        RunError: the image does not have the size of the training images.
+            RunError: the image does not have the size of the training images.
             DataError: the file cannot be read.
         """
         channels, height, width = self.image_shape
@@ -124,113 +123,6 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
             f"{folder.path / checkpoint}.ckpt does not fit the run: {_first_line(error)}"
         ) from error
     return Trained(network.eval(), classes, (channels, height, width), pixels, config)
-
-
-def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Builds the untrained network of a run, in the memory format that convolutions like.
-
-    Raises:
-        RunError: the model does not take the configuration's options.
-    """
-    try:
-        network = create_model(
-            config.model,
-            norm=config.norm,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            **config.model_options,
-        )
-    except (TypeError, ValueError) as error:
-        raise RunError(f"cannot build {config.model}: {error}. See --model-options") from error
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights to begin from: tensors by the names of a network's, and their source."""
-
-    tensors: Mapping[str, Tensor]
-    source: Path
-
-    def fingerprint(self) -> str:
-        """Tells whether others are the same weights, wherever they lie."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-            digest.update(np.ascontiguousarray(raw.numpy()).data)
-        return digest.hexdigest()
-
-
-def read_weights(source: str | Path) -> Weights:
-    """Reads weights from a run's folder (its ``best.ckpt``) or a file of PyTorch or safetensors.
-
-    A file may hold the tensors themselves, or under ``"model"`` or ``"state_dict"``.
-
-    Raises:
-        RunError: there are none, or they cannot be read.
-    """
-    source = Path(source).expanduser()
-    file = source / "best.ckpt" if source.is_dir() else source
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise RunError(f"to read {file}: pip install safetensors") from error
-    except OSError as error:
-        raise RunError(f"cannot read weights from {file}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file can fail in every layer of the reader
-        raise RunError(
-            f"{file} holds no weights that can be read safely ({type(error).__name__}): give a "
-            "run's folder, or a file of tensors by name"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    tensors = {
-        name: x
-        for name, x in (found.items() if isinstance(found, dict) else ())
-        if isinstance(name, str) and isinstance(x, Tensor)
-    }
-    if not tensors:
-        raise RunError(f"{file} holds no weights: expected tensors by name, or a run's checkpoint")
-    return Weights(tensors, source)
-
-
-def start_from(weights: Weights, network: nn.Module, num_classes: int) -> list[str]:
-    """Copies weights into a network, and returns the names of those that keep their own values.
-
-    These are the last layer's, if it has another number of classes.
-
-    Raises:
-        RunError: other weights are missing, or have another shape; nothing is copied then.
-    """
-    own = network.state_dict()
-    fresh, wrong = [], []
-    for name, x in own.items():
-        other = weights.tensors.get(name)
-        if other is not None and other.shape == x.shape:
-            continue
-        head = x.dim() > 0 and len(x) == num_classes and other is not None
-        if head and other is not None and other.shape[1:] == x.shape[1:]:
-            fresh.append(name)
-        else:
-            shape = "is missing" if other is None else f"has shape {tuple(other.shape)}"
-            wrong.append(f"{name} {shape} there, {tuple(x.shape)} here")
-    wrong += [f"{name} is not here" for name in weights.tensors if name not in own]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise RunError(
-            f"the weights in {weights.source} are of another network: "
-            f"{'; '.join(wrong[:3])}{more}. Give the --model, --norm and --model-options of theirs"
-        )
-    matching = {name: x for name, x in weights.tensors.items() if name not in fresh}
-    network.load_state_dict(matching, strict=False)
-    return fresh
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernelnorm.experiments import state
+from kernelnorm.experiments.checks import check_config, check_data
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.console import Bar, epoch_line, pause_line, plan
+from kernelnorm.experiments.errors import DivergedError, RunError
 from kernelnorm.experiments.evaluation import measure
 from kernelnorm.experiments.inputs import check_splits, describe, load_split, make_preprocess
 from kernelnorm.experiments.launch import (
@@ -26,11 +29,10 @@ from kernelnorm.experiments.launch import (
     over_processes,
     share,
 )
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import DivergedError, RunError, RunFolder
+from kernelnorm.experiments.networks import build_network, read_weights, start_from
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.state import Progress
 from kernelnorm.experiments.steps import Material, PlainSteps, Steps
-from kernelnorm.experiments.trained import build_network, read_weights, start_from
 
 __all__ = ["train"]
 
@@ -48,7 +50,7 @@ def train(
     likewise; otherwise it is left as it is.
 
     Args:
-        config: what to train, from :func:`kernelnorm.experiments.recipes.configure`.
+        config: what to train, from :func:`kernelnorm.experiments.config.configure`.
         launch: where and how.
         on_epoch: is called as each epoch ends.
 
@@ -61,7 +63,7 @@ def train(
     """
     launch = launch or Launch()
     folder = RunFolder(launch.out or Path("runs") / config.case / config.name)
-    folder.check(config.record(), config.defaults())
+    check_config(folder, config)
     history = folder.read_metrics()
     if config.finished(history) and (folder.path / "last.ckpt").exists():
         if launch.verbose:
@@ -258,7 +260,7 @@ class _Training:
         found = describe(train=self.train_images, test=self.test_images)
         content: dict[str, Any] = {}
         if (self.folder.path / "config.yaml").exists():
-            self.folder.check_data(found)
+            check_data(self.folder, found)
             content = self.folder.read_config()
         record = self.config.record()
         if (self.folder.path / "last.ckpt").exists():

@@ -14,7 +14,7 @@ import study
 from PIL import Image
 from study import NORMS, PARTITIONS, SEEDS, TUNED, Run, planned, score
 
-from kernelnorm.experiments.sweep.tuning import TUNING_SEED
+from kernelnorm.experiments.tuning import TUNING_SEED
 
 ROUNDS, IMAGES = 2, 100
 

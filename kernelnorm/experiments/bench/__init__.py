@@ -46,8 +46,9 @@ from kernelnorm.experiments.bench.measure import measure_row, saved_bytes
 from kernelnorm.experiments.bench.plan import CASE_STUDIES, Plan, make_plan
 from kernelnorm.experiments.bench.report import WIDTH, TimeTable, draw, memory_lines, ratio_lines
 from kernelnorm.experiments.bench.results import Result
-from kernelnorm.experiments.runs import RunError, write_whole
-from kernelnorm.experiments.style import png
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.files import write_atomically
+from kernelnorm.experiments.plotting import png
 
 __all__ = ["CASE_STUDIES", "Plan", "bench", "make_plan", "saved_bytes"]
 
@@ -156,9 +157,10 @@ def _machine(plan: Plan) -> dict[str, Any]:
 
 def _processor() -> str:
     """Return the processor's name, or at least its architecture."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(": ", 1)[1]
     return platform.processor() or platform.machine()
 
 
@@ -178,5 +180,5 @@ def _write(results: Sequence[Result], plan: Plan, machine: dict[str, Any], out: 
         "machine": machine,
         "results": [result.record(plan.bases) for result in results],
     }
-    write_whole(out / "bench.json", f"{json.dumps(record, indent=1)}\n".encode())
-    write_whole(out / "bench.png", png(draw(results, plan.columns, plan.bases[0])))
+    write_atomically(out / "bench.json", f"{json.dumps(record, indent=1)}\n".encode())
+    write_atomically(out / "bench.png", png(draw(results, plan.columns, plan.bases[0])))

@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.style import LABELS, network_label
 from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernelnorm.experiments.data.images import DataError, Images
+from kernelnorm.experiments.data.images import Images
+from kernelnorm.experiments.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from kernelnorm.experiments.data.disk import locked, replacing, writable_home
-from kernelnorm.experiments.data.images import DataError
+from kernelnorm.experiments.data.disk import locked, space_for, writable_home
+from kernelnorm.experiments.errors import DataError
+from kernelnorm.experiments.files import replacing
 
 IN_MEMORY = 16 << 20  # bytes of pixels, decoded in a second or two; more are kept in a file
 FORMAT = 1  # of that file: to be counted up whenever the same images give other pixels
@@ -121,11 +122,13 @@ def decode(
             return _mapped(made, shape)
     with locked(target):
         if not _is_whole(target, needed):  # made by the process that held the lock
-            with replacing(target, needed) as temporary, temporary.open("wb") as output:
+            with (
+                space_for(needed, cache),
+                replacing(target) as temporary,
+                temporary.open("wb") as output,
+            ):
                 for image in _read_all(files, image_size, shape[1:]):
                     output.write(image.data)
-                output.flush()
-                os.fsync(output.fileno())  # else a power cut may leave the name without the pixels
             for outdated in set(cache.glob(f"{place}-*.uint8")) - {target}:
                 outdated.unlink(missing_ok=True)
     return _mapped(target, shape)

@@ -13,8 +13,9 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from kernelnorm.experiments.data.disk import locked, replacing, space_for, writable_home
-from kernelnorm.experiments.data.images import DataError
+from kernelnorm.experiments.data.disk import locked, space_for, writable_home
+from kernelnorm.experiments.errors import DataError
+from kernelnorm.experiments.files import replacing
 
 
 @dataclass(frozen=True)
@@ -205,20 +206,23 @@ def _fetch_rest(url: str, part: Path) -> None:
 
 def _unpack(archive: Path, target: Path) -> Path:
     """Unpack ``archive``, whose members must all be plain files or folders in ``target.name``/."""
+    place = target.resolve()
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
-        with replacing(target, needed=sum(member.size for member in members)) as folder:
+        needed = sum(member.size for member in members)
+        with space_for(needed, target.parent), replacing(target) as folder:
             folder.mkdir()
             for member in tqdm(members, desc=f"unpacking {archive.name}", disable=None):
-                path = (folder.parent / member.name).resolve()
+                path = (place.parent / member.name).resolve()
                 plain = member.isfile() or member.isdir()
-                if not plain or not path.is_relative_to(folder.resolve()):
+                if not plain or not path.is_relative_to(place):
                     raise DataError(
                         f"{archive} holds {member.name!r}, which is not a plain file or folder in "
                         f"{target.name}/. Do not use this archive"
                     )
                 if file := tar.extractfile(member):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with file, path.open("wb") as copy:
+                    copied = folder / path.relative_to(place)
+                    copied.parent.mkdir(parents=True, exist_ok=True)
+                    with file, copied.open("wb") as copy:
                         shutil.copyfileobj(file, copy)
     return target

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from kernelnorm.experiments.data.decode import suffixes
 from kernelnorm.experiments.data.download import DATASETS, subfolders
-from kernelnorm.experiments.data.images import DataError
+from kernelnorm.experiments.errors import DataError
 
 Split = Literal["train", "test"]
 SPLIT_SEED = 0

@@ -11,10 +11,6 @@ from torch import Tensor
 FINGERPRINTED = 256 << 20  # bytes of pixels at most: a quarter of a second
 
 
-class DataError(Exception):
-    """Data is missing, broken or does not fit; the message says which, and what to do next."""
-
-
 @dataclass(frozen=True)
 class Images:
     """Labelled images of one size.

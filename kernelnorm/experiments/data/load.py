@@ -16,7 +16,8 @@ from tqdm import tqdm
 from kernelnorm.experiments.data.decode import decode, to_pixels
 from kernelnorm.experiments.data.download import DATASETS, locate
 from kernelnorm.experiments.data.folder import Split, find_images
-from kernelnorm.experiments.data.images import DataError, Images, balanced
+from kernelnorm.experiments.data.images import Images, balanced
+from kernelnorm.experiments.errors import DataError
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),

@@ -15,7 +15,7 @@
     ``leaderboard``
         one for each normalisation and batch size with runs, see :class:`.leaderboard.Standing`.
     ``comparisons``, ``variants``
-        see :class:`.sections.Comparison` and :class:`.variants.Variant`.
+        see :class:`.sections.Comparison` and :class:`.cells.Variant`.
     ``runs``
         every run, with its metrics epoch by epoch.
 ``unreadable``
@@ -29,13 +29,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import kernelnorm
+from kernelnorm.experiments.files import write_atomically
+from kernelnorm.experiments.report.blocks import Picture
 from kernelnorm.experiments.report.collect import collect
-from kernelnorm.experiments.report.content import make_chapters
-from kernelnorm.experiments.report.markdown import to_markdown
-from kernelnorm.experiments.report.page import to_html
-from kernelnorm.experiments.report.plotting import Picture
+from kernelnorm.experiments.report.page import make_chapters, to_html, to_markdown
 from kernelnorm.experiments.report.sections import make_sections
-from kernelnorm.experiments.runs import write_whole
 
 __all__ = ["report"]
 
@@ -66,9 +64,9 @@ def report(root: Path, out: Path | None = None) -> Path:
     for chapter in chapters:
         for name, block in chapter.blocks.items():
             if isinstance(block, Picture):
-                write_whole(out / f"{chapter.slug}-{name}.png", block.png)
-    write_whole(out / "report.json", f"{json.dumps(numbers)}\n".encode())
-    write_whole(out / "report.md", to_markdown(title, chapters).encode())
+                write_atomically(out / f"{chapter.slug}-{name}.png", block.png)
+    write_atomically(out / "report.json", f"{json.dumps(numbers)}\n".encode())
+    write_atomically(out / "report.md", to_markdown(title, chapters).encode())
     page = out / "report.html"
-    write_whole(page, to_html(title, chapters).encode())
+    write_atomically(page, to_html(title, chapters).encode())
     return page

@@ -11,18 +11,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import (
-    Metrics,
-    RunError,
-    RunFolder,
-    error_message,
-    final_accuracy,
-)
-from kernelnorm.experiments.sweep.status import State, look
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.errors import RunError, error_message
+from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
+from kernelnorm.experiments.status import State, look
 from kernelnorm.norms import NORMS
 
-__all__ = ["Collection", "Record", "Unreadable", "collect"]
+__all__ = ["STATES", "Collection", "Record", "Unreadable", "collect"]
+
+STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinished")
+"""The states of runs that have a folder, in the order of counts."""
 
 _FILES = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
 

@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from kernelnorm.experiments.bench import saved_bytes
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.networks import build_network
 from kernelnorm.experiments.report.cells import Cell
 from kernelnorm.experiments.report.collect import Record
-from kernelnorm.experiments.report.statistics import Estimate
-from kernelnorm.experiments.runs import RunError
-from kernelnorm.experiments.trained import build_network
+from kernelnorm.experiments.statistics import Estimate
 from kernelnorm.norms import describe
 
 __all__ = ["Standing", "make_standings"]

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from kernelnorm.experiments.recipes import AGC, RECIPES, RunConfig, paper
-from kernelnorm.experiments.report.cells import Cell, make_cell
-from kernelnorm.experiments.report.collect import Record
+from kernelnorm.experiments.config import AGC, RunConfig
+from kernelnorm.experiments.paper import paper, paper_accuracy, paper_lr, paper_time
+from kernelnorm.experiments.recipes import RECIPES, Recipe
+from kernelnorm.experiments.report.cells import Cell, Variant, make_cell, make_variants
+from kernelnorm.experiments.report.collect import STATES, Record
 from kernelnorm.experiments.report.leaderboard import Standing, make_standings
-from kernelnorm.experiments.report.reference import (
-    deviations,
-    paper_accuracy,
-    paper_lr,
-    paper_time,
-)
-from kernelnorm.experiments.report.statistics import Difference, difference
-from kernelnorm.experiments.report.variants import Variant, make_variants
+from kernelnorm.experiments.statistics import Difference, difference
 from kernelnorm.experiments.style import LABELS
-from kernelnorm.experiments.sweep.status import State
 
-__all__ = ["STATES", "Comparison", "Section", "make_sections"]
+__all__ = ["Comparison", "Section", "make_sections"]
 
-STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinished")
+_TOLD_APART = ("case", "epochs", "model_options", "lr_table")
+"""Fields whose deviations have phrases of their own, or none."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +160,7 @@ def _make_section(group: Sequence[Record]) -> Section:
         make_standings(cells),
         _comparisons(config.case, cells),
         make_variants(records),
-        deviations(config, found),
+        _deviations(config, found),
     )
 
 
@@ -204,3 +199,35 @@ def _environment(found: dict[str, Any]) -> str:
     if not isinstance(environment, dict):
         return "unknown versions and device"
     return ", ".join(f"{name} {value}" for name, value in environment.items())
+
+
+def _deviations(config: RunConfig, found: Mapping[str, Any]) -> list[str]:
+    """Return what differs from the training in the paper, as phrases.
+
+    Nothing is returned where nothing differs, and for a case that is not the paper's.
+
+    Args:
+        config: the run's configuration.
+        found: the rest of its ``config.yaml``.
+    """
+    if config.case not in paper():
+        return []
+    data, recipe = paper()[config.case]["data"], RECIPES[config.case]
+    phrases = []
+    for split, kind in (("train_images", "training"), ("test_images", "test")):
+        images = found.get(split, config.subset)
+        if images is not None and images != data[split]:
+            phrases.append(f"{images:,} of {data[split]:,} {kind} images")
+    if config.epochs != recipe.epochs:
+        phrases.append(f"{config.epochs} epochs in place of {recipe.epochs}")
+    options = {name: value for name, value in config.model_options.items() if name != "rules"}
+    phrases += [f"{name} {value}" for name, value in sorted(options.items())]
+    if config.private is not None:
+        phrases.append(f"differential privacy with epsilon {config.private.epsilon:g}")
+    if config.precision != "32-true":
+        phrases.append(f"precision {config.precision}")
+    for field in fields(Recipe):
+        ours, theirs = getattr(config, field.name), getattr(recipe, field.name)
+        if field.name not in _TOLD_APART and ours != theirs:
+            phrases.append(f"{field.name} {ours} in place of {theirs}")
+    return phrases

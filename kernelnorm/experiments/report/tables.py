@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kernelnorm.experiments.recipes import paper
-from kernelnorm.experiments.report.cells import Cell
-from kernelnorm.experiments.report.collect import Unreadable
-from kernelnorm.experiments.report.entries import (
+from kernelnorm.experiments.paper import paper, paper_accuracy, paper_lr, paper_time
+from kernelnorm.experiments.report.blocks import (
     Entry,
     Table,
     estimate_entry,
@@ -19,7 +17,8 @@ from kernelnorm.experiments.report.entries import (
     signed,
     states_text,
 )
-from kernelnorm.experiments.report.reference import paper_accuracy, paper_lr, paper_time
+from kernelnorm.experiments.report.cells import Cell
+from kernelnorm.experiments.report.collect import Unreadable
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.style import LABELS
 

@@ -14,14 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.inputs import load_split
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import RunError, RunFolder
+from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.status import Status, look
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.local import LocalPool, default_jobs
 from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
 from kernelnorm.experiments.sweep.reproduction import reproduction
-from kernelnorm.experiments.sweep.status import Status, look
 from kernelnorm.experiments.sweep.view import View, forecast, table
 
 __all__ = [

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import RunError, RunFolder, write_whole
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.sweep.execute import execute
 
 __all__ = ["RayPool"]
@@ -84,7 +86,7 @@ class RayPool:
         self._task = ray.remote(_run).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
         # Machines on which this file exists see the sweep's folder.
         self._mark = root.resolve() / f".sweep-{secrets.token_hex(8)}"
-        write_whole(self._mark, b"")
+        write_atomically(self._mark, b"")
 
     @property
     def places(self) -> int:
@@ -159,4 +161,4 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
     if files and "failure.json" not in files:
         (folder / "failure.json").unlink(missing_ok=True)
     for name, content in files.items():
-        write_whole(folder / name, content)
+        write_atomically(folder / name, content)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import DataError
+from kernelnorm.experiments.errors import RunError, error_message
 from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.runs import RunError, error_message
 from kernelnorm.experiments.trainer import train
 
 __all__ = ["execute"]

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from kernelnorm.experiments.recipes import Recipe, RunConfig, configure
-from kernelnorm.experiments.runs import RunError
-from kernelnorm.experiments.trained import build_network
+from kernelnorm.experiments.config import RunConfig, configure
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.networks import build_network
+from kernelnorm.experiments.recipes import Recipe
 
 __all__ = ["make_grid"]
 

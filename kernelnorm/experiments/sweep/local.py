@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.launch import Launch, make_fabric
-from kernelnorm.experiments.recipes import RunConfig
 from kernelnorm.experiments.sweep.execute import execute
 
 __all__ = ["LocalPool", "cores", "default_jobs"]

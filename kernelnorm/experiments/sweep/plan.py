@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kernelnorm.experiments.recipes import RunConfig
-from kernelnorm.experiments.sweep.tuning import best_rate, rates_to_try
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.tuning import best_rate, rates_to_try
 
 __all__ = ["Grid", "Plan", "Result", "Tuned"]
 

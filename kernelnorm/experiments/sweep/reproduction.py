@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kernelnorm.experiments.recipes import RECIPES, paper
-from kernelnorm.experiments.runs import RunError
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.paper import paper
+from kernelnorm.experiments.recipes import RECIPES
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.plan import Tuned
-from kernelnorm.experiments.sweep.tuning import TUNING_SEED
+from kernelnorm.experiments.tuning import TUNING_SEED
 
 __all__ = ["PAPER_NORMS", "Scale", "reproduction", "scale_of"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kernelnorm.experiments.status import Status, seconds_left, seconds_per_epoch
 from kernelnorm.experiments.style import LABELS
-from kernelnorm.experiments.sweep.status import Status, seconds_left, seconds_per_epoch
 
 __all__ = ["View", "duration", "forecast", "table"]
 

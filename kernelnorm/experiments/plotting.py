@@ -1,50 +1,42 @@
-"""Functions that all figures of the report share."""
+"""What all figures draw alike: curves, axes, legends, PNG files."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 
-from kernelnorm.experiments.report.statistics import Estimate
+from kernelnorm.experiments.statistics import Estimate
 from kernelnorm.experiments.style import LABELS
 
 __all__ = [
-    "Picture",
+    "MEAN_LABEL",
     "bar",
     "batch_size_axis",
     "curves",
     "epoch_axes",
     "legend",
-    "nearest",
+    "mean_line",
+    "plain_log",
+    "png",
     "same_span",
     "tidy",
 ]
 
-_CURVES_BATCH_SIZE = 32
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as a PNG, with its texts.
-
-    Args:
-        title: the heading.
-        alt: the text for readers who do not see the picture.
-        note: the caption.
-        png: the file's content.
-    """
-
-    title: str
-    alt: str
-    note: str
-    png: bytes
+MEAN_LABEL = "dashed: mean of the last five epochs"
 
 
 def bar(accuracy: Estimate) -> float:
@@ -64,11 +56,6 @@ def curves(axes: Axes, curves: Sequence[Sequence[float]], style: dict[str, Any])
     if len(curves) > 1:
         lowest, highest = [*map(min, values)], [*map(max, values)]
         axes.fill_between(epochs, lowest, highest, color=style["color"], alpha=0.18, linewidth=0)
-
-
-def nearest(sizes: Sequence[int]) -> int:
-    """Return the batch size nearest to 32, in ratio; the paper's curves have batch size 32."""
-    return min(sizes, key=lambda size: abs(math.log(size / _CURVES_BATCH_SIZE)))
 
 
 def batch_size_axis(axes: Axes, sizes: Sequence[int]) -> None:
@@ -116,3 +103,26 @@ def legend(figure: Figure, panels: Iterable[Axes], width: float = 2.0) -> None:
     handles = [entries[label] for label in labels]
     columns = int(figure.get_figwidth() // width)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def mean_line(axes: Axes, epochs: int, mean: float, style: dict[str, Any]) -> None:
+    """Draw the mean of the last five of these epochs, dashed, over those epochs."""
+    ends = (max(1, epochs - 4) - 0.3, epochs + 0.3)
+    axes.plot(ends, (mean, mean), color=style["color"], linestyle="--", linewidth=1.2)
+
+
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis, whose data are drawn, with plain decimals such as 0.5, 1, 2."""
+    low, high = axis.get_view_interval()
+    steps = (1, 2, 5) if high / low < 30 else (1, 3) if high / low < 300 else (1,)
+    even = MaxNLocator(5, steps=[1, 2, 5, 10])
+    axis.set_major_locator(even if high / low < 5 else LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.9f}".rstrip("0").rstrip(".")))
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    return picture.getvalue()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kernelnorm.experiments.recipes import RunConfig
+from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
 
 __all__ = ["State", "Status", "look", "seconds_left", "seconds_per_epoch"]

@@ -1,14 +1,15 @@
-"""Tables as text, and how numbers are written in them."""
+"""What a chapter shows: tables and pictures, and how numbers are written in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernelnorm.experiments.report.sections import STATES
-from kernelnorm.experiments.report.statistics import Difference, Estimate
+from kernelnorm.experiments.report.collect import STATES
+from kernelnorm.experiments.statistics import Difference, Estimate
 
 __all__ = [
     "Entry",
+    "Picture",
     "Table",
     "estimate_entry",
     "estimate_text",
@@ -53,6 +54,23 @@ class Table:
     rows: list[list[Entry]]
     note: str
     folded: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a PNG, with its texts.
+
+    Args:
+        title: the heading.
+        alt: the text for readers who do not see the picture.
+        note: the caption.
+        png: the file's content.
+    """
+
+    title: str
+    alt: str
+    note: str
+    png: bytes
 
 
 def number_entry(value: int) -> Entry:

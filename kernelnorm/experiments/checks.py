@@ -1,0 +1,122 @@
+"""Checks of a run's folder: it holds the same run, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.runs import RunFolder
+
+__all__ = ["check_config", "check_data"]
+
+_FILES = {"config.yaml", "metrics.jsonl", "last.ckpt", "best.ckpt", "failure.json", "output.txt"}
+_FILES |= {".lock", "tensorboard"}
+"""What a run's folder can hold."""
+
+_CHANGEABLE = ("dataset", "case", "epochs")
+"""What does not make it another run: images may move, which a fingerprint of them tells, and more
+epochs extend it."""
+
+
+def check_config(folder: RunFolder, config: RunConfig) -> None:
+    """Check that nothing was trained in a folder, or the run with this configuration.
+
+    Raises:
+        RunError: the folder holds another run, or a checkpoint without a configuration.
+    """
+    path = folder.path
+    if not (path / "last.ckpt").exists():
+        _check_is_free(path)  # nothing was trained
+        return
+    if not (path / "config.yaml").exists():
+        raise RunError(f"{path} has a checkpoint but no config.yaml: give another --out")
+    record = config.record()
+    there = {**config.defaults(), **folder.read_config()["run"]}  # it may be older than a field
+    before, now = _flat(there), _flat(record)
+    differing = [
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key) and key not in _CHANGEABLE
+    ]
+    if differing:
+        raise RunError(
+            f"{path} holds another run: {'; '.join(differing)}. "
+            "Give another --out, or the options of that run to go on with it"
+        )
+    epochs, more = there.get("epochs"), config.epochs
+    if isinstance(epochs, int) and epochs != more:
+        _check_extension(path, epochs, config)
+
+
+def _check_extension(path: Path, epochs: int, config: RunConfig) -> None:
+    """Check that a run of so many epochs can have as many as ``config`` says."""
+    more = config.epochs
+    if more < epochs:
+        raise RunError(
+            f"{path} holds a run of {epochs} epochs, more than {more}: a run can only be "
+            "extended. Give another --out"
+        )
+    if config.private is not None:
+        raise RunError(
+            f"{path} holds a private run of {epochs} epochs, whose noise was chosen such "
+            f"that they spend its epsilon: it cannot be extended to {more}. Give another "
+            f"--out, to train anew with the noise for {more} epochs"
+        )
+    if config.schedule == "cosine":
+        raise RunError(
+            f"{path} holds a run of {epochs} epochs whose learning rate has fallen to "
+            f"zero along a cosine: it cannot be extended. Give another --out, and "
+            f"--init-from {path}"
+        )
+
+
+def check_data(folder: RunFolder, found: Mapping[str, Any]) -> None:
+    """Check that the images are of the kind and number that ``config.yaml`` tells.
+
+    Args:
+        folder: of the run.
+        found: what :func:`.inputs.describe` returns for the images.
+
+    Raises:
+        RunError: they have changed since the run was begun.
+    """
+    there = folder.read_config()
+    differing = [key for key, value in found.items() if there.get(key, value) != value]
+    told = [key for key in differing if not key.endswith("_fingerprint")]
+    changed = [f"{key} was {there[key]!r} and is {found[key]!r}" for key in told] or [
+        f"the {key.replace('train', 'training').removesuffix('_fingerprint')} images are "
+        "others, or in another order"
+        for key in differing
+    ]
+    if changed:
+        raise RunError(
+            f"the data of {folder.path} has changed: {'; '.join(changed)}. "
+            "Restore it, or train on what is there now in another --out"
+        )
+
+
+def _check_is_free(path: Path) -> None:
+    """Check that a folder holds nothing but what a run writes."""
+    if not path.is_dir():
+        return
+    strange = sorted(
+        place.name
+        for place in path.iterdir()
+        if place.name not in _FILES and place.suffix != ".part"
+    )
+    if strange:
+        raise RunError(
+            f"{path} is not empty and not the folder of a run: it has {strange[0]}. "
+            "Give another --out"
+        )
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields with the options of private training among them."""
+    private = record.get("private")
+    options = private.items() if isinstance(private, dict) else ()
+    whether = {"private": private is not None}
+    return {**record, **whether, **{f"private {name}": value for name, value in options}}

@@ -1,0 +1,24 @@
+"""Errors that a user can solve: the message says what is wrong and what to do next."""
+
+from __future__ import annotations
+
+__all__ = ["DataError", "DivergedError", "RunError", "error_message"]
+
+
+class DataError(Exception):
+    """Images are missing, damaged or do not fit."""
+
+
+class RunError(Exception):
+    """A run cannot be made, trained, read or written."""
+
+
+class DivergedError(RunError):
+    """The loss or a weight became infinite or not a number."""
+
+
+def error_message(error: Exception) -> str:
+    """Return the message of an error, with the error's class where it is none of this module."""
+    if isinstance(error, (DataError, RunError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
