@@ -1,4 +1,7 @@
-"""The layers of the package: who may import whom, and who may use what of PyTorch."""
+"""The layers of the package: who may import whom, and who may use what of PyTorch.
+
+The tree in docs/design.md is the order of the layers.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = """
-reference
-ops ops.mask ops.observers ops.settings ops.strides ops.windows
-ops.backends
-ops.passes ops.operators ops.concatenation ops.knconv ops.pixel_norm
-arguments functional bases
-modules norms
-models
-conversion
-kernelnorm
-hub timm
-privacy
-experiments experiments.data experiments.heap experiments.style
-experiments.runs experiments.privacy experiments.recipes experiments.inputs
-experiments.launch experiments.trained experiments.evaluation experiments.published
-experiments.steps experiments.account experiments.private
-experiments.state experiments.console experiments.trainer
-experiments.bench experiments.compare experiments.sweep
-experiments.report
-cli
-__main__
-"""
-"""From the lowest to the highest. A file belongs to the longest name that is, or contains, its own;
-it imports from its own layer and from lower ones."""
 WHEN_ASKED_FOR = {
-    ("kernelnorm", "kernelnorm.hub"),
     ("kernelnorm", "kernelnorm.experiments.trained"),
     ("kernelnorm.bases", "kernelnorm.privacy.samplers"),  # when Opacus hooks a KNConv
 }
-"""Imports of higher layers, inside functions, or of public names when they are first used."""
+"""Imports of rows below, inside functions, or of public names when they are first used."""
 CORE = "kernelnorm"
-"""The highest layer of the core, which needs PyTorch and nothing else."""
+"""The last row of the core, which needs PyTorch and nothing else."""
 
 
 class File:
@@ -58,17 +36,30 @@ class File:
 FILES = {file.name: file for file in map(File, sorted((ROOT / "kernelnorm").rglob("*.py")))}
 
 
-def layer_of(name: str) -> int:
-    """The number of a module's layer."""
-    short = f"{name.removeprefix('kernelnorm.')}."
-    found = {
-        prefix: number
-        for number, line in enumerate(LAYERS.strip().splitlines())
-        for prefix in line.split()
-        if short.startswith(f"{prefix}.")
-    }
-    assert found, f"{name} has no layer"
-    return found[max(found, key=len)]
+def read_tree() -> dict[str, int]:
+    """The modules in the tree of docs/design.md, each with the number of its row."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    rows: dict[str, int] = {}
+    parents: list[str] = []
+    found = re.findall(r"^ {4}( {0,6})(\w+)(?:\.py|/)", text, re.MULTILINE)
+    for number, (indent, name) in enumerate(found):
+        parents[len(indent) // 2 :] = [name]
+        rows[".".join(parents).removesuffix(".__init__")] = number
+    return rows
+
+
+ROWS = read_tree()
+
+
+def row_of(name: str) -> int:
+    """The row of a module, or of the package that holds it and has no rows within."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        row = ".".join(parts[:length])
+        divided = any(other.startswith(f"{row}.") for other in ROWS)
+        if row in ROWS and (row == name or not divided):
+            return ROWS[row]
+    raise AssertionError(f"{name} has no row in the tree of docs/design.md")
 
 
 def imports_of(nodes: list[ast.AST]) -> set[str]:
@@ -95,19 +86,18 @@ def first_imports(name: str) -> set[str]:
     return imports_of([*FILES[name].tree.body])
 
 
-def test_imports_are_from_the_same_layer_or_lower_ones():
+def test_imports_are_from_the_same_row_or_rows_above():
     wrong = [
         f"{name} imports {imported}"
         for name in FILES
         for imported in all_imports(name) & {*FILES}
-        if layer_of(imported) > layer_of(name) and (name, imported) not in WHEN_ASKED_FOR
+        if row_of(imported) > row_of(name) and (name, imported) not in WHEN_ASKED_FOR
     ]
     assert not wrong
 
 
-def test_every_name_in_the_list_of_layers_is_there():
-    for short in LAYERS.split():
-        assert short in FILES or f"kernelnorm.{short}" in FILES
+def test_every_row_is_a_file_or_a_package():
+    assert {*ROWS} <= {*FILES}
 
 
 def test_no_file_imports_itself_through_others():
@@ -121,7 +111,7 @@ def test_no_file_imports_itself_through_others():
 
 def test_the_core_needs_pytorch_and_nothing_else():
     for name in FILES:
-        if layer_of(name) > layer_of(CORE):
+        if row_of(name) > row_of(CORE):
             continue
         roots = {imported.split(".")[0] for imported in all_imports(name)}
         in_triton = name == "kernelnorm.ops.backends.triton.device_functions"

@@ -1,4 +1,4 @@
-"""Atomic writes and locks: the only ones of the package."""
+"""Atomic writes and locks."""
 
 from __future__ import annotations
 
