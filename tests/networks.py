@@ -22,9 +22,9 @@ def conv_and_norm() -> nn.Sequential:
     )
 
 
-def small_densenet() -> DenseNet:
+def small_densenet(norm: str = "kernel") -> DenseNet:
     torch.manual_seed(0)
-    return DenseNet(8, (2, 2, 1, 1), 16, "kernel", 4, 3, True, None)
+    return DenseNet(8, (2, 2, 1, 1), 16, norm, 4, 3, True, None)
 
 
 def layers_and_a_block() -> nn.Sequential:
