@@ -174,9 +174,9 @@ def test_export_with_dynamic_sizes(training: bool):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet"])
 def test_export_of_networks_with_dynamic_sizes(name: str):
-    network = create_model(name, num_classes=4, small_images=True).eval()
+    network = small_network(name).eval()
     program = torch.export.export(
         network, (torch.randn(2, 3, 64, 48),), dynamic_shapes=({0: AUTO, 2: AUTO, 3: AUTO},),
         strict=False,
@@ -224,7 +224,7 @@ def test_onnx_with_dynamic_sizes(tmp_path: Path, dynamo: bool):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Inductor's own parts
 def test_a_package_without_python():
-    network, x = create_model("vgg8", width=0.25, num_classes=4).eval(), torch.randn(4, 3, 32, 32)
+    network, x = layers_of_every_padding(), torch.randn(4, 3, 32, 32)
     batch = torch.export.Dim("n", min=1, max=64)
     with torch.no_grad():
         program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
