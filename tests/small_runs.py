@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from kernelnorm.experiments.recipes import RunConfig, configure, recipe_for
 from kernelnorm.experiments.runs import RunFolder
 
 SMALL: dict[str, Any] = {"batch_size": 8, "epochs": 2, "subset": 60, "image_size": 8}
+NARROW = {"width": 0.125}
 
 
 def small(norm: str = "kernel", **choices: Any) -> RunConfig:
-    return configure(recipe_for("digits-vgg8"), **{"norm": norm, **SMALL, **choices})
+    given = {"norm": norm, "model_options": NARROW, **SMALL, **choices}
+    return configure(recipe_for("digits-vgg8"), **given)
 
 
 def command(out: Path, norm: str) -> list[str]:
+    """Trains the run of :func:`small`, with a checkpoint after each step."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    options.append(f"--model-options={json.dumps(NARROW)}")
     every_step = ["--checkpoint-minutes=0", "--accelerator=cpu", f"--norm={norm}", f"--out={out}"]
     return [sys.executable, "-m", "kernelnorm", "train", "digits-vgg8", *options, *every_step]
 

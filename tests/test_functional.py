@@ -48,7 +48,7 @@ def more_than_one_element(case: Case) -> bool:
 
 
 @pytest.mark.usefixtures("backend")
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     cases().filter(more_than_one_element),
     st.sampled_from([0.0, 0.1, 0.5]),
@@ -84,7 +84,7 @@ def test_kn_conv_agrees_with_equation_4(
     assert_same(y, expected.relu() if activation else expected, inputs)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases(dilated=False), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
 def test_kernel_norm_agrees_with_equation_3(device, case: Case, p, training):
     kernel_size, stride, padding, dilation = case.geometry

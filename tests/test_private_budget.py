@@ -21,7 +21,7 @@ from kernelnorm.experiments.trainer import train
 from tests.private_runs import PER_EPOCH, images_of, known, small, steps_of
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 3.0, 50.0])
+@pytest.mark.parametrize("epsilon", [0.5, 50.0])
 @pytest.mark.filterwarnings("ignore:Optimal order is the")
 def test_the_least_noise_keeps_to_the_budget(epsilon: float) -> None:
     noise = noise_multiplier(Privacy(epsilon=epsilon), 0.25, 8)

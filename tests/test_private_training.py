@@ -44,6 +44,7 @@ def test_paused_run_ends_with_the_same_weights_and_epsilon(
     assert without_times(whole) == without_times(paused)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_same_weights_and_epsilon(tmp_path: Path) -> None:
     """Between two checkpoints, so that the steps since the first are taken again."""
     config, whole, killed = small(epochs=12, epsilon=4.0), tmp_path / "whole", tmp_path / "killed"
