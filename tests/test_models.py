@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
@@ -44,6 +45,7 @@ def slow_unless(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+@cache
 def on_meta(name: str, **options: object) -> nn.Module:
     """The network without memory for its parameters: enough for names and shapes."""
     with torch.device("meta"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ def small(norm: str, name: str = "vgg8", **options: object) -> nn.Module:
     return create_model(name, norm=norm, num_classes=5, **{**size, **options})
 
 
+@cache
 def on_meta(name: str, norm: str) -> nn.Module:
     with torch.device("meta"):
         return create_model(name, norm=norm)
