@@ -19,8 +19,9 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal \
 LAYERS := $(shell grep -L 'kernelnorm\.\(cli\|experiments\)' tests/test_*.py)
 C_FILES := $(wildcard kernelnorm/ops/backends/cpu/*.c kernelnorm/ops/backends/cpu/*.h)
 SANITIZED := build/sanitize/kernels.so
-# What the tests need includes what the training programs need.
-EXPERIMENTS := $(or $(wildcard $(VENV)/.dev),$(VENV)/.experiments)
+# Each of these installations includes the next one.
+DEV := $(or $(wildcard $(VENV)/.cluster),$(VENV)/.dev)
+EXPERIMENTS := $(or $(wildcard $(DEV)),$(VENV)/.experiments)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo federated test test-slow test-all test-cluster test-newest test-zoo test-federated \
@@ -36,10 +37,10 @@ demo: $(EXPERIMENTS)  ## compare four normalisations on real digits: a table and
 federated: $(FEDERATED)/.app  ## federated training on real digits, with four clients
 	$(FEDERATED)/bin/python examples/federated/run.py
 
-test: $(VENV)/.dev  ## run the tests, without those marked slow: under 3 minutes on two cores
+test: $(DEV)  ## run the tests, without those marked slow: under 3 minutes on two cores
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.dev  ## run the tests marked slow
+test-slow: $(DEV)  ## run the tests marked slow
 	$(BIN)/python $(PYTEST) -m slow
 
 test-all: test test-slow  ## run all tests
@@ -47,29 +48,29 @@ test-all: test test-slow  ## run all tests
 test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they start one here
 	$(BIN)/python -m pytest tests/test_cluster.py
 
-test-newest: $(VENV)/.dev $(NEWEST)/.tests  ## run the layers' tests with the newest PyTorch
+test-newest: $(DEV) $(NEWEST)/.tests  ## run the layers' tests with the newest PyTorch
 	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python $(PYTEST) -m "not slow" $(LAYERS)
 
-test-zoo: $(VENV)/.dev $(NEWEST)/.tests  ## test beside timm, torchvision, MONAI and others
+test-zoo: $(DEV) $(NEWEST)/.tests  ## test beside timm, torchvision, MONAI and others
 	PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 \
 		--dist worksteal tests/zoo
 
 test-federated: $(FEDERATED)/.app  ## test federated training: Flower's processes run here
 	$(FEDERATED)/bin/python -m pytest -n 2 --dist worksteal tests/federated
 
-test-sanitize: $(VENV)/.dev $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
+test-sanitize: $(DEV) $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/python $(PYTEST) --kernels $(SANITIZED) -k "not triton" \
 		tests/test_backends.py tests/test_fuzz.py tests/test_kernels_*.py
 
-gpu-check: $(VENV)/.dev  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: on the CPU, a trial
+gpu-check: $(DEV)  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: on the CPU, a trial
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry)
 
-wheel-check: $(VENV)/.dev  ## build the packages and test them in other folders and Pythons
+wheel-check: $(DEV)  ## build the packages and test them in other folders and Pythons
 	$(BIN)/python -m pytest tests/check_packages.py
 
-check: $(VENV)/.dev  ## check style, types and the examples of the docstrings
+check: $(DEV)  ## check style, types and the examples of the docstrings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -79,7 +80,7 @@ docs: $(DOCS)/.docs  ## build the documentation in build/docs, and check it
 	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
 	$(DOCS)/bin/python -m pytest tests/check_site.py tests/check_configuration.py
 
-format: $(VENV)/.dev  ## format the code
+format: $(DEV)  ## format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -125,7 +126,7 @@ $(FEDERATED)/.app: $(INSTALLED) examples/federated/pyproject.toml
 	@touch $@
 
 # Sees the packages of $(VENV), for the API pages and the notebook: a second PyTorch would be 1 GB.
-$(DOCS)/.docs: constraints.txt Makefile | $(VENV)/.dev
+$(DOCS)/.docs: constraints.txt Makefile | $(DEV)
 	$(call create,$(DOCS))
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/..')" \
 		> $$($(DOCS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():  # has to be known when Triton is imported, by
 # Tests fill fresh memory with NaN by deterministic mode, for which cuBLAS wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-pytest.register_assert_rewrite("tests.oracle", "tests.converting")
+pytest.register_assert_rewrite("tests.oracle", "tests.converting", "tests.small_runs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,3 +102,20 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A noise that is far from the budget, and an account of few orders, both without waiting."""
+    from kernelnorm.experiments import account, private
+
+    monkeypatch.setattr(private, "noise_multiplier", lambda *_: 2.0)
+    monkeypatch.setattr(account, "ORDERS", [*range(2, 64)])
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are put together but not drawn, which takes most of a report's time."""
+    from kernelnorm.experiments.report import figures
+
+    monkeypatch.setattr(figures, "png", lambda _: b"a picture")

@@ -1,4 +1,4 @@
-"""A small network, and what tests compare of two runs of it."""
+"""Small networks, and what tests compare of two runs of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kernelnorm as kn
+from kernelnorm.models.densenet import DenseNet
 
 
 def conv_and_norm() -> nn.Sequential:
@@ -19,6 +20,18 @@ def conv_and_norm() -> nn.Sequential:
         kn.KNConv2d(8, 6, 3, padding="same", padding_mode="reflect"),
         kn.KernelNorm2d(1),
     )
+
+
+def small_densenet(norm: str = "kernel") -> DenseNet:
+    torch.manual_seed(0)
+    return DenseNet(8, (2, 2, 1, 1), 16, norm, 4, 3, True, None)
+
+
+def layers_and_a_block() -> nn.Sequential:
+    """Layers with a stride, and a dense block."""
+    torch.manual_seed(0)
+    block = small_densenet().features.denseblock1
+    return nn.Sequential(kn.KNConv2d(4, 16, 3, stride=2, padding=1, activation="relu"), block)
 
 
 def images(*shape: int) -> Tensor:
@@ -39,3 +52,14 @@ def run(
 def assert_all_close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-5) -> None:
     for one, other in zip(a, b, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def operators_of(module: torch.fx.GraphModule) -> set[str]:
+    """The names of this library's operators that a graph calls."""
+    targets = [
+        str(node.target)
+        for part in module.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+    ]
+    return {target.split(".")[1] for target in targets if target.startswith("kernelnorm.")}

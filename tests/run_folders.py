@@ -1,4 +1,4 @@
-"""Run folders written by hand, for the tests of what reads them."""
+"""Run folders written by hand, and what a report says of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.recipes import recipe_for
+from kernelnorm.experiments.report import report
 from kernelnorm.experiments.runs import RunFolder
 
 ENVIRONMENT = {"kernelnorm": "0.1.0", "torch": "2.13.0", "device": "cpu: x86_64", "processes": 1}
@@ -75,3 +76,22 @@ def write_result(root: Path, accuracy: float, **options: Any) -> RunConfig:
     """
     last_five = [accuracy + change for change in (-2, 2, 0, 1, -1)]
     return write_run(root, [accuracy + 9, *last_five], **options)
+
+
+def numbers_of(root: Path) -> dict[str, Any]:
+    """The numbers of the report, read again."""
+    page = report(root)
+    numbers: dict[str, Any] = json.loads(page.with_name("report.json").read_text())
+    return numbers
+
+
+def cell_of(numbers: dict[str, Any], norm: str, batch_size: int) -> dict[str, Any]:
+    (section,) = numbers["sections"]
+    (cell,) = (c for c in section["cells"] if (c["norm"], c["batch_size"]) == (norm, batch_size))
+    return dict(cell)
+
+
+def row_of(text: str, *starts: str) -> list[str]:
+    """The cells of the first row of a Markdown table that begins with these cells."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return next(row for row in rows if row[: len(starts)] == [*starts])

@@ -20,7 +20,7 @@ from kernelnorm.experiments.bench.report import TimeTable, draw, memory_lines, r
 from kernelnorm.experiments.bench.results import Result, Variant
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.models import create_model, vgg8
-from tests.test_bench import words
+from tests.bench_results import words
 
 
 def test_private_plan() -> None:

@@ -181,11 +181,11 @@ def test_wrong_arguments_and_files(place: Path, capsys: pytest.CaptureFixture[st
     seed = random.SystemRandom().randrange(2**32)
     print(f"Mistakes(place, {seed})")
     mistakes = Mistakes(place, seed)
-    check([mistakes.draw() for _ in range(200)], place, capsys)
+    check([mistakes.draw() for _ in range(100)], place, capsys)
 
 
 def test_damaged_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"Mistakes(place, {seed})")
     mistakes = Mistakes(place, seed)
-    check([mistakes.run() for _ in range(100)], place, capsys)
+    check([mistakes.run() for _ in range(60)], place, capsys)

@@ -31,8 +31,9 @@ pytestmark = [
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 10**8}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    """Two nodes of one core, for all tests: starting and ending them takes half a minute."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
@@ -45,40 +46,6 @@ def cluster() -> Iterator[Any]:
 def one_thread(set_threads: Callable[[int], None]) -> None:
     """As a run has that is given one CPU."""
     set_threads(1)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_every_run_ends_though_the_sweep_is_killed_and_a_node_is_lost(
-    cluster: Any, tmp_path: Path
-) -> None:
-    configs = small(seeds=[0, 1, 2], epochs=40)
-    options = ["--norms=batch,layer", "--batch-sizes=8", "--seeds=0,1,2", "--epochs=40"]
-    out = f"--out={tmp_path / 'cluster'}"
-    command = [sys.executable, "-m", "kernelnorm", "sweep", *SMALL, *options, out]
-    command.append(f"--ray={cluster.address}")
-    folders = [RunFolder(tmp_path / "cluster" / config.name) for config in configs]
-
-    def in_progress(last_epoch: int = 39) -> int:
-        lengths = [len(folder.read_metrics()) for folder in folders]
-        return sum(0 < length <= last_epoch for length in lengths)
-
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    wait_for(lambda: in_progress(last_epoch=30) == 2)  # far from their end
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    wait_for(lambda: not any(folder.is_locked() for folder in folders))
-    assert in_progress() == 2  # the tasks have ended with the sweep
-
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: sum(folder.is_locked() for folder in folders) == 2)  # one on each node
-    cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert output.count(" done ") == len(configs)
-
-    for config in configs:
-        assert execute(config, LAUNCH, tmp_path / "here" / config.name) == ""
-    assert without_times(tmp_path / "cluster") == without_times(tmp_path / "here")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -136,3 +103,38 @@ def test_impossible_clusters_are_errors(
 ) -> None:
     with pytest.raises(RunError, match=message):
         RayPool(LAUNCH, tmp_path, address or cluster.address, **options)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_run_ends_though_the_sweep_is_killed_and_a_node_is_lost(
+    cluster: Any, tmp_path: Path
+) -> None:
+    """The last test, since the cluster keeps one node."""
+    configs = small(seeds=[0, 1], epochs=40)
+    options = ["--norms=batch,layer", "--batch-sizes=8", "--seeds=0,1", "--epochs=40"]
+    out = f"--out={tmp_path / 'cluster'}"
+    command = [sys.executable, "-m", "kernelnorm", "sweep", *SMALL, *options, out]
+    command.append(f"--ray={cluster.address}")
+    folders = [RunFolder(tmp_path / "cluster" / config.name) for config in configs]
+
+    def in_progress(last_epoch: int = 39) -> int:
+        lengths = [len(folder.read_metrics()) for folder in folders]
+        return sum(0 < length <= last_epoch for length in lengths)
+
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(lambda: in_progress(last_epoch=30) == 2)  # far from their end
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    wait_for(lambda: not any(folder.is_locked() for folder in folders))
+    assert in_progress() == 2  # the tasks have ended with the sweep
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: sum(folder.is_locked() for folder in folders) == 2)  # one on each node
+    cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count(" done ") == len(configs)
+
+    for config in configs:
+        assert execute(config, LAUNCH, tmp_path / "here" / config.name) == ""
+    assert without_times(tmp_path / "cluster") == without_times(tmp_path / "here")

@@ -22,7 +22,9 @@ from tests.converting import IMAGE, Block, Calling, conv_norm_relu, convert
         ("vgg8", {}),
         ("resnet18", {}),
         ("resnet18", {"residual_relu": "sum", "dropout_p": 0.2}),
-        ("resnet18", {"residual_relu": "both", "evaluation": "plain"}),
+        pytest.param(
+            "resnet18", {"residual_relu": "both", "evaluation": "plain"}, marks=pytest.mark.slow
+        ),
         ("resnet18", {"head": False}),
         pytest.param("resnet50", {"head_dropout_p": 0.4}, marks=pytest.mark.slow),
         ("mobilenet_v3_small", {}),

@@ -1,6 +1,5 @@
 """Loading: every data set becomes the right pixels, or an error that says what to do."""
 
-import os
 import weakref
 
 import numpy as np
@@ -8,28 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelnorm.experiments import files
-from kernelnorm.experiments.data import DataError, Images, decode, disk, load, load_images
-
-RED, GREEN = (255, 0, 0), (0, 255, 0)
-
-
-def save(path, colour=RED, size=(12, 10), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).convert(mode).save(path)
-    return path
+from kernelnorm.experiments.data import DataError, Images, decode, load, load_images
+from tests.pictures import GREEN, RED, save, two_classes
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of two training images each, and one test image of the second class."""
-    root = tmp_path / "pictures"
-    for name, colour in (("ants", RED), ("bees", GREEN)):
-        for i in range(2):
-            save(root / "train" / name / f"{i}.png", colour)
-    save(root / "val" / "bees" / "0.png", GREEN)
-    (root / "train" / "ants" / "notes.txt").write_text("not an image")
-    return root
+    return two_classes(tmp_path / "pictures")
 
 
 def test_folder_gives_pixels_labels_and_classes(folder):
@@ -151,120 +135,6 @@ class TestFolderErrors:
             load_images(folder, "val")
         with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
             load_images(folder, "train", image_size=0)
-
-
-class TestCache:
-    @pytest.fixture(autouse=True)
-    def everything_is_large(self, monkeypatch):
-        monkeypatch.setattr(decode, "IN_MEMORY", 0)
-
-    @pytest.fixture
-    def decoded(self, monkeypatch):
-        """The files that were decoded."""
-        names, read = [], decode.read_image
-        monkeypatch.setattr(
-            decode, "read_image", lambda path, *a: (names.append(path.name), read(path, *a))[1]
-        )
-        return names
-
-    def cached(self, home):
-        return [path.name for path in (home / ".cache").iterdir()]
-
-    def test_same_pixels_as_in_memory(self, folder, tmp_path, monkeypatch):
-        mapped = load_images(folder, "train", data_dir=tmp_path)
-        monkeypatch.setattr(decode, "IN_MEMORY", 1 << 20)
-        assert torch.equal(mapped.pixels, load_images(folder, "train").pixels)
-
-    def test_is_used_again(self, folder, tmp_path, decoded):
-        first = load_images(folder, "train", data_dir=tmp_path)
-        del decoded[:]
-        again = load_images(folder, "train", data_dir=tmp_path)
-        assert decoded == ["0.png"]  # for the shape
-        assert torch.equal(first.pixels, again.pixels)
-
-    def test_splits_and_sizes_lie_beside_each_other(self, folder, tmp_path):
-        for split, size in (("train", None), ("test", None), ("train", 4)):
-            load_images(folder, split, data_dir=tmp_path, image_size=size)
-        assert len(self.cached(tmp_path)) == 3
-
-    @pytest.mark.parametrize("change", ["content", "time", "more", "fewer"])
-    def test_is_replaced_when_a_file_changes(self, folder, tmp_path, change):
-        load_images(folder, "train", data_dir=tmp_path)
-        before = self.cached(tmp_path)
-        file = folder / "train" / "bees" / "1.png"
-        if change == "time":
-            os.utime(file, ns=(1, 1))
-        elif change == "fewer":
-            file.unlink()
-        else:
-            save(file if change == "content" else file.with_name("2.png"), (1, 2, 3))
-        pixels = load_images(folder, "train", data_dir=tmp_path).pixels
-        assert len(pixels) == {"more": 5, "fewer": 3}.get(change, 4)
-        assert len(self.cached(tmp_path)) == 1
-        assert self.cached(tmp_path) != before
-
-    def test_is_replaced_when_its_format_changes(self, folder, tmp_path, monkeypatch, decoded):
-        load_images(folder, "train", data_dir=tmp_path)
-        before = self.cached(tmp_path)
-        monkeypatch.setattr(decode, "FORMAT", decode.FORMAT + 1)
-        del decoded[:]
-        load_images(folder, "train", data_dir=tmp_path)
-        assert len(decoded) == 5  # one of them for the shape
-        assert len(self.cached(tmp_path)) == 1
-        assert self.cached(tmp_path) != before
-
-    def test_is_on_the_disk_before_it_has_its_name(self, folder, tmp_path, monkeypatch):
-        synced = []
-
-        def fsync(file):
-            synced.append(os.fstat(file).st_size)
-            assert not list((tmp_path / ".cache").glob("[!.]*.uint8"))
-
-        monkeypatch.setattr(files.os, "fsync", fsync)
-        load_images(folder, "train", data_dir=tmp_path)
-        assert synced == [4 * 3 * 10 * 12]
-
-    def test_killed_decoding_is_cleared_away(self, folder, tmp_path):
-        load_images(folder, "train", data_dir=tmp_path)
-        (name,) = self.cached(tmp_path)
-        (tmp_path / ".cache" / name).unlink()
-        (tmp_path / ".cache" / f".{name}.abc.part").write_bytes(b"half")
-        load_images(folder, "train", data_dir=tmp_path)
-        assert self.cached(tmp_path) == [name]
-
-    def test_interrupted_decoding_leaves_nothing(self, folder, tmp_path):
-        (folder / "train" / "bees" / "9.png").write_bytes(b"")
-        with pytest.raises(DataError, match=r"9\.png"):
-            load_images(folder, "train", data_dir=tmp_path)
-        assert self.cached(tmp_path) == []
-
-    def test_writing_to_the_pixels_leaves_the_file_alone(self, folder, tmp_path):
-        load_images(folder, "train", data_dir=tmp_path).pixels.zero_()
-        assert load_images(folder, "train", data_dir=tmp_path).pixels.any()
-
-    def test_full_disk(self, folder, tmp_path, monkeypatch):
-        usage = disk.shutil.disk_usage(tmp_path)._replace(free=10)
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(DataError, match=r"no disk space in .*\.cache: .* MB are needed"):
-            load_images(folder, "train", data_dir=tmp_path)
-
-    def test_disk_that_fills_up_on_the_way(self, tmp_path):
-        with (
-            pytest.raises(DataError, match="no disk space"),
-            disk.space_for(1, tmp_path),
-        ):
-            raise OSError(disk.errno.ENOSPC, "No space left on device")
-
-    def test_other_errors_of_the_disk_are_left_as_they_are(self, tmp_path):
-        with pytest.raises(PermissionError), disk.space_for(1, tmp_path):
-            raise PermissionError
-
-    def test_read_only_data_folder(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(disk.os, "access", lambda path, _: path != folder)
-        load_images(folder, "train", data_dir=folder)
-        assert len(self.cached(tmp_path / "home" / "kernelnorm")) == 1
-        assert sorted(p.name for p in folder.iterdir()) == ["train", "val"]
 
 
 def test_data_dir_must_be_a_folder(tmp_path):

@@ -114,23 +114,27 @@ def test_other_convolutions_have_a_bias_only_without_a_norm(name: str, norm: str
 
 
 def activations_in_order(network: nn.Module) -> list[type[nn.Module]]:
-    """The activations of an image's way to the pooling, those in KNConvs among them."""
+    """The activations of an image's way to the pooling, those in KNConvs among them.
+
+    On the meta device a KNConv would take ten times as long.
+    """
     seen: list[type[nn.Module]] = []
     for module in network.modules():
         if isinstance(module, ACTIVATIONS):
             module.register_forward_hook(lambda layer, *_: seen.append(type(layer)))
         elif isinstance(module, KNConv2d) and module.activation == "relu":
             module.register_forward_hook(lambda *_: seen.append(nn.ReLU))
-    network.features(torch.empty(1, 3, 64, 64, device="meta"))
-    network.head(torch.empty(1, 3, 2, 2, device="meta"))
+    with torch.no_grad():
+        network.eval().features(torch.zeros(1, 3, 32, 32))
+        network.head(torch.zeros(1, 3, 2, 2))
     return seen
 
 
-@pytest.mark.parametrize("rules", [{}, {"head": False}, {"head": True}], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_each_activation_is_in_its_place(name: str, rules: dict[str, bool]):
-    expected = activations_in_order(on_meta(name, norm="batch"))
-    assert activations_in_order(on_meta(name, rules=rules)) == expected
+def test_each_activation_is_in_its_place(name: str):
+    expected = activations_in_order(create_model(name, norm="batch"))
+    for rules in ({}, {"head": False}, {"head": True}):
+        assert activations_in_order(create_model(name, rules=rules)) == expected
 
 
 def test_squeeze_excite_scales_channels_by_their_means():

@@ -1,4 +1,4 @@
-"""The fast path against Equations 1 to 4, in values, gradients, precision and errors."""
+"""The fast path against Equations 1 to 4, in values, gradients and memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from kernelnorm import reference
 from kernelnorm.functional import kernel_norm, kn_conv
 from kernelnorm.ops import passes
 from kernelnorm.ops.backends import eager
-from kernelnorm.ops.mask import draw_keys, expand_keys, keep, rounded_p
 from tests.strategies import CHANNELS_LAST, Case, cases, mask_of
 
-CPU = torch.device("cpu")
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
@@ -51,7 +48,7 @@ def more_than_one_element(case: Case) -> bool:
 
 
 @pytest.mark.usefixtures("backend")
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     cases().filter(more_than_one_element),
     st.sampled_from([0.0, 0.1, 0.5]),
@@ -87,7 +84,7 @@ def test_kn_conv_agrees_with_equation_4(
     assert_same(y, expected.relu() if activation else expected, inputs)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases(dilated=False), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
 def test_kernel_norm_agrees_with_equation_3(device, case: Case, p, training):
     kernel_size, stride, padding, dilation = case.geometry
@@ -200,38 +197,6 @@ def test_frozen_tensors_get_no_gradient_and_do_not_change_the_others(case: Case)
         assert all(t.grad is None for i, t in enumerate(some) if i != kept)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_expected_variance_is_the_mean_over_masks(p):
-    """E[var(m u)], estimated with many masks, against the closed form that evaluation uses."""
-    u = torch.randn(1, 6, 3, 3, dtype=torch.float64) + 1
-    weight = torch.randn(1, 6, 3, 3, dtype=torch.float64)
-    shape = (200_000, u.numel())
-    masks = keep(expand_keys(draw_keys(shape, CPU), shape, p), u.dtype) / (1 - rounded_p(p))
-    variances = (masks * u.flatten()).var(1, correction=0)
-    var, error = variances.mean(), variances.std() / len(variances) ** 0.5
-    y = kn_conv(u, weight, dropout_p=p, training=False, eps=1e-12)
-    numerator = ((u - u.mean()) * weight).sum()
-    assert abs((numerator / y) ** 2 - var).item() < 5 * error
-    # The plain variance is another number altogether.
-    assert abs(u.var(correction=0) - var) > 20 * error
-    y = kernel_norm(u, 3, dropout_p=p, training=False, eps=1e-12)
-    assert abs(((u - u.mean()) / y)[0, 0, 0, 0] ** 2 - var).item() < 5 * error
-
-
-def test_evaluation_modes():
-    x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
-
-    def run(training, evaluation, seed):
-        torch.manual_seed(seed)
-        return kn_conv(x, weight, training=training, evaluation=evaluation)
-
-    for deterministic in ("expected", "plain"):
-        assert torch.equal(run(False, deterministic, 0), run(False, deterministic, 1))
-    assert torch.equal(run(False, "monte_carlo", 0), run(True, "expected", 0))
-    assert not torch.equal(run(False, "monte_carlo", 0), run(False, "monte_carlo", 1))
-    assert not torch.allclose(run(False, "expected", 0), run(False, "plain", 0), rtol=1e-2)
-
-
 @pytest.mark.usefixtures("backend")
 @settings(max_examples=30, deadline=None)
 @given(cases())
@@ -321,68 +286,3 @@ def test_backward_keeps_input_output_and_one_channel_maps():
     maps = 2 * 4 * 16 * 16 * 4
     keys = 4 * (32 + 4 * 16 + 16)
     assert sum(kept.values()) <= maps + keys + 4 * 32
-
-
-GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"input": torch.randn(2, 4, 8)}, ValueError, r"input must have 4 channels .*got 2"),
-        ({"input": torch.randn(4, 8)}, ValueError, r"input must have 4 dim.*3 without.*\(4, 8\)"),
-        ({"input": torch.ones(2, 4, 8, 8, dtype=torch.int)}, TypeError, r"input.*torch\.int32"),
-        ({"input": torch.ones(2, 4, 8, 8) * 1j}, TypeError, r"input must be a real .*complex64"),
-        ({"input": torch.randn(2, 5, 8, 8)}, ValueError, r"input must have 4 channels.* got 5"),
-        ({"input": GOOD["input"].double()}, TypeError, r"dtype, got input torch\.float64, weight"),
-        ({"weight": torch.randn(6, 4)}, ValueError, r"weight must be for 1, 2 or 3.*\(6, 4\)"),
-        ({"weight": GOOD["weight"].long()}, TypeError, r"weight must be a real .*int64"),
-        ({"bias": torch.randn(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
-        ({"bias": torch.randn(6).double()}, TypeError, r"bias torch\.float64"),
-        ({"groups": 0}, ValueError, r"groups must be positive and divide the 6 .*got 0"),
-        ({"groups": 4}, ValueError, r"groups must be positive and divide the 6 .*got 4"),
-        ({"stride": 0}, ValueError, r"stride must be an integer of at least 1.*got 0"),
-        ({"stride": (1, 2, 3)}, ValueError, r"stride must be .* or 2 of them, got \(1, 2, 3\)"),
-        ({"padding": -1}, ValueError, r"padding must be an integer of at least 0.*got -1"),
-        ({"padding": "full"}, ValueError, r"padding must be 'same', 'valid' or.*got 'full'"),
-        ({"padding": "same", "stride": 2}, ValueError, r"padding='same' needs a stride of 1"),
-        ({"dilation": 0}, ValueError, r"dilation must be an integer of at least 1.*got 0"),
-        ({"dilation": 5}, ValueError, r"kernel_size \(3, 3\) with dilation \(5, 5\).*11 against 8"),
-        ({"padding_mode": "wrap"}, ValueError, r"padding_mode must be one of .*got 'wrap'"),
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be at least 0 and below 1, got 1\.0"),
-        ({"dropout_p": -0.1}, ValueError, r"dropout_p must be .*got -0\.1"),
-        ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be .*got nan"),
-        ({"eps": 0.0}, ValueError, r"eps must be positive, got 0\.0"),
-        ({"activation": "gelu"}, ValueError, r"activation must be None, .*got 'gelu'"),
-        ({"negative_slope": 0.0}, ValueError, r"negative_slope must be from 0.001 to 1, got 0.0"),
-        ({"evaluation": "mean"}, ValueError, r"evaluation must be one of .*got 'mean'"),
-    ],
-)
-def test_kn_conv_errors(change, error, message):
-    with pytest.raises(error, match=message):
-        kn_conv(**{**GOOD, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, r"input must be.*uint8"),
-        (
-            {"input": torch.randn(4, 4)},
-            ValueError,
-            r"input must be for 1, 2 or 3.*\(4, 4\)",
-        ),
-        ({"kernel_size": (3, 3, 3, 3)}, ValueError, r"kernel_size must be for 1, 2 or 3"),
-        ({"kernel_size": 0}, ValueError, r"kernel_size must be an integer of at least 1.*got 0"),
-        ({"kernel_size": 5}, ValueError, r"kernel_size \(5, 5\).*5 against 4 pixels"),
-        ({"stride": 0}, ValueError, r"stride must be an integer of at least 1"),
-        ({"padding": -1}, ValueError, r"padding must be an integer of at least 0"),
-        ({"padding": "same"}, ValueError, r"padding must be an integer .* got 'same'"),
-        ({"dropout_p": 2}, ValueError, r"dropout_p must be .*got 2"),
-        ({"eps": -1.0}, ValueError, r"eps must be positive, got -1\.0"),
-        ({"evaluation": ""}, ValueError, r"evaluation must be one of"),
-    ],
-)
-def test_kernel_norm_errors(change, error, message):
-    with pytest.raises(error, match=message):
-        kernel_norm(**{"input": torch.randn(2, 3, 4, 4), "kernel_size": 2, **change})

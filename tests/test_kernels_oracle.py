@@ -40,7 +40,8 @@ def on_random_cases(
 ) -> Callable[[Callable[..., None]], Callable[[Subject], None]]:
     """Runs a test with random arguments on each backend.
 
-    Triton's interpreter is slow, so it gets few and small ones.
+    Triton's interpreter is slow, so it gets few and small ones. Several threads run the code of
+    one, on parts of the tensors.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[[Subject], None]:
@@ -51,7 +52,8 @@ def on_random_cases(
             check.__name__ = f"{test.__name__}_{backend.name}"  # the key of saved failures
             first = cases(wide=not backend.slow) if strategies[0] is CASE else strategies[0]
             drawn = st.tuples(first, *strategies[1:])
-            count = -(-examples // 40) if backend.slow else examples
+            count = examples // 3 if backend.threads > 1 else examples
+            count = -(-examples // 40) if backend.slow else count
             settings(max_examples=count, deadline=None)(given(drawn)(check))()
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__

@@ -175,7 +175,7 @@ def published(
     return name, small, {key: tensor.double() for key, tensor in tensors.items()}, network
 
 
-@pytest.mark.parametrize(("p", "training"), [(0, True), (0, False), (1 / 64, False), (0.25, False)])
+@pytest.mark.parametrize(("p", "training"), [(0, True), (1 / 64, False), (0.25, False)])
 def test_networks_with_published_weights_are_those_described(
     published: tuple[str, bool, dict[str, Tensor], nn.Module], p: float, training: bool
 ) -> None:
@@ -194,10 +194,11 @@ def test_networks_with_published_weights_are_those_described(
 @pytest.mark.parametrize(("name", "small"), [(name, small) for name in NAMES for small in (0, 1)])
 def test_smaller_images_than_the_docstring_says_are_refused(name: str, small: int) -> None:
     least = LEAST[name][small]
-    network = on_meta(name, small_images=bool(small))
-    assert network(torch.empty(2, 3, least, least, device="meta")).shape == (2, 1000)
-    with pytest.raises((RuntimeError, ValueError)):
-        network(torch.empty(2, 3, least - 1, least, device="meta"))
+    network = create_model(name, small_images=bool(small))
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, least, least)).shape == (2, 1000)
+        with pytest.raises((RuntimeError, ValueError)):
+            network(torch.zeros(2, 3, least - 1, least))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -229,14 +230,15 @@ def test_initial_weights_have_the_deviation_of_he_and_biases_are_0() -> None:
 
 
 def test_knresnet13_is_twelve_convolutions_and_a_linear_layer() -> None:
-    network = on_meta("knresnet13")
+    network = create_model("knresnet13").eval()
     convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     assert [conv.out_channels for conv in convs] == [64] * 6 + [128] * 3 + [256] * 3
     assert {(conv.kernel_size, conv.padding) for conv in convs} == {((3, 3), (1, 1))}
     sizes: list[int] = []
     for conv in convs:
         conv.register_forward_hook(lambda _, x, y: sizes.append(y.shape[-1]))
-    network(torch.empty(1, 3, 32, 32, device="meta"))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
     assert sizes == [32] * 4 + [16] * 3 + [8] * 3 + [4] * 2
 
 

@@ -12,16 +12,12 @@ import torch
 from kernelnorm.experiments.bench import saved_bytes
 from kernelnorm.experiments.networks import build_network
 from kernelnorm.experiments.privacy import Privacy
-from kernelnorm.experiments.report import figures, report
+from kernelnorm.experiments.report import report
 from tests.run_folders import write_result, write_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FOUND = {"image_shape": [3, 16, 16], "classes": ["cat", "dog"]}
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are put together but not drawn, which takes most of a report's time."""
-    monkeypatch.setattr(figures, "png", lambda _: b"a picture")
 
 
 def standings_of(root: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ EPS = 0.01
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     cases(wide=True),
     st.sampled_from([*TOLERANCES]),

@@ -152,7 +152,7 @@ MODES = [check_hooks, check_ghost, check_bookkeeping]
 
 @pytest.mark.parametrize("ghost", [True, False])
 @given(layer=layers())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_gradients_of_random_layers(layer: Layer, ghost: bool) -> None:
     # Windows without variance have large gradients, which cancel: too much so for ghost norms.
     network, x = layer.module(eps=0.1 if ghost else 1e-5), layer.input()
@@ -164,7 +164,7 @@ def test_gradients_of_random_layers(layer: Layer, ghost: bool) -> None:
 
 @pytest.mark.parametrize("ghost", [True, False])
 @given(layer=layers())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_gradients_of_ordinary_convolutions(layer: Layer, ghost: bool) -> None:
     network, x = layer.convolution(), layer.input()
     expected = sample_gradients(network, x, projection)

@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
     "subset": 40,
     "image_size": 8,
     "norm": "kernel",
+    "model_options": {"width": 0.125},
 }
 
 
@@ -66,8 +67,7 @@ def photos(root: Path, size: int = 8, label: str = "cat", test_size: int | None 
 
 def on(dataset: Path, **choices: Any) -> RunConfig:
     values = {**SMALL, "subset": None, "image_size": None, "lr": 0.01, **choices}
-    options = {"model_options": {"width": 0.25}}
-    return configure(recipe_for(model="vgg8", dataset=dataset), **values, **options)
+    return configure(recipe_for(model="vgg8", dataset=dataset), **values)
 
 
 class TestLoad:

@@ -1,4 +1,4 @@
-"""The layers under what users put around a layer: copies, transforms, dtypes, devices."""
+"""The layers under what users put around them: copies, checkpoints, processes, wrapped weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import kernelnorm as kn
 from kernelnorm.models import create_model
 from kernelnorm.models.densenet import DenseNet
-from tests.networks import assert_all_close, conv_and_norm, images, run
-from tests.strategies import mask_of
+from tests.networks import assert_all_close, conv_and_norm, images, run, small_densenet
 
 
 @pytest.fixture
@@ -71,117 +69,6 @@ def test_activation_checkpointing_draws_the_same_mask(x: Tensor, use_reentrant: 
     )
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("training", [True, False])
-def test_per_sample_gradients_are_those_of_a_loop(x: Tensor, training: bool):
-    module = conv_and_norm().double().train(training)
-    for layer in module:
-        layer.dropout_p = 0.0 if training else 0.1
-    parameters = dict(module.named_parameters())
-    x = x.double()
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return functional_call(module, parameters, (sample[None],)).square().sum()
-
-    together = vmap(grad(loss), in_dims=(None, 0), randomness="different")(parameters, x)
-    for i, sample in enumerate(x):
-        alone = grad(loss)(parameters, sample)
-        assert_all_close([together[k][i] for k in alone], [*alone.values()], tolerance=1e-9)
-        module.zero_grad()
-        loss(dict(module.named_parameters()), sample).backward()
-        assert_all_close([p.grad for p in module.parameters()], [*alone.values()], tolerance=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_per_sample_gradients_with_dropout(x: Tensor):
-    """One mask for all samples, so that a loop can draw it again."""
-    module = conv_and_norm().double()
-    parameters, x = dict(module.named_parameters()), x.double()
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return functional_call(module, parameters, (sample[None],)).square().sum()
-
-    torch.manual_seed(5)
-    together = vmap(grad(loss), in_dims=(None, 0), randomness="same")(parameters, x)
-    for i, sample in enumerate(x):
-        torch.manual_seed(5)
-        alone = torch.autograd.grad(loss(parameters, sample), [*parameters.values()])
-        assert_all_close([together[k][i] for k in parameters], [*alone], tolerance=1e-9)
-
-
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_several_output_gradients_at_once(x: Tensor, activation: str | None):
-    """The written backward under vmap, of a forward that ran in a backend's kernels."""
-    layer = kn.KNConv2d(4, 8, 3, activation=activation, dtype=torch.float64)
-    x = x.double().repeat(1, 1, 4, 4).requires_grad_()
-    y = layer(x)
-    inputs, grads = [x, *layer.parameters()], torch.randn(3, *y.shape, dtype=torch.float64)
-    together = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
-    for i, g in enumerate(grads):
-        alone = torch.autograd.grad(y, inputs, g, retain_graph=True)
-        assert_all_close([t[i] for t in together], [*alone], tolerance=1e-9)
-
-
-@pytest.mark.parametrize("randomness", ["same", "different"])
-def test_vmap_draws_masks_as_it_is_told(x: Tensor, randomness: str):
-    layer = kn.KNConv2d(4, 8, 3, dropout_p=0.5)
-    twice = torch.stack([x, x])
-    first, second = vmap(layer, randomness=randomness)(twice)
-    assert torch.equal(first, second) == (randomness == "same")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("input_dtype", [None, torch.float32, torch.float64])
-def test_autocast(x: Tensor, dtype: torch.dtype, input_dtype: torch.dtype | None):
-    """Low-precision outputs near the float32 ones, float32 gradients, float64 left alone."""
-    input_dtype = input_dtype or dtype
-    module = conv_and_norm()
-    if input_dtype == torch.float64:
-        module.double()
-    parameters = [*module.parameters()]
-
-    def with_autocast(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype):
-            y = module(x)
-        assert y.dtype == (torch.float64 if input_dtype == torch.float64 else dtype)
-        return y
-
-    exact = run(module.double(), x.double(), parameters)
-    module.to(torch.float64 if input_dtype == torch.float64 else torch.float32)
-    low = run(with_autocast, x.to(input_dtype), [*module.parameters()])
-    assert [t.dtype for t in low[2:]] == [p.dtype for p in module.parameters()]
-    for a, b in zip(low, exact, strict=True):
-        assert (a.double() - b).norm() < 0.05 * b.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_module_in_another_dtype(x: Tensor, dtype: torch.dtype):
-    module = conv_and_norm().to(dtype)
-    results = run(module, x.to(dtype), [*module.parameters()])
-    assert {t.dtype for t in results} == {dtype}
-    assert all(t.isfinite().all() for t in results)
-
-
-def test_meta_device():
-    with torch.device("meta"):
-        module = conv_and_norm()
-        y = module(torch.randn(3, 4, 9, 8, requires_grad=True))
-    assert y.is_meta
-    y.sum().backward()
-    expected = conv_and_norm()(torch.randn(3, 4, 9, 8))
-    assert y.shape == expected.shape
-    kn.KNConv2d(4, 8, 3, device="meta").to_empty(device="cpu").reset_parameters()
-
-
-def test_channels_last_module(x: Tensor):
-    module, x = conv_and_norm().double(), x.double()
-    parameters = [*module.parameters()]
-    expected = run(module, x, parameters)
-    module.to(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
-    assert_all_close(run(module, x, parameters), expected)
-
-
 def test_save_and_load_of_weights_only(x: Tensor):
     buffer = io.BytesIO()
     module = conv_and_norm()
@@ -221,9 +108,8 @@ def test_distributed_data_parallel(tmp_path: Path):
     assert_all_close(gradients, [p.grad for p in module.parameters()])
 
 
-def small_densenet() -> DenseNet:
-    torch.manual_seed(0)
-    return DenseNet(8, (2, 2, 1, 1), 16, "kernel", 4, 3, True, None).double()
+def densenet() -> DenseNet:
+    return small_densenet().double()
 
 
 def training_step(network: nn.Module, x: Tensor) -> list[Tensor]:
@@ -248,7 +134,7 @@ def convolutions(network: nn.Module) -> list[kn.KNConv2d]:
 
 
 def test_weight_norm(photos: Tensor):
-    network, expected = small_densenet(), training_step(small_densenet(), photos)
+    network, expected = densenet(), training_step(densenet(), photos)
     for layer in convolutions(network):
         parametrizations.weight_norm(layer)
     y, *gradients = training_step(network, photos)
@@ -274,7 +160,7 @@ def test_the_old_weight_norm(x: Tensor):
 
 
 def test_spectral_norm(photos: Tensor):
-    network = small_densenet()
+    network = densenet()
     for layer in convolutions(network):
         parametrizations.spectral_norm(layer)
     network(photos).sum().backward()
@@ -284,7 +170,7 @@ def test_spectral_norm(photos: Tensor):
 
 
 def test_pruning(photos: Tensor):
-    network = small_densenet()
+    network = densenet()
     for layer in convolutions(network):
         prune.l1_unstructured(layer, "weight", 0.3)
     network(photos).sum().backward()
@@ -303,26 +189,26 @@ def test_pruning(photos: Tensor):
     ids=["saved on the CPU", "anomaly detection"],
 )
 def test_contexts_of_autograd(photos: Tensor, context: Callable[[], AbstractContextManager]):
-    expected = training_step(small_densenet(), photos)
+    expected = training_step(densenet(), photos)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
         with context():
-            results = training_step(small_densenet(), photos)
+            results = training_step(densenet(), photos)
     assert_all_close(results, expected, tolerance=1e-9)
 
 
 def test_deterministic_algorithms(photos: Tensor):
-    expected = training_step(small_densenet(), photos)
+    expected = training_step(densenet(), photos)
     torch.use_deterministic_algorithms(True)
     try:
-        results = training_step(small_densenet(), photos)
+        results = training_step(densenet(), photos)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_all_close(results, expected, tolerance=1e-9)
 
 
 def test_averaged_weights(photos: Tensor):
-    network = small_densenet()
+    network = densenet()
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     )
@@ -333,7 +219,7 @@ def test_averaged_weights(photos: Tensor):
 
 
 def test_a_scaled_loss_in_half_precision(photos: Tensor):
-    network, photos = small_densenet().float(), photos.float()
+    network, photos = densenet().float(), photos.float()
     optimizer = torch.optim.AdamW(network.parameters(), foreach=True)
     scaler = torch.amp.GradScaler("cpu")
     for _ in range(2):
@@ -350,7 +236,7 @@ def test_a_scaled_loss_in_half_precision(photos: Tensor):
 
 
 def test_inference_mode_first_and_training_afterwards(photos: Tensor, caplog):
-    network, fresh = small_densenet(), small_densenet()
+    network, fresh = densenet(), densenet()
     with torch.inference_mode():
         network.eval()(photos)
         network.train()(photos)
@@ -410,132 +296,6 @@ def test_a_schedule_of_dropout_takes_no_longer():
     constant = min(step(0.1) for _ in range(5))
     annealed = min(step(0.1 - 0.003 * i) for i in range(5))
     assert annealed < 5 * constant + 0.02
-
-
-# Dtypes and devices
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("device", [None, "cpu", "meta"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_other_default_dtypes_and_devices(default: torch.dtype, device: str | None, bias: bool):
-    """Also a default device that is not that of the tensors."""
-    layers = [
-        kn.KNConv2d(4, 8, 3, padding=1, stride=2, activation="relu", bias=bias),
-        kn.KernelNorm2d(2, stride=1), kn.KNConv2d(8, 4, 1, bias=bias),
-    ]  # fmt: skip
-    network, x = nn.Sequential(*layers).float(), images().float()
-    expected = run(network, x, [*network.parameters()])
-    try:
-        torch.set_default_dtype(default)
-        torch.set_default_device(device)
-        results = run(network, x, [*network.parameters()])
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-    assert_all_close(results, expected, tolerance=0)
-
-
-@pytest.mark.parametrize("part", ["weight", "bias"])
-def test_a_parameter_on_another_device_is_an_error_that_names_both(x: Tensor, part: str):
-    layer = kn.KNConv2d(4, 8, 3)
-    setattr(layer, part, nn.Parameter(getattr(layer, part).to("meta")))
-    with pytest.raises(ValueError, match=rf"input on cpu, .*{part} on meta.*\.to\(device\)"):
-        layer(x)
-    with pytest.raises(ValueError, match=r"input on meta, weight on cpu"):
-        kn.KNConv2d(4, 8, 3)(x.to("meta"))
-
-
-def test_volumes_of_ct_with_anisotropic_windows():
-    """As nnU-Net has them: Hounsfield units, a LeakyReLU in place, two samples."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        kn.KNConv3d(1, 8, (1, 3, 3), padding=(0, 1, 1)), nn.LeakyReLU(0.01, inplace=True),
-        kn.KNConv3d(8, 16, 3, stride=(1, 2, 2), padding=1), nn.LeakyReLU(0.01, inplace=True),
-        kn.KNConv3d(16, 16, 3, stride=2, padding=1), nn.LeakyReLU(0.01, inplace=True),
-        nn.ConvTranspose3d(16, 8, (2, 4, 4), (2, 4, 4)), kn.KNConv3d(8, 3, 1),
-    )  # fmt: skip
-    x = torch.randn(2, 1, 6, 24, 20) * 400 - 700
-    for training in (True, False):
-        results = []
-        for dtype in (torch.float32, torch.float64):
-            module = copy.deepcopy(network).to(dtype).train(training)
-            results.append(run(module, x.to(dtype), [*module.parameters()], seed=3))
-        for single, double in zip(*results, strict=True):
-            assert (single.double() - double).norm() <= 1e-2 * double.norm() + 1e-6
-        network.train(training)
-        exact = results[1][0]
-        for dtype in (torch.bfloat16, torch.float16):
-            torch.manual_seed(3)
-            with torch.autocast("cpu", dtype):
-                low = network(x)
-            assert (low.double() - exact).norm() < 0.1 * exact.norm()
-
-
-def test_views_that_negate():
-    """The imaginary part of a conjugate has its sign in a flag, not in memory."""
-    layer = kn.KNConv2d(3, 4, 3, activation="relu").eval()
-    x = torch.randn(2, 3, 6, 6, dtype=torch.complex64).conj().imag
-    assert x.is_neg()
-    torch.testing.assert_close(layer(x), layer(x.resolve_neg()))
-    y = layer(torch.randn(2, 3, 6, 6).requires_grad_())
-    inputs = [*layer.parameters()]
-    grad = torch.randn(y.shape, dtype=torch.complex64).conj().imag
-    results = torch.autograd.grad(y, inputs, grad, retain_graph=True)
-    assert_all_close([*results], [*torch.autograd.grad(y, inputs, grad.resolve_neg())])
-
-
-# Gradients of gradients, and of many at once
-
-
-@pytest.mark.parametrize("keys", ["a mask that drops nothing", "no mask"])
-def test_second_derivatives_at_windows_of_one_value(keys: str):
-    """They do not depend on which way rounding left a variance of zero."""
-    masked = keys != "no mask"
-    layer = kn.KNConv2d(12, 2, 1, bias=False, dtype=torch.float64, dropout_p=0.1 * masked)
-    shape = 1, 12, 1, 1
-    seed = 0
-    while masked and not mask_of(seed, torch.Size(shape), 0.1).all():
-        seed += 1
-    values = []
-    for value in (1.0, 1.3, 3.0706, 2.682, 2.5306, 2.0):
-        x = torch.full(shape, value, dtype=torch.float64, requires_grad=True)
-        torch.manual_seed(seed)
-        (first,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(first[0, 0].sum(), x)
-        values.append(second.abs().max().item() / (value if masked else 1))
-    assert max(values) - min(values) <= 1e-6 * max(*values, 1)
-
-
-def test_an_ensemble_under_vmap():
-    def make() -> nn.Module:
-        return nn.Sequential(
-            kn.KNConv2d(3, 8, 3, padding=1, activation="relu"), kn.KernelNorm2d(1),
-            kn.KNConv2d(8, 8, 3, stride=2, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(8, 4),
-        )  # fmt: skip
-
-    networks = [make().eval() for _ in range(3)]
-    parameters, buffers = stack_module_state(networks)
-    base, x = copy.deepcopy(networks[0]).to("meta"), torch.randn(2, 3, 16, 16)
-
-    def call(parameters, buffers, x: Tensor) -> Tensor:
-        return functional_call(base, (parameters, buffers), (x,))
-
-    def loss(parameters, buffers, x: Tensor) -> Tensor:
-        return call(parameters, buffers, x).square().sum()
-
-    y = vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
-    torch.testing.assert_close(y, torch.stack([n(x) for n in networks]), rtol=1e-4, atol=1e-4)
-    gradients = vmap(grad(loss), in_dims=(0, 0, None))(parameters, buffers, x)
-    networks[1](x).square().sum().backward()
-    for name, parameter in networks[1].named_parameters():
-        torch.testing.assert_close(gradients[name][1], parameter.grad, rtol=1e-3, atol=1e-3)
-    y.sum().backward()
-    assert all(p.grad.isfinite().all() for p in parameters.values())
-    base.train()
-    z = vmap(call, in_dims=(0, 0, None), randomness="different")(parameters, buffers, x)
-    assert z.shape == y.shape
 
 
 @pytest.mark.slow

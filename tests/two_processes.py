@@ -10,7 +10,7 @@ from pathlib import Path
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch, leave
 from kernelnorm.experiments.trainer import train
-from tests.test_trainer import small
+from tests.small_runs import small
 
 
 def main(out: Path) -> None:

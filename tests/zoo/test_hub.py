@@ -19,7 +19,13 @@ from kernelnorm.hub import from_pretrained, save_pretrained
 OPTIONS: list[dict[str, Any]] = [
     {"name": "resnet18", "norm": norm, "num_classes": 3} for norm in norms.NORMS
 ]
-OPTIONS += [{"name": name, "num_classes": 3} for name in models.list_models()]
+OPTIONS += [
+    {"name": name, "num_classes": 3}
+    for name in (
+        *("vgg8", "resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_small"),
+        *("knresnet13", "knresnet18"),
+    )
+]
 OPTIONS += [
     {"name": "vgg8", "width": 0.25, "in_channels": 1},
     {"name": "resnet18", "rules": {"dropout_p": 0.3, "evaluation": "plain"}, "small_images": True},

@@ -1,0 +1,72 @@
+"""Arguments of the functions that are refused: each error names the argument and its value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernelnorm.functional import kernel_norm, kn_conv
+
+GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.randn(2, 4, 8)}, ValueError, r"input must have 4 channels .*got 2"),
+        ({"input": torch.randn(4, 8)}, ValueError, r"input must have 4 dim.*3 without.*\(4, 8\)"),
+        ({"input": torch.ones(2, 4, 8, 8, dtype=torch.int)}, TypeError, r"input.*torch\.int32"),
+        ({"input": torch.ones(2, 4, 8, 8) * 1j}, TypeError, r"input must be a real .*complex64"),
+        ({"input": torch.randn(2, 5, 8, 8)}, ValueError, r"input must have 4 channels.* got 5"),
+        ({"input": GOOD["input"].double()}, TypeError, r"dtype, got input torch\.float64, weight"),
+        ({"weight": torch.randn(6, 4)}, ValueError, r"weight must be for 1, 2 or 3.*\(6, 4\)"),
+        ({"weight": GOOD["weight"].long()}, TypeError, r"weight must be a real .*int64"),
+        ({"bias": torch.randn(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
+        ({"bias": torch.randn(6).double()}, TypeError, r"bias torch\.float64"),
+        ({"groups": 0}, ValueError, r"groups must be positive and divide the 6 .*got 0"),
+        ({"groups": 4}, ValueError, r"groups must be positive and divide the 6 .*got 4"),
+        ({"stride": 0}, ValueError, r"stride must be an integer of at least 1.*got 0"),
+        ({"stride": (1, 2, 3)}, ValueError, r"stride must be .* or 2 of them, got \(1, 2, 3\)"),
+        ({"padding": -1}, ValueError, r"padding must be an integer of at least 0.*got -1"),
+        ({"padding": "full"}, ValueError, r"padding must be 'same', 'valid' or.*got 'full'"),
+        ({"padding": "same", "stride": 2}, ValueError, r"padding='same' needs a stride of 1"),
+        ({"dilation": 0}, ValueError, r"dilation must be an integer of at least 1.*got 0"),
+        ({"dilation": 5}, ValueError, r"kernel_size \(3, 3\) with dilation \(5, 5\).*11 against 8"),
+        ({"padding_mode": "wrap"}, ValueError, r"padding_mode must be one of .*got 'wrap'"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be at least 0 and below 1, got 1\.0"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p must be .*got -0\.1"),
+        ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be .*got nan"),
+        ({"eps": 0.0}, ValueError, r"eps must be positive, got 0\.0"),
+        ({"activation": "gelu"}, ValueError, r"activation must be None, .*got 'gelu'"),
+        ({"negative_slope": 0.0}, ValueError, r"negative_slope must be from 0.001 to 1, got 0.0"),
+        ({"evaluation": "mean"}, ValueError, r"evaluation must be one of .*got 'mean'"),
+    ],
+)
+def test_kn_conv_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        kn_conv(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, r"input must be.*uint8"),
+        (
+            {"input": torch.randn(4, 4)},
+            ValueError,
+            r"input must be for 1, 2 or 3.*\(4, 4\)",
+        ),
+        ({"kernel_size": (3, 3, 3, 3)}, ValueError, r"kernel_size must be for 1, 2 or 3"),
+        ({"kernel_size": 0}, ValueError, r"kernel_size must be an integer of at least 1.*got 0"),
+        ({"kernel_size": 5}, ValueError, r"kernel_size \(5, 5\).*5 against 4 pixels"),
+        ({"stride": 0}, ValueError, r"stride must be an integer of at least 1"),
+        ({"padding": -1}, ValueError, r"padding must be an integer of at least 0"),
+        ({"padding": "same"}, ValueError, r"padding must be an integer .* got 'same'"),
+        ({"dropout_p": 2}, ValueError, r"dropout_p must be .*got 2"),
+        ({"eps": -1.0}, ValueError, r"eps must be positive, got -1\.0"),
+        ({"evaluation": ""}, ValueError, r"evaluation must be one of"),
+    ],
+)
+def test_kernel_norm_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        kernel_norm(**{"input": torch.randn(2, 3, 4, 4), "kernel_size": 2, **change})

@@ -1,0 +1,145 @@
+"""What private training with bookkeeping refuses, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("opacus")
+
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernelnorm as kn
+from tests.bookkeeping import classification, images, private, small
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+]
+
+
+def test_unknown_layers_are_named() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.LayerNorm(7))
+    with pytest.raises(NotImplementedError, match=r"'1' is a torch.nn.*PReLU; '2' is.*LayerNorm"):
+        private(network, images(2))
+    for parameter in [*network[1].parameters(), *network[2].parameters()]:
+        parameter.requires_grad_(False)
+    private(network, images(2))
+
+
+def test_subclasses_are_unknown() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(NotImplementedError, match=r"'0' is a .*Scaled"):
+        private(nn.Sequential(Scaled(3, 3)), images(2))
+
+
+def test_shared_parameters_are_named() -> None:
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    other.weight = one.weight
+    with pytest.raises(NotImplementedError, match="'weight' of '1' also belongs to '0'"):
+        private(nn.Sequential(one, other), images(2))
+    with pytest.raises(NotImplementedError, match="'1' is also '0'"):
+        private(nn.Sequential(one, one), images(2))
+
+
+def test_replaced_forward_methods_are_named() -> None:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda x: x
+    with pytest.raises(NotImplementedError, match="forward method of '0' was replaced"):
+        private(nn.Sequential(layer), images(2))
+
+
+class Around(nn.Module):
+    """Does something else with a layer."""
+
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.use = nn.Linear(4, 4), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.layer, x)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda layer, x: layer(layer(x)), "layer 'layer' is called more than once"),
+        (lambda layer, x: layer(x) @ layer.weight, "'layer.weight' is used outside of its layer"),
+    ],
+)
+def test_uses_that_would_not_be_clipped_are_refused(
+    use: Callable[[nn.Linear, Tensor], Tensor], message: str
+) -> None:
+    network, optimizer, _ = private(Around(use), images(2))
+    optimizer.zero_grad()
+    with pytest.raises((NotImplementedError, RuntimeError), match=message):
+        network(torch.randn(2, 4)).sum().backward()
+
+
+def test_a_batch_that_is_folded_is_refused() -> None:
+    """Samples that became positions of one have no norms of their own."""
+    network = nn.Sequential(
+        nn.Linear(4, 4), nn.Flatten(0), nn.Unflatten(0, (1, 8)), nn.Linear(8, 2)
+    )
+    network, optimizer, _ = private(network, images(2))
+    network(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"one batch size in all layers.*'0': 2.*|'3': 1"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(4, 4), (4,)), (nn.Conv2d(3, 4, 3), (3, 5, 5))]
+)
+def test_inputs_without_a_batch_are_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    network, _, _ = private(nn.Sequential(layer), images(2))
+    with pytest.raises(ValueError, match="needs a batch"):
+        network(torch.randn(shape))
+
+
+def test_gradients_are_not_accumulated() -> None:
+    network, optimizer, _ = private(small(), images(2))
+    x = images(2, dtype=torch.float32)
+    classification(network(x)).mean().backward()
+    with pytest.raises(RuntimeError, match="second forward pass before"):
+        network(x)
+    optimizer.zero_grad()
+    loss = classification(network(x)).mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass through layer"):
+        loss.backward()
+
+
+def test_a_step_needs_a_backward_pass() -> None:
+    _, optimizer, _ = private(small(), images(2))
+    with pytest.raises(RuntimeError, match="expected the gradients of a backward pass"):
+        optimizer.step()
+
+
+def test_second_derivatives_are_refused() -> None:
+    network, _, _ = private(small(), images(2))
+    loss = classification(network(images(2, dtype=torch.float32))).mean()
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        loss.backward(create_graph=True)
+
+
+def test_compiled_networks_are_refused() -> None:
+    network, _, _ = private(nn.Sequential(kn.KNConv2d(3, 4, 3)), images(2))
+    refused = pytest.raises(NotImplementedError, match="compiled layers")
+    with FlopCounterMode(display=False), refused:
+        network(images(2, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clipping": "per_layer"}, {"wrap_model": False}, {"batch_first": False}],
+)
+def test_options_of_other_modes_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="bookkeeping"):
+        private(small(), images(2), **options)
