@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernelnorm.experiments import files
-from kernelnorm.experiments.data import DataError, disk, load_images
+from kernelnorm.experiments.data import DataError, decode, disk, load_images
 from tests.pictures import save, two_classes
 
 
