@@ -158,6 +158,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_runs_go_on_from_the_results_and_end_in_tables_and_a_picture(
     study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

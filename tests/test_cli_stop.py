@@ -22,6 +22,7 @@ class Finder:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # if these tests run in the background
 from kernelnorm.cli import main
 
 main(["train", "--max-steps=1"])
@@ -92,4 +93,8 @@ def test_ctrl_c_is_an_exception_again_when_the_command_runs(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     monkeypatch.setattr("kernelnorm.cli.report.run", run)
-    main(["report", "runs"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main(["report", "runs"])
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -88,6 +88,7 @@ def test_help_and_mistakes_import_no_pytorch(tmp_path: Path) -> None:
     run(HELP, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, about pickled graphs
 def test_the_first_use_of_the_package_may_be_any(tmp_path: Path) -> None:

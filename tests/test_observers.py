@@ -34,7 +34,9 @@ def x() -> Tensor:
     return images()
 
 
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize(
+    "tracing_mode", ["real", "fake", pytest.param("symbolic", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_make_fx_after_use_traces_the_network(tracing_mode: str, training: bool):
     network = nn.Sequential(

@@ -70,7 +70,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "resnet18" else n for n in NETWORKS]
+)
 def test_sum_is_clip_then_add(name: str) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]().double()

@@ -168,7 +168,7 @@ def test_empty_batch(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "compiler"),
     [
-        *(("batch_renorm", "aot_eager"), ("nf", "aot_eager")),
+        ("nf", "aot_eager"),
         *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in RIVALS),
     ],
 )

@@ -214,6 +214,7 @@ def test_a_process_that_dies_takes_no_other_run_with_it(tmp_path: Path) -> None:
     assert len(RunFolder(tmp_path / "short").read_metrics()) == 2
 
 
+@pytest.mark.slow
 def test_what_an_unexpected_error_printed_is_in_the_runs_folder(tmp_path: Path) -> None:
     (config,) = small(norms=["batch"])
     pool = LocalPool(replace(LAUNCH, data_dir=None), jobs=1)  # type: ignore[arg-type]

@@ -23,11 +23,12 @@ from tests.processes import wait_for
 from tests.small_runs import assert_same_weights, command, small, weights, without_times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "sign"),
     [
         pytest.param("kernel", "last.ckpt", id="within the first epoch"),
-        pytest.param("batch", "best.ckpt", id="as the first epoch ends", marks=pytest.mark.slow),
+        pytest.param("batch", "best.ckpt", id="as the first epoch ends"),
     ],
 )
 def test_killed_run_ends_with_the_same_weights(
