@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 __all__ = ["Difference", "Estimate", "difference", "estimate"]
 
@@ -56,5 +56,5 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
     if differences.deviation is None:
         return Difference(differences.mean, None, 1)
     pairs = differences.runs
-    half = float(t.ppf(0.975, pairs - 1)) * differences.deviation / math.sqrt(pairs)
+    half = float(stdtrit(pairs - 1, 0.975)) * differences.deviation / math.sqrt(pairs)
     return Difference(differences.mean, (differences.mean - half, differences.mean + half), pairs)
