@@ -33,7 +33,7 @@ nitpicky = True  # a reference that leads nowhere is an error
 nitpick_ignore_regex = [
     ("py:.*", r"(PIL|argparse|collections|nn|numpy|opacus|pathlib|torch|typing)\b.*"),
     # types in signatures that have no page: return types of constructors, records of runs
-    ("py:exc", "RunError"),
+    ("py:exc", "DataError|RunError"),
     ("py:class", r"kernelnorm\.(conversion\.Network|(experiments|models|norms)\..*)"),
 ]
 
