@@ -117,12 +117,13 @@ def rates_tried(results: list[dict], **run: object) -> dict[float, float]:
 def print_table(results: list[dict]) -> None:
     """Prints the accuracies of each network and norm, by learning rate."""
     rates = sorted({result["rate"] for result in results})
-    print("| network | norm |" + "".join(f" {rate} |" for rate in rates))
-    print("|---|---|" + "---:|" * len(rates))
-    for name, norm in product(NETWORKS, ["batch", "kernel"]):
-        tried = rates_tried(results, network=name, norm=norm)
-        cells = [f"{100 * tried[rate]:.1f}" if rate in tried else "" for rate in rates]
-        print(f"| {name} | {norm} |" + "".join(f" {cell} |" for cell in cells))
+    print("| network | image size | norm |" + "".join(f" {rate} |" for rate in rates))
+    print("|---|---:|---|" + "---:|" * len(rates))
+    sizes = sorted({result["image_size"] for result in results})
+    for name, size, norm in product(NETWORKS, sizes, ["batch", "kernel"]):
+        if tried := rates_tried(results, network=name, norm=norm, image_size=size):
+            cells = [f"{100 * tried[rate]:.1f}" if rate in tried else "" for rate in rates]
+            print(f"| {name} | {size} | {norm} |" + "".join(f" {cell} |" for cell in cells))
 
 
 def main() -> None:
@@ -136,15 +137,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/convert/results.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the results, train nothing")
     options = parser.parse_args()
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.touch()
 
     def results() -> list[dict]:
-        return [json.loads(line) for line in options.results.read_text().splitlines()]
+        lines = options.results.read_text().splitlines() if options.results.exists() else []
+        return [json.loads(line) for line in lines]
 
     if options.table:
         print_table(results())
         return
+    if options.folder is None:
+        parser.error("give the folder of images, or --table")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     data = [
         load_images(options.folder, split, image_size=options.image_size, subset=subset)

@@ -1,4 +1,4 @@
-"""Accuracy against privacy on CIFAR-10: the study of docs/results/private.md.
+"""Accuracy against privacy on CIFAR-10: a study.
 
     python benchmarks/private_cifar10.py --data-dir data            trains what is missing
     python benchmarks/private_cifar10.py --data-dir data --dry-run  lists the runs

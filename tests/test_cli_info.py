@@ -115,5 +115,5 @@ main(["info"])
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     assert "\nPyTorch     unknown, ModuleNotFoundError: " in done.stdout
     assert "\npackages    " in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("cache       /")
+    assert done.stdout.splitlines()[-1].startswith("cache       ")
     assert not done.stderr

@@ -98,7 +98,7 @@ def test_killed_decoding_is_cleared_away(folder, tmp_path):
     load_images(folder, "train", data_dir=tmp_path)
     (name,) = cached(tmp_path)
     (tmp_path / ".cache" / name).unlink()
-    (tmp_path / ".cache" / f".{name}.abc.part").write_bytes(b"half")
+    (tmp_path / ".cache" / f".{name}.01234567.part").write_bytes(b"half")
     load_images(folder, "train", data_dir=tmp_path)
     assert cached(tmp_path) == [name]
 

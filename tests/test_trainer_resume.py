@@ -170,7 +170,7 @@ def test_another_process_in_the_folder_is_an_error(tmp_path: Path) -> None:
         pytest.raises(RunError, match=f"another process trains in {tmp_path}"),
     ):
         train(small(), Launch(out=tmp_path))
-    (tmp_path / ".last.ckpt.0123.part").write_bytes(b"of a process that was killed")
+    (tmp_path / ".last.ckpt.01234567.part").write_bytes(b"of a process that was killed")
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
     assert not list(tmp_path.glob("*.part"))
 

@@ -1,4 +1,4 @@
-"""Normalisations in federated training on CIFAR-10: the study of docs/results/federated.md.
+"""Normalisations in federated training on CIFAR-10: a study.
 
     python examples/federated/study.py run --data-dir data     trains what results.jsonl lacks
     python examples/federated/study.py table                   prints the accuracies
@@ -190,10 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.command == "run":
         run_missing(args)
         return
+    results = read_results(args.out)
+    wanted = planned(results, args.batch_sizes, args.rounds, args.images)
     scored = [
-        (run, entry, max(0.0, score(entry)))
-        for run, entry in read_results(args.out).items()
-        if (run.rounds, run.images) == (args.rounds, args.images)
+        (run, results[run], max(0.0, score(results[run]))) for run in wanted if run in results
     ]
     if args.command == "table":
         print_tables(scored)

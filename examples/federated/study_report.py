@@ -35,6 +35,15 @@ def repetitions(scored: Scored) -> dict[Cell, dict[int, tuple[Run, dict[str, Any
     return cells
 
 
+def tuning(scored: Scored) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Return the lines of the runs that chose the learning rates, by batch size and norm."""
+    found = defaultdict(list)
+    for run, entry, _ in scored:
+        if run.seed == TUNING_SEED:
+            found[run.batch_size, run.norm].append(entry)
+    return found
+
+
 def print_tables(scored: Scored) -> None:
     cells = repetitions(scored)
     print("| clients | batch size | normalisation | accuracy, % | runs | learning rate |")
@@ -49,6 +58,9 @@ def print_tables(scored: Scored) -> None:
             f"| {partition} | {batch_size} | {norm} | {result.mean:.1f}{spread} | {result.runs} | "
             f"{rate:g} |"
         )
+    for (batch_size, norm), entries in tuning(scored).items():
+        if all(entry["diverged"] for entry in entries):
+            print(f"| all | {batch_size} | {norm} | diverged at every learning rate | | |")
     print(f"\nKernel minus another, clients {COMPARED}, 95 % interval of paired seeds:\n")
     for (partition, batch_size, norm), runs in cells.items():
         kernel = cells.get((partition, batch_size, "kernel"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 _PACKAGES = (
-    *("numpy", "scipy", "lightning-fabric", "lightning", "jsonargparse", "matplotlib", "pillow"),
+    *("numpy", "scipy", "lightning-fabric", "jsonargparse", "matplotlib", "pillow"),
     *("triton", "opacus", "timm", "torchvision", "ray", "safetensors", "huggingface_hub", "onnx"),
 )
 _FEATURES = (

@@ -8,6 +8,7 @@ from typing import Any
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.files import is_part
 from kernelnorm.experiments.runs import RunFolder
 
 __all__ = ["check_config", "check_data"]
@@ -105,7 +106,7 @@ def _check_is_free(path: Path) -> None:
     strange = sorted(
         place.name
         for place in path.iterdir()
-        if place.name not in _FILES and place.suffix != ".part"
+        if place.name not in _FILES and not is_part(place.name)
     )
     if strange:
         raise RunError(

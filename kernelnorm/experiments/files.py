@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -17,7 +18,7 @@ from kernelnorm.experiments.errors import RunError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Lock", "remove_parts", "replacing", "write_atomically"]
+__all__ = ["Lock", "is_part", "remove_parts", "replacing", "write_atomically"]
 
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
@@ -47,8 +48,7 @@ def replacing(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
-        if part.is_file():
-            _sync(part)
+        _sync(part)
         try:
             part.replace(target)
         except OSError:
@@ -63,12 +63,17 @@ def remove_parts(folder: Path, name: str | None = None) -> None:
 
     Args:
         folder: where they wrote.
-        name: of the file or folder that they wrote; ``None``: of all. An archive that is being
-            downloaded, ``NAME.part``, stays where a name is given.
+        name: of the file or folder that they wrote; ``None``: of all.
     """
-    for part in folder.glob("*.part"):
-        if name is None or part.name.startswith(f".{name}."):
+    for part in folder.glob(".*.part"):
+        if is_part(part.name, name):
             _remove(part)
+
+
+def is_part(found: str, name: str | None = None) -> bool:
+    """Tell whether a file's name is that of an unfinished write of ``name``, or of any file."""
+    target = ".+" if name is None else re.escape(name)
+    return bool(re.fullmatch(rf"\.{target}\.[0-9a-f]{{8}}\.part", found))
 
 
 class Lock:
@@ -138,10 +143,13 @@ def _take(stream: IO[bytes], on_wait: Callable[[], object] | None) -> bool:
     return True
 
 
-def _sync(file: Path) -> None:
-    """Wait until a file is on the disk: a power cut must not leave the name without the content."""
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
+def _sync(place: Path) -> None:
+    """Wait until a file or folder is on the disk: after a power cut its name has its content."""
+    if place.is_file():
+        with place.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    elif sys.platform != "win32":
+        os.sync()
 
 
 def _remove(place: Path) -> None:

@@ -101,12 +101,13 @@ class RunFolder:
         lock = Lock(self.path / ".lock")
         with ExitStack() as stack:
             try:
-                stack.enter_context(lock.hold())
+                held = stack.enter_context(lock.hold())
             except BlockingIOError as error:
                 raise RunError(f"another process trains in {self.path}") from error
             except OSError as error:
                 raise RunError(f"cannot write {lock.file}: {error.strerror}") from error
-            remove_parts(self.path)
+            if held:  # otherwise they may be of a process that still writes
+                remove_parts(self.path)
             yield
 
     def is_locked(self) -> bool:

@@ -121,8 +121,16 @@ class ScaledWSConv2d(WSConv2d):
         True
     """
 
-    def __init__(self, *args: Any, eps: float = 1e-4, **options: Any) -> None:
-        super().__init__(*args, eps=eps, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *args: Any,
+        eps: float = 1e-4,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, eps=eps, **options)
         self.gain = nn.Parameter(self.weight.new_ones(self.out_channels, 1, 1, 1))
 
     def scale_of(self, variance: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def node_behind(y: Tensor, *parameters: Tensor | None) -> Any:
     ``None`` if there is none: compiled calls and functional transforms leave other nodes. Between
     the node and ``y`` may be others, as of an activation. Until the backward pass,
     :func:`call_at` tells what the node keeps, and its attribute ``receive`` can be set to a
-    :data:`Receiver`: then the parameters get no gradients.
+    :data:`~kernelnorm.ops.passes.Receiver`: then the parameters get no gradients.
     """
     found, nodes = {y.grad_fn}, [y.grad_fn]
     for node in nodes:

@@ -84,5 +84,9 @@ def test_runs_are_trained_recorded_shown_and_not_repeated(
     table = capsys.readouterr().out
     assert "| dirichlet-0.1 | 32 | kernel |" in table
     assert "- batch size 32, none: " in table
+    entries = [{**e, "diverged": e["diverged"] or e["run"]["norm"] == "none"} for e in entries]
+    file.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    study.main(["table", *common])
+    assert "| all | 32 | none | diverged at every learning rate | | |" in capsys.readouterr().out
     study.main(["picture", *common])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
