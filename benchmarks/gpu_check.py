@@ -67,11 +67,12 @@ def python(*arguments: str) -> list[str]:
 def suite(options: argparse.Namespace) -> list[Step]:
     files = ["tests/test_mask.py", "tests/test_windows.py"]
     if not options.dry:
-        training = re.compile(r"kernelnorm\.(cli|experiments)")
+        others = re.compile(r"kernelnorm\.(cli|experiments)|ops\.backends(\.| import .*\b)cpu\b")
         tests = sorted((ROOT / "tests").glob("test_*.py"))
-        files = [f"tests/{p.name}" for p in tests if not training.search(p.read_text())]
+        files = [f"tests/{p.name}" for p in tests if not others.search(p.read_text())]
     workers = ["-n", "4"] if find_spec("xdist") and not options.dry else []
     pytest = ["-m", "pytest", "-vv", "--tb", "short", "-p", "no:cacheprovider", "-m", "not slow"]
+    pytest += ["-p", "no:benchmark"]  # a plugin that warns where there are workers
     return [Step("suite", python(*pytest, *workers, "--device", options.device, *files))]
 
 
@@ -225,6 +226,7 @@ def main() -> None:
             zipfile.ZipFile(wheel).extractall(unpacked)
         sys.path[:0] = paths = [str(ROOT), unpacked]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment.setdefault("OMP_NUM_THREADS", "4")  # several programs run at once
         failed = []
         for piece in options.pieces or PIECES:
             if piece != "train" or options.dry or has_data(options):
