@@ -61,7 +61,9 @@ def main() -> None:
         if args.dry_run:
             dry_run(plan, args.out, args.jobs)
         else:
-            pool = LocalPool(Launch(accelerator="cpu", verbose=False), args.jobs)
+            pool = LocalPool(
+                Launch(data_dir=args.data_dir, accelerator="cpu", verbose=False), args.jobs
+            )
             sweep(plan, args.out, pool, args.data_dir)
 
 
