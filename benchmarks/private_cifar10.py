@@ -31,12 +31,12 @@ STAGES = (
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
 CHOICES: dict[str, Any] = {
     "batch_sizes": [1024],
-    "epochs": 15,
+    "epochs": 10,
     "schedule": "cosine",
     "model_options": {"width": 0.25},
     "image_size": 16,
 }
-NOTE = "VGG8 of a quarter of the width, images of 16 pixels, 15 epochs: small, for a CPU."
+NOTE = "VGG8 of a quarter of the width, images of 16 pixels, 10 epochs: small, for a CPU."
 
 
 def stage(epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...]) -> Tuned:
