@@ -25,7 +25,7 @@ EXPERIMENTS := $(or $(wildcard $(DEV)),$(VENV)/.experiments)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo federated test test-slow test-all test-cluster test-newest test-zoo test-federated \
-	test-sanitize gpu-check wheel-check check docs format figures clean
+	test-sanitize test-pythons gpu-check wheel wheel-check check docs format figures clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,8 +64,16 @@ test-sanitize: $(DEV) $(SANITIZED)  ## test the C kernels with the compiler's sa
 	$(BIN)/python $(PYTEST) --kernels $(SANITIZED) -k "not triton" \
 		tests/test_backends.py tests/test_fuzz.py tests/test_kernels_*.py
 
+test-pythons: wheel  ## install the wheel in fresh environments, for each Python here: gigabytes
+	$(BIN)/python -m pytest tests/check_pythons.py
+
 gpu-check: $(DEV)  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: on the CPU, a trial
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry)
+
+wheel: $(DEV)  ## build the wheel in dist, with the C kernels
+	@rm -rf dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 wheel-check: $(DEV)  ## build the packages and test them in other folders and Pythons
 	$(BIN)/python -m pytest tests/check_packages.py
