@@ -146,7 +146,8 @@ def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -
 def has_data(options: argparse.Namespace) -> bool:
     """True if there is CIFAR-10 to train on; prints a line otherwise."""
     try:
-        from kernelnorm.experiments.data import DataError, load_images
+        from kernelnorm.experiments.data import load_images
+        from kernelnorm.experiments.errors import DataError
     except ImportError as error:
         print(f"train: skipped, {error}")
         return False

@@ -73,7 +73,7 @@ def fresh_seed(request: pytest.FixtureRequest) -> int:
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Subject:
     """A backend with kernels of its own; see :mod:`tests.oracle`."""
     from kernelnorm.ops.backends.triton import device_functions
-    from tests.oracle import Subject
+    from tests.oracle import DTYPES, Subject
 
     name = request.param.split()[0]
     if name == "cpu" and device.type != "cpu":
@@ -81,7 +81,7 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> Subject:
     if name == "triton" and not device_functions.AVAILABLE:
         pytest.skip("Triton is not installed")
     subject = Subject(request.param, device)
-    if not subject.supports(torch.ones(1, 1, 1, device=device)):
+    if not subject.supports(torch.ones(1, 1, 1, dtype=DTYPES[name][0], device=device)):
         pytest.skip(f"the backend {name} does not work here")
     return subject
 

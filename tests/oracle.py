@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import passes
+from kernelnorm.ops import passes, pixel_norm
 from kernelnorm.ops.backends import Backend, Statistics, compute_dtype, cpu, eager, triton
 from kernelnorm.ops.settings import Settings, constants
 from tests.strategies import Case, laid_out
@@ -35,6 +35,7 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(2**-7, 2**-6),
     torch.float16: Tolerance(2**-10, 2**-9),
 }
+BACKENDS = {"cpu": cpu, "triton": triton}
 DTYPES = {
     "cpu": [torch.float32, torch.float64, torch.bfloat16],
     "triton": [torch.float32, torch.float64, torch.bfloat16, torch.float16],
@@ -48,7 +49,7 @@ class Subject:
 
     def __init__(self, param: str, device: torch.device) -> None:
         self.name, self.threads = param.split()[0], 3 if "threads" in param else 1
-        self.device, self.backend = device, cpu if self.name == "cpu" else triton
+        self.device, self.backend = device, BACKENDS[self.name]
         self.slow = self.name == "triton" and device.type == "cpu"
 
     def __getattr__(self, name: str) -> Any:
@@ -70,16 +71,22 @@ class Subject:
         forget()
 
 
-def on_backend(backend: Backend) -> AbstractContextManager[object]:
+@contextmanager
+def on_backend(backend: Backend) -> Iterator[None]:
     """Layers run on a backend if it supports their inputs."""
-    return mock.patch.object(
-        passes, "backend_for", side_effect=lambda x: backend if backend.supports(x) else eager
-    )
+
+    def select(x: Tensor) -> Backend:
+        return backend if backend.supports(x) else eager
+
+    with ExitStack() as stack:
+        for module in (passes, pixel_norm):
+            stack.enter_context(mock.patch.object(module, "backend_for", select))
+        yield
 
 
 def forget() -> None:
     """Empties the caches of what follows from the numbers that :meth:`Subject.running` changes."""
-    for module in (cpu, triton):
+    for module in BACKENDS.values():
         for name, value in vars(module).items():
             if name.startswith("_") and hasattr(value, "cache_clear") and name != "_works":
                 value.cache_clear()

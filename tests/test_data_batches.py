@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from kernelnorm.experiments.data import (
     Augment,
-    DataError,
     Images,
     Preprocess,
     batches,
     steps_per_epoch,
 )
+from kernelnorm.experiments.errors import DataError
 
 
 def numbered(n, size=4):

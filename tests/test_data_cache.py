@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernelnorm.experiments import files
-from kernelnorm.experiments.data import DataError, decode, disk, load_images
+from kernelnorm.experiments.data import decode, disk, load_images
+from kernelnorm.experiments.errors import DataError
 from tests.pictures import save, two_classes
 
 

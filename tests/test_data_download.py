@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from kernelnorm.experiments import files
-from kernelnorm.experiments.data import DATASETS, DataError, disk, download, load_images
+from kernelnorm.experiments.data import DATASETS, disk, download, load_images
+from kernelnorm.experiments.errors import DataError
 
 PUBLISHED = dict(DATASETS)  # before the fixture puts the tests' own Imagenette in its place
 

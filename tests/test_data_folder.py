@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelnorm.experiments.data import DataError, decode, disk, load_images
+from kernelnorm.experiments.data import decode, disk, load_images
 from kernelnorm.experiments.data.folder import OWN_SPLIT
+from kernelnorm.experiments.errors import DataError
 
 
 def save(path: Path, shade: int = 0) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelnorm.experiments.data import DataError, Images, decode, load, load_images
+from kernelnorm.experiments.data import Images, decode, load, load_images
+from kernelnorm.experiments.errors import DataError
 from tests.pictures import GREEN, RED, save, two_classes
 
 

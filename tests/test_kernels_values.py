@@ -39,7 +39,7 @@ def test_runs_repeat_bit_by_bit(backend):
     rstd, mu = random.randn(2, 2, 1, 9, 9, dtype=torch.float32).abs()
     sums = kept[0, :, 0, 0]
     first, second = (
-        backend.epilogue_backward(grad, kept, Statistics(mu, rstd), sums, None, True, (1.0, 1.0))
+        backend.epilogue_backward(grad, kept, Statistics(mu, rstd), sums, None, 0.0, (1.0, 1.0))
         for _ in range(2)
     )
     assert all(map(torch.equal, first, second))

@@ -25,17 +25,10 @@ from kernelnorm.norms import (
 )
 from tests.networks import small_densenet
 
-NEW = [
-    "local_context_sliding",
-    "batch_renorm",
-    "batch_channel",
-    "evonorm_s0",
-    "frn",
-    "lrn",
-    "ws_group",
-    "weight_norm",
-    "nf",
-]
+ELSEWHERE = {"batch", "group", "layer", "instance", "positional", "local_context", "none", "kernel"}
+"""The norms of the paper, whose networks have tests of their own."""
+
+NEW = [norm for norm in NORMS if norm not in ELSEWHERE]
 OWN_ACTIVATION = {"evonorm_s0": EvoNorm2dS0, "frn": FilterResponseNorm2d, "nf": ScaledReLU}
 
 
@@ -85,8 +78,7 @@ def test_convolutions_are_the_norms_own(name: str, norm: str) -> None:
     else:
         own = {"ws_group": WSConv2d, "batch_channel": WSConv2d, "nf": ScaledWSConv2d}
         assert {type(conv) for conv in convs} == {own.get(norm, nn.Conv2d)}
-    biased = norm in ("lrn", "weight_norm", "nf")
-    assert {conv.bias is not None for conv in convs} == {biased}
+    assert {conv.bias is not None for conv in convs} == {describe(norm).bias}
 
 
 @pytest.mark.parametrize("norm", OWN_ACTIVATION)

@@ -14,7 +14,7 @@ from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.paper import paper
 from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.runs import Metrics, RunFolder
-from kernelnorm.experiments.status import State, Status, look, seconds_left
+from kernelnorm.experiments.status import State, Status, read_status, seconds_left
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
 from kernelnorm.experiments.sweep.reproduction import PAPER_NORMS, reproduction, scale_of
@@ -240,25 +240,25 @@ def test_the_state_of_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / config.name)
 
     def state() -> State:
-        return look(folder, config).state
+        return read_status(folder, config).state
 
     assert state() == "missing"
     with folder.lock():
         assert state() == "running"
     assert state() == "unfinished"
     folder.write_failure("failed", "no memory", config.record())
-    assert (state(), look(folder, config).message) == ("failed", "no memory")
+    assert (state(), read_status(folder, config).message) == ("failed", "no memory")
     assert folder.read_config() == {"run": config.record()}
     folder.write_failure("diverged", "the loss is nan", config.record())
-    assert (state(), look(folder, config).result) == ("diverged", -math.inf)
+    assert (state(), read_status(folder, config).result) == ("diverged", -math.inf)
     with pytest.raises(ZeroDivisionError), folder.attempt(config.record()):
         _ = 1 / (folder.path / "failure.json").exists()  # it goes when the run is begun again
-    assert (state(), look(folder, config).message) == (
+    assert (state(), read_status(folder, config).message) == (
         "failed",
         "ZeroDivisionError: division by zero",
     )
     folder.write_metrics(history(3, accuracy=0.25))
-    assert (state(), look(folder, config).result) == ("done", 0.25)
+    assert (state(), read_status(folder, config).result) == ("done", 0.25)
 
 
 def statuses(*rows: tuple[str, int, State, Sequence[Metrics]]) -> list[Status]:

@@ -271,7 +271,7 @@ def test_what_is_trained_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     assert expected in capsys.readouterr().out
     train(small(), Launch(out=tmp_path))
-    assert f"resuming {tmp_path} after epoch 0, step 1" in capsys.readouterr().out
+    assert f"resuming {tmp_path} after step 1 of epoch 1" in capsys.readouterr().out
 
 
 class TestRecipes:

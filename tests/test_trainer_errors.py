@@ -57,7 +57,7 @@ def test_first_step_with_nan_is_reported_and_nothing_saved_after_it(
         (8, r"weight is not finite at epoch 1, step 8 of 8: .*\. Nothing was saved"),
         (
             11,
-            r"weight is not finite at epoch 2, step 3 of 8: .* last\.ckpt, after epoch 1, step 2,",
+            r"weight is not finite at epoch 2, step 3 of 8: .*last\.ckpt, after step 2 of epoch 2,",
         ),
     ],
 )

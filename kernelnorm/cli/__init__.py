@@ -83,8 +83,7 @@ def _main(name: str, *rest: str) -> None:
             return
         arguments = parser_of(name).parse_args(rest)
 
-        from kernelnorm.experiments.data import DataError
-        from kernelnorm.experiments.errors import RunError
+        from kernelnorm.experiments.errors import DataError, RunError
         from kernelnorm.experiments.heap import keep_freed_memory
 
     keep_freed_memory()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelnorm.cli import values
-from kernelnorm.cli.names import CASES
+from kernelnorm.cli.names import CASES, NORMS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -128,7 +128,8 @@ def add_case_argument(parser: ArgumentParser, default: str) -> None:
 def add_norms_argument(parser: ArgumentParser) -> None:
     """Add the normalisations that are compared; the default is the paper's."""
     norms = ["batch", "group", "layer", "kernel"]
-    parser.add_argument("--norms", type=values.norms, default=norms, help="comma-separated")
+    text = f"comma-separated, from {', '.join(NORMS)}"
+    parser.add_argument("--norms", type=values.norms, default=norms, help=text)
 
 
 def add_place_arguments(parser: ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from kernelnorm.arguments import has_slope
 from kernelnorm.conversion import kinds
 from kernelnorm.conversion.copies import is_changed, to_copy
-from kernelnorm.conversion.flow import Flow, is_global_pooling
+from kernelnorm.conversion.flow import COMBINING, Flow, is_global_pooling
 from kernelnorm.conversion.head import Head
 from kernelnorm.conversion.kinds import Kind, kind_of
 from kernelnorm.conversion.record import Call, Value
@@ -27,9 +27,6 @@ __all__ = ["Activations", "plan_activations"]
 
 _GATHERING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING)
 """Calls whose input may be the output of several KNConvs."""
-
-_FOLLOWED = (Kind.PASSING, Kind.CONCATENATION, Kind.POOLING, Kind.SUM, Kind.PRODUCT)
-"""Calls behind which the use of a KNConv's output is searched on."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def _origin(
         elif call.module in removed_norms or kind is Kind.PASSING:
             found.normalized |= call.module in removed_norms
             walk(call.inputs[0])
-        elif kind in _GATHERING and not kinds.pools_maps(call):
+        elif kind in _GATHERING and not kinds.pools_any_size_to_one_pixel(call):
             found.gathered = True
             found.summed |= kind is Kind.SUM
             if kind is Kind.SUM and (len(call.inputs) < 2 or call.options.get("alpha", 1) != 1):
@@ -250,7 +247,7 @@ def _other_uses(
                 continue
             if kind is Kind.NORM and user.module not in removed_norms and summed:
                 continue
-            if user.module in removed_norms or kind in _FOLLOWED:
+            if user.module in removed_norms or kind in COMBINING:
                 waiting.append((user, summed or kind is Kind.SUM))
             else:
                 yield "what the model returns" if user.end else user.name or "a function"

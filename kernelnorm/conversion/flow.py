@@ -11,10 +11,10 @@ from kernelnorm.conversion import kinds
 from kernelnorm.conversion.kinds import Kind, kind_of
 from kernelnorm.conversion.record import Call, Value
 
-__all__ = ["Flow", "is_global_pooling"]
+__all__ = ["COMBINING", "Flow", "is_global_pooling"]
 
-
-_COMBINING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING, Kind.PRODUCT, Kind.PASSING)
+COMBINING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING, Kind.PRODUCT, Kind.PASSING)
+"""Calls behind which the use of an output is searched on."""
 
 
 class Flow:
@@ -40,7 +40,7 @@ class Flow:
         """The convolutions that take a norm's output."""
 
     @property
-    def owners(self) -> set[nn.Module]:
+    def normalised_convolutions(self) -> set[nn.Module]:
         """The convolutions that a norm belongs to.
 
         A norm belongs to the convolutions before it. Those after it have one, too, if it is a
@@ -58,7 +58,7 @@ class Flow:
             for user in (user for value in waiting.pop().outputs for user in value.users):
                 if user.module in self.before:
                     return True
-                if id(user) not in seen and kind_of(user) in _COMBINING:
+                if id(user) not in seen and kind_of(user) in COMBINING:
                     seen.add(id(user))
                     waiting.append(user)
         return False
@@ -73,7 +73,7 @@ class Flow:
 
 
 def is_global_pooling(call: Call) -> bool:
-    """True for a pooling whose output has one pixel, or none any more."""
+    """True for a pooling whose output has one pixel, or no spatial dimension, in this call."""
     if kind_of(call) is not Kind.POOLING or not call.outputs:
         return False
     before, after = call.inputs[0].shape, call.outputs[0].shape

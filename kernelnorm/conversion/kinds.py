@@ -23,7 +23,7 @@ __all__ = [
     "name_of_norm",
     "obstacle",
     "obstacle_of_norm",
-    "pools_maps",
+    "pools_any_size_to_one_pixel",
     "window_size",
 ]
 
@@ -115,8 +115,8 @@ def kind_of_module(module: nn.Module) -> Kind:
     return next((_KINDS[name] for name in names if name in _KINDS), Kind.OTHER)
 
 
-def pools_maps(call: Call) -> bool:
-    """True for a pooling that makes one pixel of a map of any size."""
+def pools_any_size_to_one_pixel(call: Call) -> bool:
+    """True for a pooling that makes one pixel of a map of any size, not only of this one."""
     name = call.name if call.module is None else type(call.module).__name__
     one = bool(call.outputs) and all(size == 1 for size in call.outputs[0].shape[2:])
     return kind_of(call) is Kind.POOLING and one and ("daptive" in name or name in ("mean", "amax"))

@@ -58,10 +58,10 @@ def make_plan(calls: Sequence[Call], norms: Collection[str], rules: Rules) -> Pl
     """
     flow = Flow(calls, norms)
     reasons: dict[nn.Module, tuple[Fate, str]] = {}
-    owners = flow.owners
+    normalised = flow.normalised_convolutions
     for module in flow.calls_of:
         if kinds.is_convolution(module):
-            reasons[module] = _fate_of_convolution(module, has_norm=module in owners)
+            reasons[module] = _fate_of_convolution(module, has_norm=module in normalised)
     for norm in flow.norms:
         reasons[norm] = _fate_of_norm(norm, flow, reasons)
     for norm in flow.unknown_norms:

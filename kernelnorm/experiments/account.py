@@ -1,4 +1,4 @@
-"""What the steps of a private run spend, by Opacus' accountant."""
+"""Privacy accounting by Opacus: epsilon after some steps, and the noise for a budget."""
 
 from __future__ import annotations
 

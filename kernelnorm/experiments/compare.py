@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
@@ -19,7 +18,14 @@ from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import DivergedError, RunError
 from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.plotting import MEAN_LABEL, mean_line, plain_log, png
+from kernelnorm.experiments.plotting import (
+    MEAN_LABEL,
+    epoch_axes,
+    legend,
+    mean_line,
+    plain_log,
+    png,
+)
 from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
 from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.trainer import train
@@ -183,8 +189,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
     for (top, bottom), batch_size in zip(axes.T, batch_sizes, strict=True):
         top.set_title(f"batch size {batch_size}")
         top.set_yscale("log")
-        bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        epoch_axes([bottom])
         for row in rows:
             if row.failure or row.config.batch_size != batch_size:
                 continue
@@ -197,7 +202,5 @@ def _draw(rows: Sequence[Row]) -> Figure:
     plain_log(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel(f"test accuracy, %\n({MEAN_LABEL})")
-    lines = {line.get_label(): line for top in axes[0] for line in top.get_lines()}
-    columns = int(figure.get_figwidth() // 2)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns)
+    legend(figure, axes[0])
     return figure

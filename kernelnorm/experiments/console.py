@@ -12,7 +12,7 @@ from kernelnorm.experiments.runs import Metrics
 from kernelnorm.experiments.state import Progress, Sums
 from kernelnorm.experiments.style import LABELS
 
-__all__ = ["Bar", "epoch_line", "pause_line", "plan"]
+__all__ = ["Bar", "epoch_line", "pause_line", "start_line"]
 
 
 class Bar:
@@ -60,7 +60,7 @@ class Bar:
         self.tqdm.set_postfix(shown, refresh=False)
 
 
-def plan(config: RunConfig, train: Images, test: Images) -> str:
+def start_line(config: RunConfig, train: Images, test: Images) -> str:
     """Return in a line what is trained."""
     channels, height, width = train.pixels.shape[1:]
     colour = "grey" if channels == 1 else "colour"

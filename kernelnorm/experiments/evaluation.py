@@ -1,4 +1,4 @@
-"""What a trained network is worth, and what it sees in an image."""
+"""Tests the network of a run (loss, accuracy), and predicts the classes of image files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import nn
 from kernelnorm import set_evaluation
 from kernelnorm.arguments import Evaluation
 from kernelnorm.experiments.checks import check_data
-from kernelnorm.experiments.data import DataError, Images, Preprocess, batches
+from kernelnorm.experiments.data import Images, Preprocess, batches
+from kernelnorm.experiments.errors import DataError
 from kernelnorm.experiments.inputs import describe, load_split
 from kernelnorm.experiments.launch import make_fabric, over_processes
 from kernelnorm.experiments.runs import RunFolder

@@ -98,9 +98,9 @@ def recipe_for(
 ) -> Recipe:
     """Return the recipe of a case study, or one for any model and dataset.
 
-    A model without a case is trained by the recipe of the paper's case study with a network of its
-    family: vgg by CIFAR-10-VGG8, densenet by Imagenette-DenseNet121, all others by
-    Imagewoof-ResNet18.
+    A case study's model and dataset have its recipe. Another model is trained by the recipe of the
+    paper's case study with a network of its family: vgg by CIFAR-10-VGG8, densenet by
+    Imagenette-DenseNet121, all others by Imagewoof-ResNet18.
     The images of a named dataset that is not the recipe's own keep their size.
 
     Raises:
@@ -117,8 +117,9 @@ def recipe_for(
         raise RunError(f"--model {model} needs --dataset (a folder or a name), or a case")
     if case is None:
         model = model or "resnet18"
-        bases = (base for family, base in _FAMILIES.items() if model.startswith(family))
-        base = next(bases, IMAGEWOOF)
+        cases = (own for own in RECIPES.values() if (own.model, own.dataset) == (model, dataset))
+        families = (base for family, base in _FAMILIES.items() if model.startswith(family))
+        base = next(cases, None) or next(families, IMAGEWOOF)
     else:
         base = RECIPES[case]
     if model in (None, base.model) and dataset in (None, base.dataset):

@@ -53,8 +53,9 @@ class Progress:
         return bool(self.history or self.step)
 
     def __str__(self) -> str:
-        step = f", step {self.step}" if self.step or not self.history else ""
-        return f"epoch {len(self.history)}{step}"
+        epochs = len(self.history)
+        inside = self.step or not epochs
+        return f"step {self.step} of epoch {epochs + 1}" if inside else f"epoch {epochs}"
 
 
 def save(folder: RunFolder, fabric: Fabric, steps: Steps[Any], progress: Progress) -> None:

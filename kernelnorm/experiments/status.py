@@ -10,7 +10,7 @@ from typing import Literal
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
 
-__all__ = ["State", "Status", "look", "seconds_left", "seconds_per_epoch"]
+__all__ = ["State", "Status", "read_status", "seconds_left", "seconds_per_epoch"]
 
 State = Literal["done", "diverged", "failed", "running", "unfinished", "missing"]
 """``"diverged"`` is a result; what is failed, unfinished or missing has to be run."""
@@ -45,7 +45,7 @@ class Status:
         return 0 if self.result is not None else self.config.epochs - len(self.history)
 
 
-def look(folder: RunFolder, config: RunConfig) -> Status:
+def read_status(folder: RunFolder, config: RunConfig) -> Status:
     """Tell what has become of a run.
 
     Args:

@@ -26,7 +26,7 @@ _NETWORKS = {
 }
 
 # The norms of the paper and the kernel norm have Okabe and Ito's colours, which the colour-blind
-# can tell apart. Seventeen colours are more than that allows, so each norm has its marker, too.
+# can tell apart. So many colours are more than that allows, so each norm has its marker, too.
 # Lines are solid, as a dashed one is the mean of the last epochs.
 _STYLES = {
     "batch": ("#0072B2", "o"),

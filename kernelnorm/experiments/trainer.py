@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kernelnorm.experiments import state
 from kernelnorm.experiments.checks import check_config, check_data
 from kernelnorm.experiments.config import RunConfig
-from kernelnorm.experiments.console import Bar, epoch_line, pause_line, plan
+from kernelnorm.experiments.console import Bar, epoch_line, pause_line, start_line
 from kernelnorm.experiments.errors import DivergedError, RunError
 from kernelnorm.experiments.evaluation import measure
 from kernelnorm.experiments.inputs import check_splits, describe, load_split, make_preprocess
@@ -37,7 +37,7 @@ from kernelnorm.experiments.steps import Material, PlainSteps, Steps
 __all__ = ["train"]
 
 _SLOW_LOOKS = 2
-"""A process starts up, fills its caches and compiles before it has looked at the loss so often."""
+"""So many looks at the loss are slow: start-up, caches, compiling. The speed leaves them out."""
 
 
 def train(
@@ -130,11 +130,11 @@ class _Training:
         """Train epoch by epoch, until the end or ``max_steps``."""
         self._write_config()
         self.progress = state.restore(self.folder, self.fabric, self.steps)
-        self.intact = str(self.progress) if self.progress else ""
+        self.last_saved = str(self.progress) if self.progress else ""
         if self.launch.verbose:
             resumed = f"resuming {self.folder.path} after {self.progress}"
-            begun = plan(self.config, self.train_images, self.test_images)
-            self.fabric.print(resumed if self.intact else begun)
+            begun = start_line(self.config, self.train_images, self.test_images)
+            self.fabric.print(resumed if self.last_saved else begun)
         disable = None if self.fabric.is_global_zero else True
         with Bar(self.config, self.steps.per_epoch, self.progress, disable) as self.bar:
             while not self.config.finished(self.progress.history):
@@ -199,7 +199,8 @@ class _Training:
     def _diverged(self, problem: str, step: int) -> DivergedError:
         config = self.config
         precision = "" if config.precision == "32-true" else " or --precision 32-true"
-        saved = f"last.ckpt, after {self.intact}, is intact" if self.intact else "Nothing was saved"
+        last = self.last_saved
+        saved = f"last.ckpt, after {last}, is intact" if last else "Nothing was saved"
         return DivergedError(
             f"{problem} at epoch {len(self.progress.history) + 1}, step {step} of "
             f"{self.steps.per_epoch}: training has diverged. Try an --lr below "
@@ -253,7 +254,7 @@ class _Training:
 
     def _save(self) -> None:
         state.save(self.folder, self.fabric, self.steps, self.progress)
-        self.intact = str(self.progress)
+        self.last_saved = str(self.progress)
 
     def _write_config(self) -> None:
         """Write what the run is, or what has changed of it since: the place of images, epochs."""

@@ -63,7 +63,7 @@ def node_behind(y: Tensor, *parameters: Tensor | None) -> Any:
     :data:`~kernelnorm.ops.passes.Receiver`: then the parameters get no gradients.
     """
     found, nodes = {y.grad_fn}, [y.grad_fn]
-    for node in nodes:
+    for node in nodes:  # in breadth-first order: the list grows
         others = [] if node is None else [other for other, _ in node.next_functions]
         if isinstance(getattr(node, "settings", None), Settings):
             variables = [getattr(other, "variable", None) for other in others]

@@ -1,7 +1,7 @@
-"""What observes a call: compilers, exporters, functional transforms, dispatch modes, autocast.
+"""How a call is computed, by what observes it: compilers, exporters, transforms, modes, autocast.
 
-Private functions of PyTorch are used in this file only; docs/design.md lists all private names with
-their reasons.
+Private functions of PyTorch are called in this file only; docs/design.md lists all private names
+with their reasons.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _operator_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 14  # 4 tensors, and the 10 of _OPTIONS
     *inputs, kept, mu, rstd, sums = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:3]]
     gradients = torch.ops.kernelnorm.kn_conv_backward(

@@ -58,16 +58,17 @@ def forward(
     # A mask moves mu by far more than rounding does, and the variance that stands for it in
     # evaluation keeps |mu| rstd small. Otherwise <u, W> - mu S can be the difference of two large
     # numbers, unless the filters are centred; what rounding leaves of their sums is subtracted.
-    exact = x.dtype == dtype and (settings.masked or settings.p >= _LEAST_P)
+    # Here rounding is harmless without that:
+    harmless = x.dtype == dtype and (settings.masked or settings.p >= _LEAST_P)
     apart = settings.masked or settings.groups > 1  # a filter's mean then meets another than mu
-    centred = not exact or (backend.centres_filters and not apart)
+    centred = not harmless or (backend.centres_filters and not apart)
     statistics = backend.window_statistics(x, keys, settings, centred and apart)
     elements = tuple(range(1, weight.dim()))
     if centred:
         means = weight.mean(elements, keepdim=True, dtype=dtype)
         sums = means.flatten() * weight[0].numel()
         filters = (weight - means).to(x.dtype)
-        terms = [] if exact else [(statistics.mu, filters.sum(elements, dtype=dtype))]
+        terms = [] if harmless else [(statistics.mu, filters.sum(elements, dtype=dtype))]
         if statistics.offset is not None and statistics.means is not None:
             terms = [(statistics.offset, sums), (statistics.means, terms[0][1])]
     else:

@@ -7,24 +7,20 @@ from kernelnorm.experiments.data.batches import (
     Augment,
     Preprocess,
     batches,
-    seeded_generator,
     steps_per_epoch,
 )
 from kernelnorm.experiments.data.decode import read_image
 from kernelnorm.experiments.data.download import DATASETS
 from kernelnorm.experiments.data.images import Images
 from kernelnorm.experiments.data.load import load_images
-from kernelnorm.experiments.errors import DataError
 
 __all__ = [
     "DATASETS",
     "Augment",
-    "DataError",
     "Images",
     "Preprocess",
     "batches",
     "load_images",
     "read_image",
-    "seeded_generator",
     "steps_per_epoch",
 ]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError, error_message
 from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
-from kernelnorm.experiments.status import State, look
+from kernelnorm.experiments.status import State, read_status
 from kernelnorm.norms import NORMS
 
 __all__ = ["STATES", "Collection", "Record", "Unreadable", "collect"]
@@ -105,7 +105,7 @@ def collect(root: Path, out: Path) -> Collection:
     """Read every run folder under a root; a run that lies there twice is counted once.
 
     Args:
-        root: where to look.
+        root: where to read_status.
         out: the report's own folder, which is left out.
 
     Raises:
@@ -159,7 +159,7 @@ def _read(path: Path, root: Path) -> Record:
     found = folder.read_config()
     config = RunConfig.from_record(found.pop("run"))
     _check_config(config)
-    status = look(folder, config)
+    status = read_status(folder, config)
     message = status.message.replace(f"{root}{os.sep}", "")
     place = path.relative_to(root).as_posix()
     return Record(place, config, status.state, message, status.history, found)

@@ -18,10 +18,10 @@ from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.inputs import load_split
 from kernelnorm.experiments.runs import RunFolder
-from kernelnorm.experiments.status import Status, look
+from kernelnorm.experiments.status import Status, read_status
 from kernelnorm.experiments.sweep.grid import make_grid
 from kernelnorm.experiments.sweep.local import LocalPool, default_jobs
-from kernelnorm.experiments.sweep.plan import Grid, Plan, Tuned
+from kernelnorm.experiments.sweep.plan import Grid, Plan
 from kernelnorm.experiments.sweep.reproduction import reproduction
 from kernelnorm.experiments.sweep.view import View, forecast, table
 
@@ -31,10 +31,8 @@ __all__ = [
     "Plan",
     "Pool",
     "Status",
-    "Tuned",
     "default_jobs",
     "dry_run",
-    "look",
     "make_grid",
     "reproduction",
     "sweep",
@@ -74,7 +72,7 @@ class _Survey:
         if name in self._ended:
             return self._ended[name]
         try:
-            status = look(RunFolder(self.root / name), config)
+            status = read_status(RunFolder(self.root / name), config)
         except RunError as error:  # damaged: that is for the run itself to stumble over
             status = Status(config, "failed", message=str(error))
         if status.result is not None:

@@ -1,4 +1,4 @@
-"""One run of a sweep, wherever that is."""
+"""Trains one run of a sweep, and returns its error message, if any."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from kernelnorm.experiments.config import RunConfig
-from kernelnorm.experiments.data import DataError
-from kernelnorm.experiments.errors import RunError, error_message
+from kernelnorm.experiments.errors import DataError, RunError, error_message
 from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.trainer import train

@@ -1,4 +1,4 @@
-"""Runs on this machine, some at a time, in processes that are used again."""
+"""Trains several runs at a time on this machine, in processes that are used again."""
 
 from __future__ import annotations
 

@@ -32,14 +32,17 @@ class Statistics(NamedTuple):
 
 
 class Backend(Protocol):
-    """The primitives of a KNConv. A backend may overwrite the tensors that are marked so."""
+    """The primitives of a KNConv.
+
+    A primitive that *writes into* an argument returns it if its layout allows that, else a copy.
+    """
 
     name: str
     centres_filters: bool
     """True if a pass over the filters takes less time than one over the output."""
 
     def supports(self, x: Tensor) -> bool:
-        """True if the primitives work for inputs like ``x``."""
+        """True if the primitives work for inputs like ``x``, which has elements and floats."""
 
     def window_statistics(
         self, x: Tensor, keys: Tensor | None, settings: Settings, with_means: bool
@@ -57,7 +60,10 @@ class Backend(Protocol):
         bias: Tensor | None,
         slope: float | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and without an activation the numerator. Overwrites ``z``."""
+        """The output, and without an activation the numerator. Writes the last into ``z``.
+
+        There are no ``terms`` only if :attr:`centres_filters`.
+        """
 
     def epilogue_backward(
         self,
@@ -69,7 +75,9 @@ class Backend(Protocol):
         slope: float | None,
         factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of the convolution, of the statistics, of the bias and of the filter sums."""
+        """Gradients of the convolution, of the statistics and of the bias, and minus that of the
+        filter sums.
+        """
 
     def convolution_backward(
         self,
@@ -86,7 +94,7 @@ class Backend(Protocol):
     def statistics_backward(
         self, grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
     ) -> Tensor:
-        """Adds the gradient through the statistics to that of the input. Overwrites ``grad``."""
+        """Adds the gradient through the statistics to that of the input. Writes into ``grad``."""
 
 
 def backend_for(x: Tensor) -> Backend:

@@ -34,7 +34,8 @@ typedef struct {
 } Tensor;
 
 /* The arguments of all functions; library.py has the same fields. Dimensions are aligned to the
- * right: an image is (1, height, width). Maps and vectors are contiguous. */
+ * right: an image is (1, height, width). Maps and vectors are contiguous. In the epilogue mu and
+ * sums are the first term; means and rest are the second, or NULL. */
 typedef struct {
   int64_t dtype, threads, dims, samples, channels, scratch, activation, threshold;
   int64_t sizes[3], positions[3], kernel[3], stride[3], padding[3], dilation[3];

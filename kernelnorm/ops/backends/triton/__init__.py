@@ -167,12 +167,12 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **constants: Any) -> None:
+def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **options: Any) -> None:
     """Runs a kernel over tensors of one shape, and over its other arguments."""
     programs, strides, sizes = _tiles(large[0].shape, *(x.stride() for x in large))
     layout = [item for x, of_x in zip(large, strides, strict=True) for item in (x, *of_x)]
     with torch.cuda.device_of(large[0]):  # Triton launches on the current device
-        kernel[(programs,)](*layout, *arguments, **sizes, **constants)
+        kernel[(programs,)](*layout, *arguments, **sizes, **options)
 
 
 @functools.lru_cache(maxsize=4096)
