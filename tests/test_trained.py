@@ -238,8 +238,16 @@ class TestInitFrom:
 
     def test_weights_of_another_network(self, tmp_path: Path) -> None:
         run(tmp_path / "first", norm="batch")
-        with pytest.raises(RunError, match=r"of another network: .* is missing there, .* more\. G"):
+        message = (
+            r"of another network: .* is missing there, .* more\. They are of a run with --model "
+            r"vgg8 --norm batch --model-options "
+            r"'\{\"width\": 0.125\}', on images with 1 colour channel"
+        )
+        with pytest.raises(RunError, match=message):
             run(tmp_path / "second", init_from=tmp_path / "first")
+        torch.save(weights(tmp_path / "first"), tmp_path / "weights.pt")
+        with pytest.raises(RunError, match=r"more\. Give the --model, --norm and --model-options"):
+            run(tmp_path / "third", init_from=tmp_path / "weights.pt")
 
     def test_a_stopped_run_resumes_without_taking_them_again(self, tmp_path: Path) -> None:
         run(tmp_path / "first")

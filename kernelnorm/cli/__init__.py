@@ -83,6 +83,8 @@ def _main(name: str, *rest: str) -> None:
             return
         arguments = parser_of(name).parse_args(rest)
 
+        import torch  # noqa: F401, which imports NumPy
+
         from kernelnorm.experiments.errors import DataError, RunError
         from kernelnorm.experiments.heap import keep_freed_memory
 

@@ -33,7 +33,12 @@ def make_parser() -> ArgumentParser:
     sizes_help = "comma-separated"
     parser.add_argument("--batch-sizes", type=values.integers, default=[2, 32], help=sizes_help)
     add_run_arguments(parser)
-    parser.add_argument("--out", type=values.folder, metavar="DIR", help="(default: runs/CASE)")
+    parser.add_argument(
+        "--out",
+        type=values.folder,
+        metavar="DIR",
+        help="folder of the runs, the table and the picture (default: runs/CASE)",
+    )
     return parser
 
 

@@ -57,10 +57,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     """Add the options that all runs of a comparison or a sweep share."""
     add = parser.add_argument
     add_case_argument(parser, "digits-vgg8, if there is no --model and no --dataset")
-    model_help = "network, with --dataset (default: the case study's)"
+    model_help = "network (default: the case study's; resnet18 for a --dataset alone)"
     add("--model", type=values.model, help=model_help)
     dataset_help = (
-        "folder with train/CLASS/* and val/CLASS/*, or a name (default: the case study's)"
+        "folder with CLASS/*, or with train/CLASS/* and val/CLASS/*; or digits, cifar10, "
+        "imagenette, imagewoof (default: the case study's)"
     )
     add("--dataset", type=values.dataset, help=dataset_help)
     options_help = 'options of the network, such as {"small_images": true}'
@@ -99,7 +100,7 @@ def add_privacy_arguments(parser: ArgumentParser) -> None:
     """Add the options of private training, which have no values without ``--private``."""
     add = parser.add_argument
     private_help = (
-        "train with differential privacy, see docs/private.md; the options below are for this"
+        "train with differential privacy, see docs/private.md: --epsilon to --secure-mode"
     )
     add("--private", action="store_true", help=private_help)
     epsilon_help = "privacy budget that all epochs spend together (default: 8)"

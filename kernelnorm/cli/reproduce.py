@@ -40,7 +40,8 @@ def make_parser() -> ArgumentParser:
     rates_help = "try all learning rates of the paper, not only neighbours of the best one"
     add("--all-rates", action="store_true", help=rates_help)
     add_place_arguments(parser)
-    add("--out", type=values.folder, metavar="DIR", help="(default: runs/reproduce/CASE-SCALE)")
+    out_help = "folder of the runs and the report (default: runs/reproduce/CASE-SCALE)"
+    add("--out", type=values.folder, metavar="DIR", help=out_help)
     add_sweep_arguments(parser)
     return parser
 

@@ -42,7 +42,7 @@ def make_parser() -> ArgumentParser:
     add("--rules", type=values.mappings, default=[{}], metavar="JSON", help=rules_help)
     add_recipe_arguments(parser)
     add_place_arguments(parser)
-    add("--out", type=values.folder, metavar="DIR", help="(default: runs/CASE)")
+    add("--out", type=values.folder, metavar="DIR", help="folder of the runs (default: runs/CASE)")
     add_sweep_arguments(parser)
     return parser
 

@@ -110,4 +110,6 @@ def _fate_of_norm(
         return Fate.UNCONVERTED, f"no windows in an input of {len(shapes[0])} dimensions"
     if not neighbours and not shapes[0] and "1d" in type(norm).__name__:  # of vectors, likely
         return Fate.UNCONVERTED, "no windows, unless its input is a sequence"
-    return Fate.PIXELS, reasons[others[0]][1] if others else "no convolution belongs to it"
+    if others:
+        return Fate.PIXELS, f"its convolution stays: {reasons[others[0]][1]}"
+    return Fate.PIXELS, "no convolution belongs to it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.models import create_model
 
 __all__ = ["Weights", "build_network", "read_weights", "start_from"]
@@ -119,8 +121,20 @@ def start_from(weights: Weights, network: nn.Module, num_classes: int) -> list[s
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RunError(
             f"the weights in {weights.source} are of another network: "
-            f"{'; '.join(wrong[:3])}{more}. Give the --model, --norm and --model-options of theirs"
+            f"{'; '.join(wrong[:3])}{more}. {_advice(weights.source)}"
         )
     matching = {name: x for name, x in weights.tensors.items() if name not in fresh}
     network.load_state_dict(matching, strict=False)
     return fresh
+
+
+def _advice(source: Path) -> str:
+    """Returns the options of a run whose weights do not fit; those of a file are not known."""
+    if not source.is_dir():
+        return "Give the --model, --norm and --model-options of theirs"
+    run, (channels, *_) = (RunFolder(source).read_config()[key] for key in ("run", "image_shape"))
+    options = f"--model {run['model']} --norm {run['norm']}"
+    if run["model_options"]:
+        options += f" --model-options '{json.dumps(run['model_options'])}'"
+    images = f"images with {channels} colour channel{'s' * (channels > 1)}"
+    return f"They are of a run with {options}, on {images}"

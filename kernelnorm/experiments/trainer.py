@@ -122,9 +122,9 @@ class _Training:
         if weights.fingerprint() != config.init_from:
             raise RunError(f"the weights in {source} have changed since the run was configured")
         fresh = start_from(weights, self.network, len(self.train_images.classes))
-        if fresh and self.launch.verbose:
-            names = ", ".join(fresh)
-            self.fabric.print(f"begun from {source}, but for {names}: another number of classes")
+        if self.launch.verbose:
+            names = f", but for {', '.join(fresh)}: another number of classes" if fresh else ""
+            self.fabric.print(f"begun from {source}{names}")
 
     def run(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""

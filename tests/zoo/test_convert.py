@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,11 @@ def table_row(example: Example, network: nn.Module, report: Any) -> str:
     knconvs = sum("KNConv" in row.after for row in report.rows)
     kept = [row for row in report.rows if row.before == row.after and "Conv" in row.before]
     norms = sum("KernelNorm" in row.after for row in report.rows)
-    left = "; ".join(f"`{row.name}`: {row.why}" for row in report.unconverted)
+    why = {row.why: f"`{row.name}`" for row in reversed(report.unconverted)}
+    counts = Counter(row.why for row in report.unconverted)
+    left = "; ".join(
+        f"{name}{f' and {counts[reason] - 1} more' * (counts[reason] > 1)}: {reason}"
+        for reason, name in why.items()
+    )
     cells = [example.group, example.name, knconvs, len(kept), norms, left]
     return f"| {' | '.join(map(str, cells))} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -99,7 +100,7 @@ def _own_split(root: Path, split: Split) -> Files:
         test = set(order[: max(1, len(files) // 5)])
         found[label] = [file for i, file in enumerate(files) if (i in test) == (split == "test")]
     if split == "train":
-        tqdm.write(f"{root} has no train and val folders: {OWN_SPLIT}", file=sys.stderr)
+        _tell_once(f"{root} has no train and val folders: {OWN_SPLIT}")
     return Files(root, *_labelled(found, classes), tuple(classes), OWN_SPLIT)
 
 
@@ -135,8 +136,14 @@ def _files_of(folder: Path, classes: list[str], tell: bool = True) -> dict[str, 
         total = left_out.total()
         files = "1 file that is" if total == 1 else f"{total:,} files that are"
         no_image = "not an image" if total == 1 else "not images"
-        tqdm.write(f"left out {files} {no_image} in {folder}: {kinds}", file=sys.stderr)
+        _tell_once(f"left out {files} {no_image} in {folder}: {kinds}")
     return found
+
+
+@functools.cache
+def _tell_once(notice: str) -> None:
+    """Each run of a comparison loads the same images."""
+    tqdm.write(notice, file=sys.stderr)
 
 
 def _walk(folder: Path) -> list[Path]:
