@@ -22,7 +22,7 @@ __all__ = ["Weights", "build_network", "read_weights", "start_from"]
 
 
 def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Builds the untrained network of a run, in the memory format that convolutions like.
+    """Build the untrained network of a run, in the memory format that convolutions like.
 
     Raises:
         RunError: the model does not take the configuration's options.
@@ -48,7 +48,7 @@ class Weights:
     source: Path
 
     def fingerprint(self) -> str:
-        """Tells whether others are the same weights, wherever they lie."""
+        """Tell whether others are the same weights, wherever they lie."""
         digest = hashlib.blake2b(digest_size=8)
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -58,7 +58,7 @@ class Weights:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Reads weights from a run's folder (its ``best.ckpt``) or a file of PyTorch or safetensors.
+    """Read weights from a run's folder (its ``best.ckpt``) or a file of PyTorch or safetensors.
 
     A file may hold the tensors themselves, or under ``"model"`` or ``"state_dict"``.
 
@@ -97,7 +97,7 @@ def read_weights(source: str | Path) -> Weights:
 
 
 def start_from(weights: Weights, network: nn.Module, num_classes: int) -> list[str]:
-    """Copies weights into a network, and returns the names of those that keep their own values.
+    """Copy weights into a network, and return the names of those that keep their own values.
 
     These are the last layer's, if it has another number of classes.
 
@@ -129,7 +129,7 @@ def start_from(weights: Weights, network: nn.Module, num_classes: int) -> list[s
 
 
 def _advice(source: Path) -> str:
-    """Returns the options of a run whose weights do not fit; those of a file are not known."""
+    """Return the options of a run whose weights do not fit; those of a file are not known."""
     if not source.is_dir():
         return "Give the --model, --norm and --model-options of theirs"
     run, (channels, *_) = (RunFolder(source).read_config()[key] for key in ("run", "image_shape"))

@@ -42,7 +42,7 @@ def evaluate_published(
     accelerator: str = "auto",
     passes: int = 5,
 ) -> list[Score]:
-    """Scores published weights on a folder of images.
+    """Score published weights on a folder of images.
 
     Each image is decoded once, resized to 256 pixels along the shorter side, and the central
     224x224 pixels go through the network in all passes of all evaluations.

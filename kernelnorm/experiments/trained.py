@@ -77,7 +77,7 @@ class Trained:
 
 
 def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
-    """Loads the network of a run with its preprocessing and class names.
+    """Load the network of a run with its preprocessing and class names.
 
     Args:
         run: the run's folder.

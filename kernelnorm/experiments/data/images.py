@@ -42,7 +42,7 @@ class Images:
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
 
     def fingerprint(self) -> str:
-        """Tells whether other images are the same ones in the same order, wherever they lie.
+        """Tell whether other images are the same ones in the same order, wherever they lie.
 
         Of more than 256 MiB only some of the images count, at equal distances.
         """

@@ -79,7 +79,7 @@ class Section:
 
     @property
     def environments(self) -> dict[str, int]:
-        """Versions and devices, in words, and how many runs were made there."""
+        """Return versions and devices, in words, and how many runs were made there."""
         return dict(Counter(_environment(record.found) for record in self.records).most_common())
 
     def record(self) -> dict[str, Any]:
