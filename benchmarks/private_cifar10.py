@@ -1,7 +1,9 @@
 """Accuracy against privacy on CIFAR-10: a study.
 
-    python benchmarks/private_cifar10.py --data-dir data            trains what is missing
-    python benchmarks/private_cifar10.py --data-dir data --dry-run  lists the runs
+    python benchmarks/private_cifar10.py run --data-dir data      trains what is missing
+    python benchmarks/private_cifar10.py dry-run                  lists the runs
+    python benchmarks/private_cifar10.py table                    prints the accuracies
+    python benchmarks/private_cifar10.py picture private.png      draws them
 
 For each norm and budget, seed 0 searches the learning rate, as ``kernelnorm reproduce`` does; other
 seeds repeat the best one. Stop it at will, and run it again to resume.
@@ -10,14 +12,24 @@ seeds repeat the best one. Stop it at will, and run it again to resume.
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
+from kernelnorm.experiments.plotting import bar, legend, png, tidy
 from kernelnorm.experiments.privacy import Privacy
 from kernelnorm.experiments.recipes import RECIPES
+from kernelnorm.experiments.runs import RunFolder, final_accuracy
+from kernelnorm.experiments.statistics import difference, estimate
+from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.sweep import LocalPool, dry_run, make_grid, sweep
 from kernelnorm.experiments.sweep.plan import Tuned
+from kernelnorm.experiments.tuning import TUNING_SEED
 
 STAGES = (
     (3.0, ("kernel", "group"), (1, 2, 3)),
@@ -38,6 +50,9 @@ CHOICES: dict[str, Any] = {
 }
 NOTE = "VGG8 of a quarter of the width, images of 16 pixels, 10 epochs: small, for a CPU."
 
+Results = dict[tuple[str, float], dict[int, float]]
+"""Final accuracies in percent, by norm and budget, and by seed."""
+
 
 def stage(epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...]) -> Tuned:
     """Returns the runs of a stage."""
@@ -47,24 +62,100 @@ def stage(epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...]) -> Tun
     return Tuned(cells, RATES, seeds, note=NOTE)
 
 
+def read(out: Path) -> Results:
+    """Returns the accuracies of the repetitions, all with the best rate of the tuning seed."""
+    found: defaultdict[tuple[str, float], dict[tuple[float, int], float]] = defaultdict(dict)
+    for path in sorted(out.glob("*/config.yaml")):
+        folder = RunFolder(path.parent)
+        config, history = RunConfig.from_record(folder.read_config()["run"]), folder.read_metrics()
+        if config.private is not None and config.finished(history):
+            accuracy = 100 * final_accuracy(history)
+            found[config.norm, config.private.epsilon][config.lr, config.seed] = accuracy
+    results: Results = {}
+    for cell, runs in found.items():
+        tuning = {lr: accuracy for (lr, seed), accuracy in runs.items() if seed == TUNING_SEED}
+        best = max(tuning, key=lambda lr: tuning[lr])
+        seeds = {seed: x for (lr, seed), x in runs.items() if lr == best and seed != TUNING_SEED}
+        if seeds:
+            results[cell] = seeds
+    return results
+
+
+def cells_of(results: Results) -> tuple[list[str], list[float]]:
+    """Returns the norms, in the order of legends, and the budgets."""
+    norms = [norm for norm in LABELS if any(norm == cell[0] for cell in results)]
+    return norms, sorted({epsilon for _, epsilon in results})
+
+
+def print_table(results: Results) -> None:
+    """Prints mean and deviation of each norm, and the paired difference of kernel and group."""
+    norms, budgets = cells_of(results)
+    print("| norm |" + "".join(f" ε = {epsilon:g} |" for epsilon in budgets))
+    print("|---|" + "---:|" * len(budgets))
+    for norm in norms:
+        cells = [estimate([*results.get((norm, epsilon), {}).values()]) for epsilon in budgets]
+        texts = [
+            "-" if x is None else f"{x.mean:.2f}" + (f" ± {x.deviation:.2f}" if x.deviation else "")
+            for x in cells
+        ]
+        print(f"| {LABELS[norm]} |" + "".join(f" {text} |" for text in texts))
+    texts = []
+    for epsilon in budgets:
+        kernel, group = (results.get((norm, epsilon), {}) for norm in ("kernel", "group"))
+        found = difference(kernel, group)
+        interval = found and found.interval
+        low_high = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+        texts.append("-" if found is None else f"{found.mean:+.2f}{low_high}")
+    print("| KernelNorm − GroupNorm |" + "".join(f" {text} |" for text in texts))
+
+
+def draw(results: Results) -> Figure:
+    """Draws the accuracy against the budget, a curve for each norm."""
+    norms, budgets = cells_of(results)
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for norm in norms:
+        found = {e: estimate([*results[norm, e].values()]) for e in budgets if (norm, e) in results}
+        known = {epsilon: x for epsilon, x in found.items() if x is not None}
+        axes.errorbar(
+            [*known],
+            [x.mean for x in known.values()],
+            yerr=[bar(x) for x in known.values()],
+            capsize=3,
+            **line_style(norm),
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [f"{epsilon:g}" for epsilon in budgets])
+    axes.set_xlabel("privacy budget ε, δ = 1e-5")
+    axes.set_ylabel("test accuracy, %")
+    tidy(axes)
+    legend(figure, [axes])
+    return figure
+
+
 def main() -> None:
-    """Trains the stages, one after the other."""
+    """Runs the stages one after the other, or shows what there is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("what", choices=["run", "dry-run", "table", "picture"])
+    parser.add_argument("file", type=Path, nargs="?", default=Path("private.png"), help="a picture")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/private-cifar10"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--dry-run", action="store_true", help="only list the runs")
     args = parser.parse_args()
+    if args.what == "table":
+        print_table(read(args.out))
+        return
+    if args.what == "picture":
+        write_atomically(args.file, png(draw(read(args.out))))
+        return
     for plan in (stage(*options) for options in STAGES):
-        if args.dry_run:
+        if args.what == "dry-run":
             dry_run(plan, args.out, args.jobs)
         else:
-            pool = LocalPool(
-                Launch(data_dir=args.data_dir, accelerator="cpu", verbose=False), args.jobs
-            )
-            sweep(plan, args.out, pool, args.data_dir)
+            launch = Launch(data_dir=args.data_dir, accelerator="cpu", verbose=False)
+            sweep(plan, args.out, LocalPool(launch, args.jobs), args.data_dir)
 
 
 if __name__ == "__main__":
