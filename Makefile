@@ -73,7 +73,7 @@ gpu-check: $(DEV)  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: on the 
 wheel: $(DEV)  ## build the wheel in dist, with the C kernels
 	@rm -rf dist build/lib build/bdist.*
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@rm -r build/lib build/bdist.*
+	@rm -rf build/lib build/bdist.*
 	@ls dist/*.whl
 
 wheel-check: $(DEV)  ## build the packages and test them in other folders and Pythons
