@@ -219,6 +219,9 @@ def main() -> None:
     options.runs = ROOT / "runs" / "gpu-check" / options.folder.name
     options.title = f"{name}, PyTorch {torch.__version__}"
     options.data = options.data.expanduser().absolute()
+    if not options.goes_on and "train" in (options.pieces or PIECES):
+        shutil.rmtree(options.runs, ignore_errors=True)  # a sweep leaves finished runs out
+        shutil.rmtree(options.folder / "train", ignore_errors=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.folder / "steps.json").exists():
         (options.folder / "steps.json").write_text("{}\n")

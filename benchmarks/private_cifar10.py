@@ -29,7 +29,7 @@ from kernelnorm.experiments.statistics import difference, estimate
 from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.sweep import LocalPool, dry_run, make_grid, sweep
 from kernelnorm.experiments.sweep.plan import Tuned
-from kernelnorm.experiments.tuning import TUNING_SEED
+from kernelnorm.experiments.tuning import TUNING_SEED, best_rate
 
 STAGES = (
     (3.0, ("kernel", "group"), (1, 2, 3)),
@@ -74,7 +74,7 @@ def read(out: Path) -> Results:
     results: Results = {}
     for cell, runs in found.items():
         tuning = {lr: accuracy for (lr, seed), accuracy in runs.items() if seed == TUNING_SEED}
-        best = max(tuning, key=lambda lr: tuning[lr])
+        best = best_rate(tuning)
         seeds = {seed: x for (lr, seed), x in runs.items() if lr == best and seed != TUNING_SEED}
         if seeds:
             results[cell] = seeds

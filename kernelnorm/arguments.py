@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -86,8 +87,8 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
     """The arguments that KernelNorm and KNConv share."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
     if evaluation not in _EVALUATIONS:
         raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 

@@ -76,7 +76,10 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
     """
     safetensors = _needed("safetensors.torch", "safetensors")
     files = [_find(source, name, download) for name in (CONFIG, WEIGHTS)]
-    network = _empty_network(_read_config(files[0]))
+    try:
+        network = _empty_network(_read_config(files[0]))
+    except TypeError as error:
+        raise ValueError(f"{files[0]} describes no network: {error}") from error
     # copied, since safetensors maps the file: a network must outlive it
     weights = {name: tensor.clone() for name, tensor in safetensors.load_file(files[1]).items()}
     network.load_state_dict(weights, strict=True, assign=True)
@@ -97,6 +100,8 @@ def _find(source: str | Path, name: str, download: Mapping[str, Any]) -> Path:
             raise FileNotFoundError(
                 f"{folder} has no {name}: expected a folder that save_pretrained wrote"
             )
+        if download:
+            raise ValueError(f"{', '.join(download)} are for the Hub, but {folder} is a folder")
         return folder / name
     hub = _needed("huggingface_hub", "huggingface_hub")
     return Path(hub.hf_hub_download(str(source), name, **download))

@@ -36,7 +36,7 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be at least 0 and below 1, got 1\.0"),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p must be .*got -0\.1"),
         ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be .*got nan"),
-        ({"eps": 0.0}, ValueError, r"eps must be positive, got 0\.0"),
+        ({"eps": 0.0}, ValueError, r"eps must be positive and finite, got 0\.0"),
         ({"activation": "gelu"}, ValueError, r"activation must be None, .*got 'gelu'"),
         ({"negative_slope": 0.0}, ValueError, r"negative_slope must be from 0.001 to 1, got 0.0"),
         ({"evaluation": "mean"}, ValueError, r"evaluation must be one of .*got 'mean'"),
@@ -63,7 +63,7 @@ def test_kn_conv_errors(change, error, message):
         ({"padding": -1}, ValueError, r"padding must be an integer of at least 0"),
         ({"padding": "same"}, ValueError, r"padding must be an integer .* got 'same'"),
         ({"dropout_p": 2}, ValueError, r"dropout_p must be .*got 2"),
-        ({"eps": -1.0}, ValueError, r"eps must be positive, got -1\.0"),
+        ({"eps": -1.0}, ValueError, r"eps must be positive and finite, got -1\.0"),
         ({"evaluation": ""}, ValueError, r"evaluation must be one of"),
     ],
 )

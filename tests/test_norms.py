@@ -1,8 +1,19 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.norms import NORMS, LocalContextNorm2d, PositionalNorm2d, describe, make_norm
+from kernelnorm.norms import (
+    NORMS,
+    BatchChannelNorm2d,
+    BatchRenorm2d,
+    LocalContextNorm2d,
+    PositionalNorm2d,
+    ScaledWSConv2d,
+    describe,
+    make_norm,
+)
 
 MORE_THAN_A_LAYER = ["batch_channel", "ws_group", "weight_norm", "nf", "kernel"]
 LAYERS = [name for name in NORMS if name not in MORE_THAN_A_LAYER]
@@ -108,6 +119,32 @@ def test_only_batch_dependent_norms_depend_on_the_batch(name):
     alone, together = norm(x[:1]), norm(x)[:1]
     independent = describe(name).group != "batch-dependent"
     assert torch.allclose(alone, together, atol=1e-6) == independent
+
+
+def test_a_window_larger_than_the_map_is_the_map():
+    x = torch.randn(2, 4, 3, 5)
+    assert torch.equal(LocalContextNorm2d(4, 2, 512)(x), LocalContextNorm2d(4, 2, (3, 5))(x))
+
+
+@pytest.mark.parametrize(
+    "layer", [BatchRenorm2d(4), BatchChannelNorm2d(4, 2), ScaledWSConv2d(4, 4, 3)], ids=repr
+)
+def test_reset_parameters_resets_everything(layer):
+    torch.manual_seed(0)
+    fresh = copy.deepcopy(layer)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    layer(torch.randn(8, 4, 5, 5))
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.fill_(7)
+    torch.manual_seed(0)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -23,6 +23,7 @@ from torch.optim import SGD
 import kernelnorm as kn
 from kernelnorm.models import create_model, vgg8
 from kernelnorm.models.densenet import DenseNet
+from kernelnorm.norms import WSConv2d
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import PrivacyEngine, gradients
 from kernelnorm.privacy.book import Vectors, Weight, weight_entry
@@ -173,6 +174,31 @@ def test_autocast_to_bfloat16() -> None:
     for parameter, total in zip(trained(network), expected, strict=True):
         assert parameter.summed_grad.dtype == torch.float32
         assert_close(parameter.summed_grad, total, tolerance=0.05)
+
+
+def test_autocast_of_ordinary_convolutions() -> None:
+    network = nn.Sequential(
+        kn.KNConv2d(3, 8, 3, activation="relu"), nn.Conv2d(8, 8, 3), WSConv2d(8, 4, 3)
+    )
+    x = images(3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = network(x)
+        wrapped, optimizer, _ = private(network, x, max_grad_norm=1.0)
+        optimizer.zero_grad()
+        y = wrapped(x)
+        assert y.dtype == expected.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+    optimizer.step()
+
+
+def test_rounding_to_bfloat16_does_not_exceed_the_norm() -> None:
+    network, x = small(), images(1, dtype=torch.float32)
+    network, optimizer, _ = private(network, x, max_grad_norm=1e-3)
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            step(network, optimizer, x)
+        total = torch.cat([p.summed_grad.flatten() for p in trained(network)])
+        assert total.norm() < 1e-3 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("positions", "entry"), [(4, Weight), (1024, Vectors)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ pytest.importorskip("opacus")
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelnorm as kn
+from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
 from tests.bookkeeping import classification, images, private, small
 
 pytestmark = [
@@ -38,6 +40,25 @@ def test_subclasses_are_unknown() -> None:
 
     with pytest.raises(NotImplementedError, match=r"'0' is a .*Scaled"):
         private(nn.Sequential(Scaled(3, 3)), images(2))
+
+
+@pytest.mark.parametrize("norm", [BatchRenorm2d(4), BatchChannelNorm2d(4, 2)])
+def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(norm: nn.Module) -> None:
+    layer = norm.requires_grad_(False)
+    with pytest.raises(NotImplementedError, match="'1' takes statistics of batches"):
+        private(nn.Sequential(nn.Conv2d(3, 4, 3), layer), images(2))
+
+
+def test_a_layer_that_is_trained_later_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(300, 4), nn.Linear(4, 3))
+    network[1].requires_grad_(False)
+    x = torch.randn(2, 3, 10, 10)
+    network, optimizer, _ = private(network, x)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    network(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"shape \(4, 300\) is trained that was not .*again"):
+        optimizer.step()
 
 
 def test_shared_parameters_are_named() -> None:
@@ -81,6 +102,12 @@ def test_uses_that_would_not_be_clipped_are_refused(
     optimizer.zero_grad()
     with pytest.raises((NotImplementedError, RuntimeError), match=message):
         network(torch.randn(2, 4)).sum().backward()
+
+
+def test_a_copy_refuses_what_the_original_does() -> None:
+    network, *_ = private(Around(lambda layer, x: layer(x) @ layer.weight), images(2))
+    with pytest.raises(RuntimeError, match=r"'layer\.weight' is used outside of its layer"):
+        copy.deepcopy(network)(torch.randn(2, 4)).sum().backward()
 
 
 def test_a_batch_that_is_folded_is_refused() -> None:

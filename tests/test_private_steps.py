@@ -100,8 +100,11 @@ def test_views_of_a_sample_are_one_after_the_other_and_not_split() -> None:
 
 
 @known
-def test_an_empty_batch_takes_a_step_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = steps_of(small(batch_size=6), images_of())
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_empty_batch_takes_a_step_of_noise(
+    augment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = steps_of(small(batch_size=6, augment=augment), images_of())
     empty = torch.tensor([], dtype=torch.int64)
     monkeypatch.setattr(PoissonSampling, "draw", lambda *_: empty)
     assert all((change_ == 0).all() for change_ in change(steps))
@@ -155,7 +158,7 @@ def test_noise_and_batch_are_functions_of_run_and_step() -> None:
 
 def test_no_seed_comes_twice_in_a_run_nor_from_a_run_with_other_options_or_images() -> None:
     def seeds(images: Images, **options: Any) -> set[int]:
-        seeds_ = Seeds(small(batch_size=6, **options), images, per_epoch=50)
+        seeds_ = Seeds(small(batch_size=6, **options), images, per_epoch=50, noise=1.0)
         steps = product(("batch", "noise"), range(200), range(50))
         found = {seeds_.of(what, epoch, step) for what, epoch, step in steps}  # type: ignore[arg-type]
         assert len(found) == 2 * 200 * 50

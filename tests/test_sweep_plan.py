@@ -75,6 +75,16 @@ def test_impossible_grids_are_errors(options: dict[str, Any], message: str) -> N
         grid(**options)
 
 
+def test_variants_keep_the_rules_of_the_model_options() -> None:
+    options = {"rules": {"dropout_p": 0.0}}
+    variants = [{}, {"evaluation": "plain"}]
+    runs = grid(norms=["kernel"], batch_sizes=[8], rules=variants, model_options=options)
+    assert [run.model_options["rules"] for run in runs] == [
+        {"dropout_p": 0.0},
+        {"dropout_p": 0.0, "evaluation": "plain"},
+    ]
+
+
 def search(results: dict[float, float], start: float, **options: Any) -> list[list[float]]:
     """The rates that are asked for, one answer after the other."""
     known: dict[float, float] = {}

@@ -13,7 +13,7 @@ from PIL import Image
 import kernelnorm as kn
 from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.data import load_images
-from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.errors import DataError, RunError
 from kernelnorm.experiments.evaluation import evaluate, predict
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.networks import read_weights
@@ -79,6 +79,8 @@ class TestLoad:
         assert_same(dict(trained.network.state_dict()), weights(tmp_path / "run", "best.ckpt"))
         pixels = load_images("digits", "test").pixels[3]
         x = trained.preprocess(pixels)
+        with pytest.raises(DataError, match="the image has pixels of type 'I;16', more than 8 bit"):
+            trained.preprocess(Image.new("I;16", (8, 8)))
         assert (x.shape, x.dtype, x.max() <= 1) == ((1, 1, 8, 8), torch.float32, True)
         picture = Image.fromarray(pixels[0].numpy())
         picture.save(tmp_path / "digit.png")

@@ -135,16 +135,22 @@ def planned(
 
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Return the run's line of results.jsonl."""
-    states = args.out / "states"
-    settings = run.settings(args.data_dir, states)
+    settings = run.settings(args.data_dir, args.out / "states")
     start = time.process_time()
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(f"{run.name}: {line}", flush=True)
+        lines.append(line)
+
     try:
-        run_local(settings, lambda line: print(f"{run.name}: {line}", flush=True))
+        run_local(settings, say)
     except RuntimeError as error:  # no client has answered
+        if not any("training diverged" in line for line in lines):
+            raise
         print(error, flush=True)
     file = settings.folder / "rounds.jsonl"
     history = [*map(json.loads, file.read_text().splitlines() if file.exists() else [])]
-    shutil.rmtree(settings.folder, ignore_errors=True)
     return {
         "run": asdict(run),
         "accuracy": [entry["accuracy"] for entry in history],
@@ -168,6 +174,7 @@ def run_missing(args: argparse.Namespace) -> None:
         entry = train(run, args)
         with (args.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        shutil.rmtree(args.out / "states" / run.name, ignore_errors=True)
         print(f"{run.name}: {score(entry):.2%}, {entry['cpu_seconds']} s", flush=True)
 
 

@@ -23,7 +23,7 @@ def add_sweep_arguments(parser: ArgumentParser) -> None:
     add("--ray", type=values.text, nargs="?", const="auto", metavar="ADDRESS", help=ray_help)
     gpus_help = "with --ray (default: 0.25 if there are GPUs)"
     add("--gpus-per-run", type=values.number, help=gpus_help)
-    add("--cpus-per-run", type=values.positive_int, default=1, help="with --ray")
+    add("--cpus-per-run", type=values.positive_int, help="with --ray (default: 1)")
     add("--dry-run", action="store_true", help="only list the runs and estimate their time")
 
 
@@ -36,6 +36,10 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.sweep import dry_run, sweep
 
+    if arguments.ray is None and (arguments.gpus_per_run or arguments.cpus_per_run):
+        raise RunError("--gpus-per-run and --cpus-per-run are for a cluster: add --ray")
+    if arguments.ray is not None and arguments.jobs:
+        raise RunError("--jobs is for this machine: with --ray give --cpus-per-run")
     if arguments.dry_run:
         dry_run(plan, out, _jobs(arguments))
         return
@@ -62,5 +66,5 @@ def _make_pool(arguments: Namespace, out: Path) -> Pool:
     launch = Launch(**where(arguments))
     if arguments.ray is None:
         return LocalPool(launch, _jobs(arguments))
-    gpus, cpus = arguments.gpus_per_run, arguments.cpus_per_run
+    gpus, cpus = arguments.gpus_per_run, arguments.cpus_per_run or 1
     return RayPool(launch, out, arguments.ray, gpus=gpus, cpus=cpus)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import opacus
@@ -20,6 +21,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+import kernelnorm
 from kernelnorm.experiments.account import Account, noise_multiplier
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images
@@ -69,15 +71,17 @@ class Batch(NamedTuple):
 
 
 class Seeds:
-    """Seeds of the batch and of the noise of each step, all of them different.
+    """Seeds of the batch and of the noise of each step, all of them different within a run.
 
-    They depend on the whole configuration and on the images. Runs that shared their noise would
-    tell it, since it could be computed from the difference of their weights.
+    They depend on the whole configuration, the images, the noise and the versions. Runs that shared
+    their noise would tell it, since it could be computed from the difference of their weights. The
+    seeds of two runs of T steps overlap with a probability of about 4 T / 2**32.
     """
 
-    def __init__(self, config: RunConfig, images: Images, per_epoch: int) -> None:
+    def __init__(self, config: RunConfig, images: Images, per_epoch: int, noise: float) -> None:
         record = {k: v for k, v in config.record().items() if k not in ("case", "dataset")}
-        text = f"{json.dumps(record, sort_keys=True)} {images.fingerprint()}"
+        versions = kernelnorm.__version__, opacus.__version__, torch.__version__
+        text = f"{json.dumps(record, sort_keys=True)} {images.fingerprint()} {noise} {versions}"
         self.first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
         self.per_epoch = per_epoch
 
@@ -85,6 +89,17 @@ class Seeds:
         """Return a seed below 2**32: generators on CPUs take no more of it."""
         number = 2 * (epoch * self.per_epoch + step) + (what == "noise")
         return (self.first + number) % (1 << 32)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """On GPUs, products of 10 bits would clip by norms of other gradients than are summed."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class PrivateSteps:
@@ -108,7 +123,7 @@ class PrivateSteps:
             self.privacy.delta,
         )
         secure = _secure_generator() if self.privacy.secure_mode else None
-        self.seeds = seeds = Seeds(config, images, self.per_epoch)
+        self.seeds = seeds = Seeds(config, images, self.per_epoch, self.account.noise)
 
         def generator(epoch: int, step: int) -> torch.Generator:
             return secure or torch.Generator().manual_seed(seeds.of("batch", epoch, step))
@@ -144,6 +159,7 @@ class PrivateSteps:
         """See :class:`kernelnorm.experiments.steps.Steps`."""
         return (Batch(epoch, step) for step in range(start_step, self.per_epoch))
 
+    @_without_tf32()
     def take(self, batch: Batch) -> tuple[Tensor, int]:
         """See :class:`kernelnorm.experiments.steps.Steps`.
 

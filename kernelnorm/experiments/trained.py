@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Preprocess, read_image
-from kernelnorm.experiments.data.decode import to_pixels
+from kernelnorm.experiments.data.decode import to_pixels, upright
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.networks import build_network
 from kernelnorm.experiments.runs import RunFolder
@@ -54,12 +54,12 @@ class Trained:
         Raises:
             TypeError: the image is none of these.
             RunError: the image does not have the size of the training images.
-            DataError: the file cannot be read.
+            DataError: the file cannot be read, or the image has more than 8 bits a channel.
         """
         channels, height, width = self.image_shape
         size = height if height == width else None
         if isinstance(image, Image.Image):
-            pixels = to_pixels(image.convert("L" if channels == 1 else "RGB"), size)
+            pixels = to_pixels(upright(image, channels), size)
         elif isinstance(image, Tensor):
             pixels = image
         elif isinstance(image, (str, Path)):
@@ -115,13 +115,15 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
             f"{folder.path / 'config.yaml'} is damaged: it must have classes, image_shape and "
             "standardise. Restore it, or train anew in another --out"
         ) from error
-    network = build_network(config, num_classes=len(classes), in_channels=channels)
+    with torch.device("meta"):  # draws no random weights
+        network = build_network(config, num_classes=len(classes), in_channels=channels)
     try:
-        network.load_state_dict(state["model"])
+        network.load_state_dict(state["model"], assign=True)
     except (KeyError, RuntimeError) as error:
         raise RunError(
             f"{folder.path / checkpoint}.ckpt does not fit the run: {_first_line(error)}"
         ) from error
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network.eval(), classes, (channels, height, width), pixels, config)
 
 

@@ -109,9 +109,10 @@ def _read(file: Path) -> Mapping[str, Tensor]:
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\w[\w.]*)", str(error))
-        what = f"{unsafe[1]}, which is" if unsafe else "something that is"
+        if unsafe is None:
+            raise ValueError(f"{file} is not a file of PyTorch, or damaged") from error
         raise ValueError(
-            f"{file} was not read, as it holds {what} not safe to unpickle: "
+            f"{file} was not read, as it holds {unsafe[1]}, which is not safe to unpickle: "
             "it may hold tensors and an argparse.Namespace only"
         ) from error
     except Exception as error:  # a damaged file can fail in every layer of the reader

@@ -73,6 +73,13 @@ class BatchRenorm2d(AffineNorm2d):
         self.register_buffer("running_std", torch.ones(channels, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device).long())
 
+    def reset_parameters(self) -> None:
+        """Makes scale and shift, and what was seen of batches, as in a new layer."""
+        super().reset_parameters()
+        self.running_mean.zero_()
+        self.running_std.fill_(1)
+        self.num_batches_tracked.zero_()
+
     def limits(self) -> tuple[Tensor, Tensor]:
         """Returns the limits of ``r`` and of ``d`` at the step that comes next."""
         steps = (self.num_batches_tracked - 5000).clamp(min=0)
@@ -174,6 +181,12 @@ class _RunningNorm2d(AffineNorm2d):
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
         self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Makes scale and shift, and the running statistics, as in a new layer."""
+        super().reset_parameters()
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
 
     def normalise(self, x: Tensor) -> Tensor:
         """Moves the running statistics in training, and normalises by them."""

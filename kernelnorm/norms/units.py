@@ -133,15 +133,15 @@ class LocalContextNorm2d(_LocalContextNorm2d, _UnitNorm2d):
 
     def unit_mean(self, x: Tensor) -> Tensor:
         """Returns the mean over each tile, at each of its elements."""
-        rows, columns = self.window
         height, width = x.shape[2:]
+        rows, columns = min(self.window[0], height), min(self.window[1], width)
         # Not by ceil_mode, whose backward pass Inductor gets wrong where tiles are smaller.
         whole = F.pad(self.group_mean(x), (0, -width % columns, 0, -height % rows))
         positions = (
             (size - torch.arange(0, size, step, device=x.device)).clamp(max=step)
             for size, step in ((height, rows), (width, columns))
         )
-        sums = F.avg_pool2d(whole, self.window, divisor_override=1)
+        sums = F.avg_pool2d(whole, (rows, columns), divisor_override=1)
         tiles = sums / torch.outer(*positions).to(x.dtype)
         tiles = tiles.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
         return self.spread(tiles[..., :height, :width])

@@ -133,6 +133,12 @@ class ScaledWSConv2d(WSConv2d):
         super().__init__(in_channels, out_channels, kernel_size, *args, eps=eps, **options)
         self.gain = nn.Parameter(self.weight.new_ones(self.out_channels, 1, 1, 1))
 
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as :class:`torch.nn.Conv2d` does; the gain becomes one."""
+        super().reset_parameters()
+        if hasattr(self, "gain"):  # the constructor of Conv2d calls this, too
+            nn.init.ones_(self.gain)
+
     def scale_of(self, variance: Tensor) -> Tensor:
         """Returns the factor of the centred filters with this variance."""
         return self.gain * torch.rsqrt((variance * self.weight[0].numel()).clamp(min=self.eps))

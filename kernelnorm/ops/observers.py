@@ -73,6 +73,11 @@ def is_autocast_on(x: Tensor) -> bool:
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast gives the arguments of a convolution."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast_on(x) else x
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context in which autocast changes no dtypes."""
     if is_autocast_on(x):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kernelnorm.ops.observers import without_autocast
 from kernelnorm.privacy import gradients
 from kernelnorm.privacy.gradients import Back
 from kernelnorm.privacy.product import Product
@@ -158,8 +159,9 @@ class Book:
         sums: dict[nn.Parameter, Tensor] = {}
         while self._entries:  # each entry is released before the next sum is formed
             _, entries = self._entries.popitem()
-            for entry in entries:
-                sums.update(entry.weighted_sums(weights))
+            with without_autocast(weights):  # which would round the clipped gradients
+                for entry in entries:
+                    sums.update(entry.weighted_sums(weights))
         return sums
 
     def clear(self) -> None:

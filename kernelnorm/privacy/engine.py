@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
 from kernelnorm.privacy.book import Book
 from kernelnorm.privacy.layers import LAYERS, close_book, keep_book
 
 __all__ = ["BookkeepingModule", "BookkeepingOptimizer", "PrivacyEngine"]
 
 MODE = "bookkeeping"
+
+_OF_BATCHES = (BatchRenorm2d, BatchChannelNorm2d)
+"""Those that Opacus' validator does not know."""
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
@@ -53,10 +57,19 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         names = _layers(m)
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         self.book = Book(names, loss_reduction == "mean")
-        self._layers = [*names]
+        self._names = names
         self._handles = [m.register_forward_pre_hook(self.book.begin)]
-        for layer, name in names.items():
+        for layer in names:
             keep_book(layer, self.book)
+        self._refuse_other_gradients()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Gives a copy the hooks of its parameters, which are not copied with them."""
+        super().__setstate__(state)
+        self._refuse_other_gradients()
+
+    def _refuse_other_gradients(self) -> None:
+        for layer, name in self._names.items():
             for p_name, parameter in _trained(layer):
                 hook = _NoGradient(f"{name}.{p_name}" if name else p_name)
                 self._handles.append(parameter.register_hook(hook))
@@ -66,7 +79,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         self.book.clear()
         while self._handles:
             self._handles.pop().remove()
-        for layer in self._layers:
+        for layer in self._names:
             close_book(layer)
 
 
@@ -79,6 +92,11 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
         """Adds the clipped gradients of the last backward pass to those of the step."""
         sums = self.book.clipped_sums(self.max_grad_norm)
         for parameter in self.params:
+            if not hasattr(parameter, "summed_grad"):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} is trained that was not when "
+                    "the network was made private: call make_private again"
+                )
             gradient = sums.get(parameter)
             if gradient is None:  # the layer was not called
                 gradient = torch.zeros_like(parameter)
@@ -213,6 +231,8 @@ def _layers(network: nn.Module) -> dict[nn.Module, str]:
     owners: dict[nn.Parameter, str] = {}
     problems = []
     for name, layer in network.named_modules(remove_duplicate=False):
+        if isinstance(layer, _OF_BATCHES):
+            problems.append(f"{name!r} takes statistics of batches")
         parameters = dict(_trained(layer))
         if not parameters:
             continue

@@ -54,10 +54,14 @@ def squared_norms(product: Product, back: Back | None = None) -> Tensor:
 
 
 def weighted_sum(product: Product, weights: Tensor) -> Tensor:
-    """The sum of the samples' gradients of the filters, each times its weight."""
+    """The sum of the samples' gradients of the filters, each times its weight.
+
+    In the dtype of the norms, or rounding could make a sample's part larger than its norm says.
+    """
     x, z, settings, mu, sums, augmentations = product
-    weights = weights.repeat_interleave(augmentations)
-    z = z * weights.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
+    dtype = compute_dtype(z)
+    weights = weights.repeat_interleave(augmentations).to(dtype)
+    z = z.to(dtype) * weights.view(-1, *[1] * (z.dim() - 1))
     if settings.geometry.pointwise and x.dim() == 3 and settings.groups == 1 and mu is None:
         total: Tensor = torch.tensordot(z, x.to(z.dtype), dims=([0, 2], [0, 2]))
         return total.unsqueeze(2)

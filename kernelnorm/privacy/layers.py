@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernelnorm import arguments
 from kernelnorm.modules import KNConv1d, KNConv2d, KNConv3d
 from kernelnorm.norms import WSConv2d
+from kernelnorm.ops import observers
 from kernelnorm.ops.backends import compute_dtype
 from kernelnorm.ops.knconv import node_behind
 from kernelnorm.ops.settings import Settings
@@ -197,6 +198,8 @@ class _Convolution(torch.autograd.Function):
         groups: int,
         receive: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
+        x, weight = observers.as_autocast(x), observers.as_autocast(weight)
+        bias = None if bias is None else observers.as_autocast(bias)
         _, stride, padding, dilation = geometry
         ctx.options = stride, padding, dilation, False, (0,) * len(stride), groups
         ctx.receive = receive

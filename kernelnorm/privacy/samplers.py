@@ -77,8 +77,10 @@ class Memory:
             return self._gradient * self._factor
         output, own = self._edges
         self._owner.disable_hooks()  # those of an activation with parameters come later
-        (result,) = torch.autograd.grad([output], [own], [gradient], retain_graph=True)
-        self._owner.enable_hooks()
+        try:
+            (result,) = torch.autograd.grad([output], [own], [gradient], retain_graph=True)
+        finally:
+            self._owner.enable_hooks()
         return result
 
 

@@ -194,13 +194,13 @@ def test_a_run_ends_if_nobody_answers_in_its_first_round(settings: Make) -> None
 
 
 def test_a_run_without_supernodes_says_so() -> None:
-    nodes = Nodes(cast(Grid, LocalGrid({}, 0)), 1.0, quiet)
+    nodes = Nodes(cast(Grid, LocalGrid({}, 0)), quiet)
     with pytest.raises(TimeoutError, match=r"no SuperNode has answered in 0\.1 s"):
         nodes.wait(seconds=0.1, pause=0.05)
 
 
 def test_the_last_supernode_counts_that_claims_a_place(run_config: dict[str, Any]) -> None:
-    nodes = Nodes(cast(Grid, LocalGrid(run_config, 2)), 1.0, quiet)
+    nodes = Nodes(cast(Grid, LocalGrid(run_config, 2)), quiet)
     nodes.wait()
     nodes.grid.nodes = 3  # one more comes, as one that was started again
 
@@ -217,7 +217,7 @@ def test_a_supernode_without_a_place_is_told(run_config: dict[str, Any]) -> None
     grid, lines = LocalGrid(run_config, 1), list[str]()
     grid.node_config = lambda node: {}
     with pytest.raises(TimeoutError):
-        Nodes(cast(Grid, grid), 1.0, lines.append).wait(seconds=0.1, pause=0.05)
+        Nodes(cast(Grid, grid), lines.append).wait(seconds=0.1, pause=0.05)
     assert "start it with --node-config 'partition-id=0 num-partitions=2'" in lines[0]
 
 

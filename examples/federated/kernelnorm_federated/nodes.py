@@ -15,6 +15,8 @@ from kernelnorm_federated.settings import Settings
 Say = Callable[[str], None]
 START_SECONDS = 600.0
 """Time that SuperNodes have to come before the first round."""
+QUERY_SECONDS = 60.0
+"""Time to wait for the places of SuperNodes that come later, in each round."""
 
 
 @dataclass
@@ -23,23 +25,21 @@ class Nodes:
 
     Args:
         grid: Flower's.
-        timeout: seconds to wait for the answers of SuperNodes that come later.
         say: where to tell what is going on.
     """
 
     grid: Grid
-    timeout: float
     say: Say
     place: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Of each SuperNode that has answered, by its identifier: its number, and how many they are."""
 
-    def find(self, timeout: float | None = None) -> None:
+    def find(self, timeout: float = QUERY_SECONDS) -> None:
         """Ask SuperNodes that are new for their place, and wait at most ``timeout`` seconds."""
         new = {*self.grid.get_node_ids()} - {*self.place}
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in sorted(new)]
         if not questions:
             return
-        for reply in self.grid.send_and_receive(questions, timeout=timeout or self.timeout):
+        for reply in self.grid.send_and_receive(questions, timeout=timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 self.say(f"SuperNode {node} failed: {reply.error.reason}")
@@ -57,7 +57,7 @@ class Nodes:
         self.find(seconds)
         while not self._complete() and time.monotonic() < end:
             time.sleep(pause)
-            self.find(seconds)
+            self.find(max(pause, end - time.monotonic()))
         if not self.place:
             raise TimeoutError(
                 f"no SuperNode has answered in {seconds:g} s: start some, see docs/federated.md"

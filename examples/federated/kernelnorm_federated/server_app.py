@@ -68,14 +68,15 @@ class Server:
         self.grid, self.settings, self.say = grid, settings, say
         train_images, self.test_images = (task.load(settings, part) for part in ("train", "test"))
         split(train_images.labels, settings)  # fails here rather than in each client
-        identity = {**settings.identity, "images": train_images.fingerprint()}
+        images = f"{train_images.fingerprint()} {self.test_images.fingerprint()}"
+        identity = {**settings.identity, "images": images}
         saved = load_state(settings.folder, identity)
         self.network = task.build(settings, self.test_images)
         self.buffers = {name for name, _ in self.network.named_buffers()}
         self.strategy = make_strategy(settings)
         self.state = saved or RunState(identity, self.network.state_dict())
         restore_moments(self.strategy, self.state.moments)
-        self.nodes = Nodes(grid, settings.timeout, say)
+        self.nodes = Nodes(grid, say)
 
     def run_round(self, server_round: int) -> None:
         """Train, test, and save the state."""

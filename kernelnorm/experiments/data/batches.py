@@ -115,7 +115,7 @@ class Augment:
             columns = _reflect(columns + draw(-(width // 8), width // 8), width)
         if self.flip:
             columns = torch.where(draw(0, 1) == 1, columns.flip(1), columns)
-        index = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
+        index = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, height * width)
         return pixels.flatten(2).gather(2, index.expand(-1, channels, -1)).view(pixels.shape)
 
 

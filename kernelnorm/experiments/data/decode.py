@@ -58,14 +58,9 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
     """
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise DataError(
-                    f"the image {path} has pixels of type {image.mode!r}, more than 8 bits a "
-                    "channel: scale it to 8 bits first, as clipping it would lose the picture"
-                )
             if image_size is not None:
                 image.draft(None, (image_size, image_size))
-            picture = _upright(image).convert("L" if channels == 1 else "RGB")
+            picture = upright(image, channels, f"the image {path}")
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}") from error
     except IsADirectoryError as error:
@@ -77,12 +72,23 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
     return to_pixels(picture, image_size)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image, channels: int, name: str = "the image") -> Image.Image:
+    """Return a picture the right way up, in grey or RGB.
+
+    Raises:
+        DataError: if it has more than 8 bits a channel.
+    """
+    if image.mode[0] in "IF":
+        raise DataError(
+            f"{name} has pixels of type {image.mode!r}, more than 8 bits a channel: scale it to 8 "
+            "bits first, as clipping it would lose the picture"
+        )
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged note fails in many ways, and the picture may be whole
         turn = None
-    return image if turn is None else image.transpose(turn)
+    picture = image if turn is None else image.transpose(turn)
+    return picture.convert("L" if channels == 1 else "RGB")
 
 
 def to_pixels(picture: Image.Image, image_size: int | None) -> Tensor:

@@ -56,7 +56,7 @@ def make_grid(
             batch_size=batch_size,
             lr=lr,
             seed=seed,
-            model_options={**options, "rules": dict(variant)} if variant else options,
+            model_options=_with_rules(options, variant),
             **choices,
         )
         for batch_size in sorted(batch_sizes, reverse=True)
@@ -71,3 +71,11 @@ def make_grid(
         with torch.device("meta"):  # no run should have to fail to tell that
             build_network(run, num_classes=10, in_channels=3)
     return list({run.name: run for run in runs}.values())
+
+
+def _with_rules(options: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a network with a variant's rules beside their own."""
+    own = options.get("rules") or {}
+    if not variant or not isinstance(own, Mapping):  # which is told where the network is built
+        return {**options}
+    return {**options, "rules": {**own, **variant}}
