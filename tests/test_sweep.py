@@ -62,6 +62,25 @@ class Here:
         pass
 
 
+class Empty(Here):
+    """A cluster that has no machine at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    @property
+    def places(self) -> int:  # type: ignore[override]
+        self.asked += 1
+        return int(self.asked > 2)
+
+
+def test_a_sweep_waits_for_machines(tmp_path: Path) -> None:
+    (config,) = small(norms=["layer"], epochs=1)
+    (status,) = sweep(Grid([config]), tmp_path, Empty(), Path("data"))
+    assert status.state == "done"
+
+
 def run(configs: Sequence[RunConfig], root: Path, pool: Here) -> list[Status]:
     return sweep(Grid(configs), root, pool, Path("data"))
 

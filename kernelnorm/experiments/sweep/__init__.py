@@ -170,26 +170,30 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
     try:
         while True:
             statuses, places = survey.statuses(), pool.places  # a cluster is asked for them
-            for status in statuses:
-                name = status.config.name
-                wanted = status.state in ("missing", "unfinished", "failed") and name not in tried
-                if wanted and len(in_flight) < places:
-                    in_flight[pool.submit(status.config, survey.root / name)] = status.config
-                    tried.add(name)
+            wanted = [
+                status.config
+                for status in statuses
+                if status.state in ("missing", "unfinished", "failed")
+                and status.config.name not in tried
+            ]
+            for config in wanted[: max(0, places - len(in_flight))]:
+                in_flight[pool.submit(config, survey.root / config.name)] = config
+                tried.add(config.name)
             running = {config.name for config in in_flight.values()}
             statuses = [
                 replace(status, state="running") if status.config.name in running else status
                 for status in statuses
             ]
             view.show(statuses, ended)
-            if not any(status.state == "running" for status in statuses):
+            waits = wanted and not places  # for machines of a cluster to come back
+            if not waits and not any(status.state == "running" for status in statuses):
                 return
             ended = []
             if in_flight:
                 finished, _ = wait(in_flight, timeout=1, return_when=FIRST_COMPLETED)
                 ended = [survey.end(in_flight.pop(future), future) for future in finished]
                 tried -= {status.config.name for status in ended if status.state == "running"}
-            else:  # another process trains what is missing
+            else:  # another process trains what is missing, or no machine is there
                 time.sleep(1)
     finally:
         view.close()
