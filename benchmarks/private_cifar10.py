@@ -5,8 +5,8 @@
     python benchmarks/private_cifar10.py table                    prints the accuracies
     python benchmarks/private_cifar10.py picture private.png      draws them
 
-For each norm and budget, seed 0 searches the learning rate, as ``kernelnorm reproduce`` does; other
-seeds repeat the best one. Stop it at will, and run it again to resume.
+For each norm and budget, seed 0 searches the learning rate, as ``kernelnorm reproduce`` does; for
+kernel and group other seeds repeat the best one. Stop it at will, and run it again to resume.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ STAGES = (
     (3.0, ("kernel", "group"), (1, 2, 3)),
     (1.0, ("kernel", "group"), (1, 2, 3)),
     (8.0, ("kernel", "group"), (1, 2, 3)),
-    (3.0, ("layer", "ws_group", "none"), (1,)),
-    (1.0, ("layer", "ws_group", "none"), (1,)),
-    (8.0, ("layer", "ws_group", "none"), (1,)),
+    (3.0, ("layer", "ws_group", "none"), ()),
+    (1.0, ("layer", "ws_group", "none"), ()),
+    (8.0, ("layer", "ws_group", "none"), ()),
 )
 """Budgets, norms and seeds of the repetitions, in the order in which they are trained."""
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -63,7 +63,7 @@ def stage(epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...]) -> Tun
 
 
 def read(out: Path) -> Results:
-    """Returns the accuracies of the repetitions, all with the best rate of the tuning seed."""
+    """Returns accuracies at the best rate of the tuning seed: of the repetitions, else its own."""
     found: defaultdict[tuple[str, float], dict[tuple[float, int], float]] = defaultdict(dict)
     for path in sorted(out.glob("*/config.yaml")):
         folder = RunFolder(path.parent)
@@ -75,9 +75,10 @@ def read(out: Path) -> Results:
     for cell, runs in found.items():
         tuning = {lr: accuracy for (lr, seed), accuracy in runs.items() if seed == TUNING_SEED}
         best = best_rate(tuning)
-        seeds = {seed: x for (lr, seed), x in runs.items() if lr == best and seed != TUNING_SEED}
-        if seeds:
-            results[cell] = seeds
+        seeds = {seed: accuracy for (lr, seed), accuracy in runs.items() if lr == best}
+        if len(seeds) > 1:
+            del seeds[TUNING_SEED]
+        results[cell] = seeds
     return results
 
 
