@@ -67,7 +67,7 @@ def read(out: Path) -> Results:
     found: defaultdict[tuple[str, float], dict[tuple[float, int], float]] = defaultdict(dict)
     for path in sorted(out.glob("*/config.yaml")):
         folder = RunFolder(path.parent)
-        config, history = RunConfig.from_record(folder.read_config()["run"]), folder.read_metrics()
+        config, history = RunConfig.from_dict(folder.read_config()["run"]), folder.read_metrics()
         if config.private is not None and config.finished(history):
             accuracy = 100 * final_accuracy(history)
             found[config.norm, config.private.epsilon][config.lr, config.seed] = accuracy

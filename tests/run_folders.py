@@ -46,7 +46,7 @@ def write_run(
         **choices,
     )
     folder = RunFolder(root / config.name)
-    folder.write_config({"run": config.record(), "environment": ENVIRONMENT, **(found or {})})
+    folder.write_config({"run": config.as_dict(), "environment": ENVIRONMENT, **(found or {})})
     speed = {} if images_per_second is None else {"images_per_second": images_per_second}
     folder.write_metrics(
         [

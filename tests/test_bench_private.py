@@ -76,7 +76,7 @@ def test_private_tables() -> None:
     assert words(line).endswith("0.25 ±0.00 0.38 ±0.00 6000 ms 0.50 ±0.00")
     _, line = memory_lines([made], plan.columns, plan.bases[0])
     assert words(line) == "VGG8, 8×8, batch 2 0.0 MB 2.000 3.000 4.000 5.000 6.000 7.000 8.000"
-    summary = made.record(plan.bases)["summary"]["kernel_bookkeeping"]
+    summary = made.as_dict(plan.bases)["summary"]["kernel_bookkeeping"]
     assert summary["to_kernel"] == (1.5, 1.5, 1.5)
     assert summary["to_group_hooks"] == (0.375, 0.375, 0.375)
     draw([made], plan.columns, plan.bases[0])

@@ -44,7 +44,7 @@ def test_ratios_are_of_the_same_round_and_of_the_better_memory_formats() -> None
 
 
 def test_record_has_every_time_and_the_summary() -> None:
-    record = json.loads(json.dumps(hand_made().record((BATCH, NONE))))
+    record = json.loads(json.dumps(hand_made().as_dict((BATCH, NONE))))
     assert record["variants"][4] == {
         "norm": "kernel",
         "memory_format": "contiguous",

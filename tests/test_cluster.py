@@ -79,7 +79,7 @@ def test_what_is_there_goes_to_the_machine_and_comes_back(tmp_path: Path) -> Non
     folder = RunFolder(tmp_path / "begun")
     whole = tmp_path / "whole"
     assert execute(config, replace(LAUNCH, max_steps=11), folder.path) == ""
-    folder.write_failure("failed", "no memory", config.record())
+    folder.write_failure("failed", "no memory", config.as_dict())
     there = cluster._read(folder.path, ("config.yaml", "failure.json", "last.ckpt"))
     nowhere = tmp_path / "nowhere"
     message, files = cluster._run(config, LAUNCH, nowhere, 1, nowhere, there)

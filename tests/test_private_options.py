@@ -26,17 +26,17 @@ from tests.private_runs import images_of, known, small, steps_of
 
 def test_record_and_name() -> None:
     config = small(epsilon=3.0, ema=0.9)
-    assert RunConfig.from_record(config.record()) == config
+    assert RunConfig.from_dict(config.as_dict()) == config
     assert config.name.startswith("kernel-b16-eps3-seed0-")
-    older = config.record()
+    older = config.as_dict()
     del older["private"]["secure_mode"]
-    assert RunConfig.from_record(older) == config
+    assert RunConfig.from_dict(older) == config
     assert (
         len({small(**o).name for o in ({}, {"delta": 1e-6}, {"augmentations": 2, "augment": True})})
         == 3
     )
     plain = replace(config, private=None)
-    assert RunConfig.from_record({**plain.record(), "private": None}) == plain
+    assert RunConfig.from_dict({**plain.as_dict(), "private": None}) == plain
 
 
 def test_training_loss_ends_no_private_run() -> None:

@@ -170,12 +170,12 @@ def test_choices_out_of_range_are_errors(choices: dict[str, object], message: st
 
 
 def test_another_versions_record_is_an_error() -> None:
-    record = configure(recipe_for(), norm="kernel", batch_size=32).record()
+    record = configure(recipe_for(), norm="kernel", batch_size=32).as_dict()
     with pytest.raises(RunError, match=r"not of this version of kernelnorm: .*'dropout'"):
-        RunConfig.from_record({**record, "dropout": 0.5})
+        RunConfig.from_dict({**record, "dropout": 0.5})
     del record["lr"]
     with pytest.raises(RunError, match=r"not of this version of kernelnorm: .*'lr'"):
-        RunConfig.from_record(record)
+        RunConfig.from_dict(record)
 
 
 def test_a_new_field_with_a_default_changes_neither_name_nor_record() -> None:
@@ -184,13 +184,13 @@ def test_a_new_field_with_a_default_changes_neither_name_nor_record() -> None:
         dropout: float = 0.0
 
     config = configure(recipe_for(), norm="kernel", batch_size=32)
-    record = config.record()
-    later = Later.from_record(record)
+    record = config.as_dict()
+    later = Later.from_dict(record)
     assert later.name == config.name
     assert dataclasses.replace(later, dropout=0.5).name != config.name  # type: ignore[call-arg]
     assert Later.defaults() == {**RunConfig.defaults(), "dropout": 0.0}
     del record["lr_milestones"]
-    assert RunConfig.from_record(record) == config
+    assert RunConfig.from_dict(record) == config
 
 
 def test_name_is_a_function_of_every_field() -> None:
@@ -212,7 +212,7 @@ def test_adaptive_gradient_clipping_is_for_norms_that_need_it() -> None:
 
 def test_record_round_trips() -> None:
     config = configure(RECIPES["imagewoof-resnet18"], norm="layer", batch_size=16, seed=3)
-    assert RunConfig.from_record(config.record()) == config
+    assert RunConfig.from_dict(config.as_dict()) == config
 
 
 def test_training_ends_when_the_loss_stays_below_a_thousandth() -> None:

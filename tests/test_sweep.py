@@ -131,7 +131,7 @@ def test_a_run_that_failed_before_it_had_data_is_whole_when_it_is_done(
         patch.setattr("kernelnorm.experiments.trainer.load_split", lambda *_: 1 / 0)
         (status,) = run([config], tmp_path, Here())
     assert (status.state, status.message) == ("failed", "ZeroDivisionError: division by zero")
-    assert RunFolder(tmp_path / config.name).read_config() == {"run": config.record()}
+    assert RunFolder(tmp_path / config.name).read_config() == {"run": config.as_dict()}
     (status,) = run([config], tmp_path, Here())
     assert status.state == "done"
     assert RunFolder(tmp_path / config.name).read_config()["train_images"] == 60

@@ -256,12 +256,12 @@ def test_the_state_of_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     with folder.lock():
         assert state() == "running"
     assert state() == "unfinished"
-    folder.write_failure("failed", "no memory", config.record())
+    folder.write_failure("failed", "no memory", config.as_dict())
     assert (state(), read_status(folder, config).message) == ("failed", "no memory")
-    assert folder.read_config() == {"run": config.record()}
-    folder.write_failure("diverged", "the loss is nan", config.record())
+    assert folder.read_config() == {"run": config.as_dict()}
+    folder.write_failure("diverged", "the loss is nan", config.as_dict())
     assert (state(), read_status(folder, config).result) == ("diverged", -math.inf)
-    with pytest.raises(ZeroDivisionError), folder.attempt(config.record()):
+    with pytest.raises(ZeroDivisionError), folder.attempt(config.as_dict()):
         _ = 1 / (folder.path / "failure.json").exists()  # it goes when the run is begun again
     assert (state(), read_status(folder, config).message) == (
         "failed",

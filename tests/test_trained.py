@@ -213,7 +213,7 @@ class TestInitFrom:
         folder = run(tmp_path / "second", init_from=tmp_path / "first", lr=1e-30)
         assert_same(weights(tmp_path / "first", "best.ckpt"), weights(folder.path))
         assert folder.read_config()["run"]["init_from"]
-        assert small().name != RunConfig.from_record(folder.read_config()["run"]).name
+        assert small().name != RunConfig.from_dict(folder.read_config()["run"]).name
 
     @pytest.mark.parametrize("key", [None, "model", "state_dict"])
     def test_files(self, tmp_path: Path, key: str | None) -> None:

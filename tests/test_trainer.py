@@ -64,7 +64,7 @@ def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
     config = small()
     folder = train(config, Launch(out=tmp_path, tensorboard=True, verbose=False))
     content = folder.read_config()
-    assert RunConfig.from_record(content["run"]) == config
+    assert RunConfig.from_dict(content["run"]) == config
     assert content["classes"] == [str(digit) for digit in range(10)]
     assert content["image_shape"] == [1, 8, 8]
     assert (content["train_images"], content["test_images"]) == (60, 60)

@@ -34,7 +34,7 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
         return
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} has a checkpoint but no config.yaml: give another --out")
-    record = config.record()
+    record = config.as_dict()
     there = {**config.defaults(), **folder.read_config()["run"]}  # it may be older than a field
     before, now = _flat(there), _flat(record)
     differing = [

@@ -59,12 +59,12 @@ class Row:
             f"{median(metrics['seconds'] for metrics in history):.2f}",  # the first one may compile
         )
 
-    def record(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the row as an object for JSON."""
         return {
             "folder": self.config.name,
             "group": describe(self.config.norm).group,
-            "run": self.config.record(),
+            "run": self.config.as_dict(),
             "failure": self.failure,
             "final_accuracy": None if self.failure else final_accuracy(self.history),
             "metrics": list(self.history),
@@ -173,7 +173,7 @@ def _write(rows: Sequence[Row], out: Path) -> None:
     end = [_caption(rows), "", "![curves](comparison.png)", ""]
     text = "\n".join([title, "", *lines, "", *notes, *end])
     write_atomically(out / "comparison.md", text.encode())
-    record = json.dumps([row.record() for row in rows], indent=1)
+    record = json.dumps([row.as_dict() for row in rows], indent=1)
     write_atomically(out / "comparison.json", record.encode())
 
 

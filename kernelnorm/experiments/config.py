@@ -78,14 +78,14 @@ class RunConfig(Recipe):
         converged = len(last) == 5 and all(metrics["train_loss"] < 1e-3 for metrics in last)
         return converged or len(history) >= self.epochs
 
-    def record(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON and YAML know them."""
         record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return record
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> RunConfig:
-        """Return the configuration whose :meth:`record` this is.
+    def from_dict(cls, record: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration whose :meth:`as_dict` this is.
 
         Raises:
             RunError: a field is missing that has no default value, or there is an unknown one.
@@ -102,9 +102,9 @@ class RunConfig(Recipe):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Return the part of :meth:`record` that has a default value, with that."""
+        """Return the part of :meth:`as_dict` that has a default value, with that."""
         needed = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
-        record = cls(**dict.fromkeys(needed)).record()  # type: ignore[arg-type]
+        record = cls(**dict.fromkeys(needed)).as_dict()  # type: ignore[arg-type]
         return {name: value for name, value in record.items() if name not in needed}
 
     @property
@@ -116,7 +116,7 @@ class RunConfig(Recipe):
         """
         defaults = self.defaults().items()
         chosen = {
-            name: value for name, value in self.record().items() if (name, value) not in defaults
+            name: value for name, value in self.as_dict().items() if (name, value) not in defaults
         }
         if self.dataset not in NAMED_DATASETS:
             del chosen["dataset"]

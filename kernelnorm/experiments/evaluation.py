@@ -110,13 +110,13 @@ def evaluate(
     check_data(RunFolder(run), describe(test=images))
     scores = []
     if config.norm != "kernel":
-        return [Score("-", *measure(network, images, trained.pixels, fabric))]
+        return [Score("-", *measure(network, images, trained.to_input, fabric))]
     for evaluation in evaluations:
         set_evaluation(network, evaluation)
         results = []
         for seed in range(passes if evaluation == "monte_carlo" else 1):
             torch.manual_seed(seed)
-            results.append(measure(network, images, trained.pixels, fabric))
+            results.append(measure(network, images, trained.to_input, fabric))
         scores.append(Score.over_passes(evaluation, results))
     return scores
 

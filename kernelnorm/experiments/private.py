@@ -79,7 +79,7 @@ class Seeds:
     """
 
     def __init__(self, config: RunConfig, images: Images, per_epoch: int, noise: float) -> None:
-        record = {k: v for k, v in config.record().items() if k not in ("case", "dataset")}
+        record = {k: v for k, v in config.as_dict().items() if k not in ("case", "dataset")}
         versions = kernelnorm.__version__, opacus.__version__, torch.__version__
         text = f"{json.dumps(record, sort_keys=True)} {images.fingerprint()} {noise} {versions}"
         self.first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

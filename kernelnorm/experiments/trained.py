@@ -31,14 +31,14 @@ class Trained:
         network: in evaluation, on the CPU.
         classes: the names of the outputs.
         image_shape: of the images that it was trained on: channels, height and width.
-        pixels: from bytes to what the network takes.
+        to_input: from bytes to what the network takes.
         config: how it was trained.
     """
 
     network: nn.Module
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    pixels: Preprocess
+    to_input: Preprocess
     config: RunConfig
 
     def preprocess(self, image: str | Path | Image.Image | Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Trained:
                 f"{height} high, like the training images; it is {pixels.dtype} of shape "
                 f"{tuple(pixels.shape)}: bring it to that size"
             )
-        return self.pixels(pixels[None])
+        return self.to_input(pixels[None])
 
 
 def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
@@ -98,7 +98,7 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
         raise ValueError(f"checkpoint must be 'best' or 'last', got {checkpoint!r}")
     folder = RunFolder(Path(run).expanduser())
     content = folder.read_config()
-    config = RunConfig.from_record(content["run"])
+    config = RunConfig.from_dict(content["run"])
     state = folder.load(f"{checkpoint}.ckpt")
     if state is None:
         failure = folder.read_failure()
@@ -109,7 +109,7 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
     try:
         classes = tuple(map(str, content["classes"]))
         channels, height, width = map(int, content["image_shape"])
-        pixels = _pixels(content)
+        to_input = _preprocess(content)
     except (LookupError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder.path / 'config.yaml'} is damaged: it must have classes, image_shape and "
@@ -124,14 +124,14 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
             f"{folder.path / checkpoint}.ckpt does not fit the run: {_first_line(error)}"
         ) from error
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Trained(network.eval(), classes, (channels, height, width), pixels, config)
+    return Trained(network.eval(), classes, (channels, height, width), to_input, config)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _pixels(content: Mapping[str, Any]) -> Preprocess:
+def _preprocess(content: Mapping[str, Any]) -> Preprocess:
     statistics = content["standardise"]
     if statistics is None:
         return Preprocess()

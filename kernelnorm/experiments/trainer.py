@@ -75,7 +75,7 @@ def train(
     if config.private is not None:
         _private().check(config, launch, network)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    with folder.attempt(config.record()) if first else nullcontext():
+    with folder.attempt(config.as_dict()) if first else nullcontext():
         _Training(config, launch, folder).run(on_epoch)
     return folder
 
@@ -263,7 +263,7 @@ class _Training:
         if (self.folder.path / "config.yaml").exists():
             check_data(self.folder, found)
             content = self.folder.read_config()
-        record = self.config.record()
+        record = self.config.as_dict()
         if (self.folder.path / "last.ckpt").exists():
             before = content["run"]
             if before == record:

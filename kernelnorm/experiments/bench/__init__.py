@@ -178,7 +178,7 @@ def _write(results: Sequence[Result], plan: Plan, machine: dict[str, Any], out: 
     record = {
         "kernelnorm": kernelnorm.__version__,
         "machine": machine,
-        "results": [result.record(plan.bases) for result in results],
+        "results": [result.as_dict(plan.bases) for result in results],
     }
     write_atomically(out / "bench.json", f"{json.dumps(record, indent=1)}\n".encode())
     write_atomically(out / "bench.png", png(draw(results, plan.columns, plan.bases[0])))

@@ -87,7 +87,7 @@ class Result:
             return None
         return Quartiles.of([x / y for x, y in zip(a.seconds, b.seconds, strict=True)])
 
-    def record(self, bases: Sequence[Column]) -> dict[str, Any]:
+    def as_dict(self, bases: Sequence[Column]) -> dict[str, Any]:
         """Return the result as an object for JSON, with the ratios to each of the bases."""
         summary = {}
         for column in dict.fromkeys(variant.column for variant in self.variants):

@@ -58,7 +58,7 @@ def report(root: Path, out: Path | None = None) -> Path:
     title = "Kernel normalized convolutional networks: results"
     numbers = {
         "kernelnorm": kernelnorm.__version__,
-        "sections": [section.record() for section in sections],
+        "sections": [section.as_dict() for section in sections],
         "unreadable": [asdict(item) for item in collection.unreadable],
     }
     for chapter in chapters:

@@ -65,7 +65,7 @@ class Record:
         """The time of each epoch's training."""
         return [metrics["seconds"] for metrics in self.history]
 
-    def record(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the run as JSON knows it, with accuracies in percent."""
         config = self.config
         return {
@@ -157,7 +157,7 @@ def _read(path: Path, root: Path) -> Record:
         raise RunError("it has no config.yaml: its training has not come to that, or it was lost")
     folder = RunFolder(path)
     found = folder.read_config()
-    config = RunConfig.from_record(found.pop("run"))
+    config = RunConfig.from_dict(found.pop("run"))
     _check_config(config)
     status = read_status(folder, config)
     message = status.message.replace(f"{root}{os.sep}", "")

@@ -82,7 +82,7 @@ class Section:
         """Return versions and devices, in words, and how many runs were made there."""
         return dict(Counter(_environment(record.found) for record in self.records).most_common())
 
-    def record(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return all numbers as JSON knows them, with accuracies in percent."""
         config, cells = self.config, []
         for cell in self.cells.values():
@@ -114,7 +114,7 @@ class Section:
             "leaderboard": [asdict(standing) for standing in self.standings],
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
             "variants": variants,
-            "runs": [record.record() for record in self.records],
+            "runs": [record.as_dict() for record in self.records],
         }
 
 
@@ -185,7 +185,7 @@ def _comparisons(case: str, cells: dict[tuple[str, int], Cell]) -> list[Comparis
 
 def _setting(config: RunConfig) -> dict[str, Any]:
     """Return what is the same in all runs of a section."""
-    setting = config.record()
+    setting = config.as_dict()
     for name in ("norm", "batch_size", "lr", "seed"):
         del setting[name]
     setting["model_options"].pop("rules", None)

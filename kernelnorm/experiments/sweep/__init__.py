@@ -96,7 +96,7 @@ class _Survey:
         message = future.result() if error is None else f"its process was lost: {error}"
         if error is not None:
             with suppress(RunError):
-                folder.write_failure("failed", message, config.record())
+                folder.write_failure("failed", message, config.as_dict())
         status = self.look(config)
         if status.result is None and status.state != "running":
             self._failed[config.name] = replace(status, state="failed", message=message)
