@@ -87,8 +87,8 @@ def test_steps_beyond_the_time_limit_are_not_begun(
 def test_the_suite_has_the_layers_tests(check: ModuleType, options: argparse.Namespace):
     (step,) = check.suite(options)
     files = {Path(word).name for word in step.command if word.startswith("tests/")}
-    assert {"test_triton_kernels.py", "test_precision.py", "test_fuzz.py"} <= files
-    assert not files & {"test_trainer.py", "test_cli.py", "test_bench.py"}
+    assert {"test_triton_kernels.py", "test_precision.py", "test_kernels_oracle.py"} <= files
+    assert not files & {"test_trainer.py", "test_cli.py", "test_bench.py", "test_fuzz.py"}
 
 
 def test_the_bench_covers_all_cases_and_begins_with_eager_steps(

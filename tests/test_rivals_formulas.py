@@ -152,7 +152,7 @@ def test_batch_renorm_in_training(step: int, r_max: float, d_max: float) -> None
     def rewrite(norm: BatchRenorm2d, x: Tensor) -> Tensor:
         mean, std = x.mean((0, 2, 3)), (x.var((0, 2, 3), correction=0) + 1e-5).sqrt()
         sigma = norm.running_std
-        r = (std.detach() / sigma).clamp(1 / r_max, r_max)
+        r = (std.detach() / sigma).clamp(r_min, r_max)
         d = ((mean.detach() - norm.running_mean) / sigma).clamp(-d_max, d_max)
         y = (x - c(mean)) / c(std) * c(r) + c(d)
         return y * c(norm.weight) + c(norm.bias)
@@ -161,7 +161,8 @@ def test_batch_renorm_in_training(step: int, r_max: float, d_max: float) -> None
     norm.running_std.mul_(torch.logspace(-2, 2, 24))  # r is below, in and above its limits
     norm.num_batches_tracked.fill_(step)
     assert [round(float(limit), 5) for limit in norm.limits()] == [round(r_max, 5), d_max]
-    r_max, d_max = (limit.item() for limit in norm.limits())  # their float32 is not the subject
+    most, d_most = norm.limits()  # their float32 is not the subject
+    r_min, r_max, d_max = (1 / most).item(), most.item(), d_most.item()
     assert_same(norm, rewrite, images((2, 24, 3, 4)))
 
 
