@@ -150,10 +150,13 @@ def test_float32_in_masked_windows_of_few_elements(
         return reference.kn_conv(x, weight, None, ones, none, ones, 1, mask)
 
     ulp = torch.nextafter(x, x + 1).double() - x.double()
-    nudged = with_gradients(exact, x.double() + ulp * (torch.rand_like(ulp) - 0.5))
+    nudged = [  # one alone can by chance change little
+        with_gradients(exact, x.double() + ulp * (torch.rand_like(ulp) - 0.5)) for _ in range(4)
+    ]
     expected = with_gradients(exact, x.double())
     torch.manual_seed(3)
     with nullcontext() if with_kernels else on_backend(eager):
         results = with_gradients(lambda *inputs: kn_conv(*inputs, dropout_p=p), x)
-    for single, near, double in zip(results, nudged, expected, strict=True):
-        assert relative_error(single, double) < 1e-4 + 30 * relative_error(near, double)
+    for single, double, *near in zip(results, expected, *nudged, strict=True):
+        change = max(relative_error(nearby, double) for nearby in near)
+        assert relative_error(single, double) < 1e-4 + 20 * change
