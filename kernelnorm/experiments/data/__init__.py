@@ -13,10 +13,12 @@ from kernelnorm.experiments.data.decode import read_image
 from kernelnorm.experiments.data.download import DATASETS
 from kernelnorm.experiments.data.images import Images
 from kernelnorm.experiments.data.load import load_images
+from kernelnorm.experiments.errors import DataError
 
 __all__ = [
     "DATASETS",
     "Augment",
+    "DataError",
     "Images",
     "Preprocess",
     "batches",
