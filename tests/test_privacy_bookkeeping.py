@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -86,6 +87,7 @@ def test_sum_is_clip_then_add(name: str) -> None:
         for parameter, total in zip(trained(wrapped), expected, strict=True):
             assert_close(parameter.summed_grad, total)
             assert_close(parameter.grad, total / 3)
+            assert not parameter.grad.requires_grad
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -220,11 +222,12 @@ def test_large_gradients_are_not_kept(channels: int, entry: type) -> None:
     assert isinstance(weight_entry(weight, product), entry)
 
 
+@pytest.mark.parametrize("kind", [partial(kn.KNConv2d, dropout_p=0), WSConv2d])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_ghost_norms_in_float32_are_exact(mean: float) -> None:
+def test_ghost_norms_in_float32_are_exact(mean: float, kind: Callable[..., nn.Module]) -> None:
     """Also with a large mean, and with windows of zeros, whose gradients are large."""
     torch.manual_seed(0)
-    layer = kn.KNConv2d(8, 4, 3, padding=1, dropout_p=0)
+    layer = kind(8, 4, 3, padding=1)
     x = torch.randn(3, 8, 8, 8).relu() + mean
     x[:, :, :4] = 0
     results = []

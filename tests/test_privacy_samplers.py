@@ -18,6 +18,7 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from torch.optim import SGD
 
 import kernelnorm as kn
+from kernelnorm.norms import WSConv2d
 from kernelnorm.privacy import PrivacyEngine, gradients
 from kernelnorm.privacy.engine import BookkeepingModule
 from tests.per_sample import (
@@ -77,6 +78,11 @@ class Layer:
     def convolution(self) -> nn.Module:
         torch.manual_seed(self.case.seed)
         return CONVS[self.case.d](*self.arguments()).double()
+
+    def standardised(self, eps: float) -> nn.Module:
+        torch.manual_seed(self.case.seed)
+        *arguments, _ = self.arguments()
+        return WSConv2d(*arguments, eps=eps).double()
 
     def arguments(self) -> tuple[object, ...]:
         case, (kernel_size, stride, padding, dilation) = self.case, self.case.geometry
@@ -167,6 +173,16 @@ def test_gradients_of_random_layers(layer: Layer, ghost: bool) -> None:
 @settings(max_examples=30, deadline=None)
 def test_gradients_of_ordinary_convolutions(layer: Layer, ghost: bool) -> None:
     network, x = layer.convolution(), layer.input()
+    expected = sample_gradients(network, x, projection)
+    with mock.patch.object(gradients, "ghost_is_faster", return_value=ghost):
+        check_bookkeeping(network, x, expected, layer.reduction)
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+@given(layer=layers().filter(lambda layer: layer.case.d == 2))
+@settings(max_examples=30, deadline=None)
+def test_gradients_of_standardised_convolutions(layer: Layer, ghost: bool) -> None:
+    network, x = layer.standardised(eps=0.1 if ghost else 1e-5), layer.input()
     expected = sample_gradients(network, x, projection)
     with mock.patch.object(gradients, "ghost_is_faster", return_value=ghost):
         check_bookkeeping(network, x, expected, layer.reduction)

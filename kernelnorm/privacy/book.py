@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kernelnorm.ops.observers import without_autocast
 from kernelnorm.privacy import gradients
-from kernelnorm.privacy.gradients import Back
 from kernelnorm.privacy.product import Product
+from kernelnorm.privacy.standardised import Standardisation
 
 
 class Entry(Protocol):
@@ -51,28 +51,31 @@ class Vectors:
 class Weight:
     """The gradient of a weight, as a product: the gradients of the samples are not kept."""
 
-    def __init__(self, parameter: nn.Parameter, product: Product, back: Back | None = None) -> None:
-        self.parameter, self.product, self.back = parameter, product, back
-        self.squared_norms = gradients.squared_norms(product, back)
+    def __init__(
+        self, parameter: nn.Parameter, product: Product, standardised: Standardisation | None
+    ) -> None:
+        self.parameter, self.product, self.standardised = parameter, product, standardised
+        self.squared_norms = gradients.squared_norms(product, standardised)
 
     def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """See :class:`Entry`."""
         total = gradients.weighted_sum(self.product, weights).view(self.parameter.shape)
-        if self.back is not None:
-            total = self.back(total.unsqueeze(0)).squeeze(0)
+        if self.standardised is not None:
+            total = self.standardised.back_(total.unsqueeze(0)).squeeze(0)
         yield self.parameter, total
 
 
-def weight_entry(parameter: nn.Parameter, product: Product, back: Back | None = None) -> Entry:
+def weight_entry(
+    parameter: nn.Parameter, product: Product, standardised: Standardisation | None = None
+) -> Entry:
     """The entry of a convolution's weight, in the way that takes less time and memory.
 
     Args:
-        back: from gradients of the filters to those of the weight, if these are not the same
+        standardised: the way back from the filters to the weight, if they are not the same
     """
     if gradients.is_kept(product):
-        formed = gradients.per_sample(product)
-        return Vectors({parameter: formed if back is None else back(formed)})
-    return Weight(parameter, product, back)
+        return Vectors({parameter: gradients.per_sample(product, standardised)})
+    return Weight(parameter, product, standardised)
 
 
 class Book:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from kernelnorm.ops.backends import compute_dtype
@@ -26,6 +27,7 @@ from kernelnorm.ops.backends.eager import accumulate_dtype
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import box_sum
 from kernelnorm.privacy.product import Product
+from kernelnorm.privacy.standardised import Standardisation
 
 _GHOST = 4
 _WEIGHT = 256
@@ -52,14 +54,17 @@ def ghost_is_faster(product: Product, kept: bool) -> bool:
     return _GHOST * ghost < _WEIGHT * weights + (not kept) * positions * weights
 
 
-def ghost_norms(product: Product) -> list[Tensor]:
-    """The squared norms of the samples' gradients, of some samples at a time."""
+def ghost_norms(product: Product, standardised: Standardisation | None = None) -> list[Tensor]:
+    """The squared norms of the samples' gradients, of some samples at a time.
+
+    Those of the filters, or of the weight that ``standardised`` filters are computed from.
+    """
     most = _CHUNK.get(product.x.device.type, _CHUNK_ELSEWHERE)
     samples = max(1, most // max(1, product.pixels**2))
-    return [_ghost(chunk) for chunk in product.chunks(samples)]
+    return [_ghost(chunk, standardised) for chunk in product.chunks(samples)]
 
 
-def _ghost(product: Product) -> Tensor:
+def _ghost(product: Product, standardised: Standardisation | None) -> Tensor:
     r"""The squared norms of the samples by products of positions, shape :math:`(n,)`.
 
     In float64, as the terms cancel: where windows have a large mean beside their deviation, and
@@ -67,19 +72,40 @@ def _ghost(product: Product) -> Tensor:
     """
     x, z, settings, mu, _, augmentations = product
     groups, dtype = settings.groups, accumulate_dtype(x)
-    z = _as_positions(z.to(dtype), augmentations).flatten(2).unflatten(1, (groups, -1))
-    of_gradients = z.mT @ z
-    x = x.to(dtype)
+    x, z = x.to(dtype), z.to(dtype)
+    if standardised is not None:
+        z = z * standardised.scale.to(dtype).view(1, -1, *[1] * (z.dim() - 2))
+    of_filters = _as_positions(z, augmentations).flatten(2).unflatten(1, (groups, -1))
+    of_gradients = of_filters.mT @ of_filters
     windows = _window_products(_as_positions(x, augmentations), settings)
     norms = (windows * of_gradients).flatten(1).sum(1)
-    if mu is not None:
-        mu = _as_positions(mu.to(dtype), augmentations).flatten(2)
+    elements = prod(product.filter_shape[1:])
+    if mu is not None or standardised is not None:
         sums = box_sum(x.unflatten(1, (groups, -1)).sum(2), settings.geometry)
-        sums = _as_positions(sums, augmentations).flatten(2)
-        through = (of_gradients @ mu.mT.unsqueeze(1)).squeeze(3)
-        elements = prod(product.filter_shape[1:])
+        # Without the mean of a filter's gradient: as if each window had none.
+        mu = sums / elements if mu is None else mu.to(dtype)
+        mu, sums = (_as_positions(t, augmentations).flatten(2) for t in (mu, sums))
+        through = (of_gradients @ mu.unsqueeze(3)).squeeze(3)
         norms = norms + ((elements * mu - 2 * sums) * through).flatten(1).sum(1)
+    if standardised is not None:
+        norms = norms - _along_filters(x, z, settings, standardised, augmentations)
     result: Tensor = norms.clamp_min(0).to(compute_dtype(product.z))
+    return result
+
+
+def _along_filters(
+    x: Tensor, z: Tensor, settings: Settings, standardised: Standardisation, augmentations: int
+) -> Tensor:
+    """What the squared norms have along the filters, shape :math:`(n,)`."""
+    filters = standardised.filters.to(x.dtype)
+    _, stride, padding, dilation = settings.geometry
+    options = stride, padding, dilation, False, (0,) * len(stride), settings.groups
+    y = torch.convolution(x, filters, None, *options)
+    along = (z * y).flatten(2).sum(2).unflatten(0, (-1, augmentations)).sum(1)
+    filters = filters.flatten(1)
+    n = filters.shape[1]
+    factors = (2 - filters.square().sum(1) / n) / n
+    result: Tensor = along.square() @ factors
     return result
 
 

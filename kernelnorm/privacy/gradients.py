@@ -9,7 +9,7 @@ Source: Bu et al., `Differentially private optimization on large model at small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -19,6 +19,7 @@ from kernelnorm.ops.backends import backend_for, compute_dtype
 from kernelnorm.ops.settings import Settings
 from kernelnorm.privacy.ghost import ghost_is_faster, ghost_norms
 from kernelnorm.privacy.product import Product
+from kernelnorm.privacy.standardised import Standardisation
 
 _KEPT = 4
 """Largest size of the kept gradients of all samples, in sizes of the input and the output."""
@@ -26,30 +27,23 @@ _KEPT = 4
 _SAMPLES = 8
 """Samples whose gradients are formed at a time. The convolutions of single ones take longer."""
 
-Back = Callable[[Tensor], Tensor]
-"""From gradients of filters, one of each sample, to those of a weight that the filters are computed
-from: linear in them."""
 
-
-def per_sample(product: Product) -> Tensor:
-    """The gradient of the filters for each sample, shape :math:`(N, K, C / groups, *)`."""
+def per_sample(product: Product, standardised: Standardisation | None = None) -> Tensor:
+    """The gradient of the weight for each sample, shape :math:`(N, K, C / groups, *)`."""
     dtype = compute_dtype(product.z)
     result = product.z.new_empty((product.samples, *product.filter_shape), dtype=dtype)
-    for part, gradients in zip(result.split(_SAMPLES), _per_sample(product), strict=False):
+    formed = _per_sample(product, standardised)
+    for part, gradients in zip(result.split(_SAMPLES), formed, strict=False):
         part.copy_(gradients)
     return result
 
 
-def squared_norms(product: Product, back: Back | None = None) -> Tensor:
-    """The squared norm of the filters' gradient for each sample, shape :math:`(N,)`.
-
-    With ``back``, of the gradient of the weight that the filters are computed from.
-    """
-    if back is None and ghost_is_faster(product, kept=False):
-        norms = ghost_norms(product)
+def squared_norms(product: Product, standardised: Standardisation | None = None) -> Tensor:
+    """The squared norm of the weight's gradient for each sample, shape :math:`(N,)`."""
+    if ghost_is_faster(product, kept=False):
+        norms = ghost_norms(product, standardised)
     else:
-        formed = _per_sample(product)
-        norms = [squares(gradients if back is None else back(gradients)) for gradients in formed]
+        norms = [squares(gradients) for gradients in _per_sample(product, standardised)]
     return torch.cat(norms) if norms else product.z.new_zeros(0, dtype=compute_dtype(product.z))
 
 
@@ -105,7 +99,7 @@ def squares(gradients: Tensor) -> Tensor:
     return norms.square()
 
 
-def _per_sample(product: Product) -> Iterator[Tensor]:
+def _per_sample(product: Product, standardised: Standardisation | None) -> Iterator[Tensor]:
     """The gradients of some samples at a time, by a convolution with a group for each."""
     dtype, shape = compute_dtype(product.z), product.filter_shape
     for chunk in product.chunks(_SAMPLES):
@@ -116,7 +110,8 @@ def _per_sample(product: Product) -> Iterator[Tensor]:
             sums = of_samples(sums, augmentations).flatten()
         settings = settings._replace(groups=n * settings.groups)
         filters = z.new_empty(z.shape[1], *shape[1:])
-        yield _convolved(x, z, mu, sums, settings, filters).view(n, *shape)
+        formed = _convolved(x, z, mu, sums, settings, filters).view(n, *shape)
+        yield formed if standardised is None else standardised.back_(formed)
 
 
 def _samples_as_groups(rows: Tensor, augmentations: int) -> Tensor:

@@ -25,8 +25,8 @@ from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import gradients
 from kernelnorm.privacy.book import Book, Entry, Vectors, weight_entry
-from kernelnorm.privacy.gradients import Back
 from kernelnorm.privacy.product import Product, unnormalised
+from kernelnorm.privacy.standardised import Standardisation, standardisation
 
 Forward = Callable[[Any, Book, Tensor], Tensor]
 """The forward pass of a layer that enters its gradients into a book."""
@@ -57,16 +57,10 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Ten
 
 def standardised_convolution(layer: WSConv2d, book: Book, input: Tensor) -> Tensor:
     """Weight Standardization: gradients of the standardised filters go back through that."""
-    vjp: Callable[[Tensor], tuple[Tensor]]
-    filters, vjp = torch.func.vjp(layer.standardise, layer.weight.detach())  # type: ignore[misc]
-    filters = filters.detach().requires_grad_(layer.weight.requires_grad)
-
-    def back(of_filters: Tensor) -> Tensor:
-        """Gradients of the weight for those of the filters, both of shape :math:`(N, *)`."""
-        of_weight: Tensor = torch.func.vmap(vjp)(of_filters.to(filters.dtype))[0]
-        return of_weight
-
-    return _convolve(layer, book, input, filters, back)
+    standardised = standardisation(layer)
+    filters = standardised.filters.to(layer.weight.dtype).detach()
+    filters.requires_grad_(layer.weight.requires_grad)
+    return _convolve(layer, book, input, filters, standardised)
 
 
 def _convolve(
@@ -74,7 +68,7 @@ def _convolve(
     book: Book,
     input: Tensor,
     filters: Tensor,
-    back: Back | None = None,
+    standardised: Standardisation | None = None,
 ) -> Tensor:
     _check_batch(layer, input, layer.weight.dim())
     geometry = arguments.geometry(
@@ -86,7 +80,7 @@ def _convolve(
     settings = unnormalised(geometry, layer.groups)
 
     def receive(x: Tensor, z: Tensor) -> None:
-        _enter(book, layer, Product(x, z, settings), back=back)
+        _enter(book, layer, Product(x, z, settings), standardised=standardised)
 
     options = geometry, layer.groups, receive
     y: Tensor = _Convolution.apply(input, filters, layer.bias, *options)  # type: ignore[no-untyped-call]
@@ -166,19 +160,19 @@ def _enter(
     layer: Any,
     product: Product,
     of_bias: Tensor | None = None,
-    back: Back | None = None,
+    standardised: Standardisation | None = None,
 ) -> None:
     """Enters the gradients of a convolution or linear layer.
 
     Args:
         of_bias: the gradients of the bias for each row, shape :math:`(N, K)`. Default: the sums of
             ``product.z``
-        back: from gradients of the filters to those of the weight, if these are not the same
+        standardised: the way back from the filters to the weight, if they are not the same
     """
     entries: list[Entry] = []
     if layer.weight.requires_grad:
         product = product._replace(augmentations=book.augmentations)
-        entries.append(weight_entry(layer.weight, product, back))
+        entries.append(weight_entry(layer.weight, product, standardised))
     if layer.bias is not None and layer.bias.requires_grad:
         if of_bias is None:
             of_bias = product.z.flatten(2).sum(2, dtype=compute_dtype(product.z))
