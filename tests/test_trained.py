@@ -251,6 +251,14 @@ class TestInitFrom:
         with pytest.raises(RunError, match=r"more\. Give the --model, --norm and --model-options"):
             run(tmp_path / "third", init_from=tmp_path / "weights.pt")
 
+    def test_weights_of_a_run_without_the_shape_of_its_images(self, tmp_path: Path) -> None:
+        folder = run(tmp_path / "first", norm="batch")
+        content = folder.read_config()
+        del content["image_shape"]
+        folder.write_config(content)
+        with pytest.raises(RunError, match=r"'\{\"width\": 0.125\}'$"):
+            run(tmp_path / "second", init_from=tmp_path / "first")
+
     def test_a_stopped_run_resumes_without_taking_them_again(self, tmp_path: Path) -> None:
         run(tmp_path / "first")
         run(tmp_path / "whole", epochs=2, init_from=tmp_path / "first")

@@ -132,9 +132,12 @@ def _advice(source: Path) -> str:
     """Return the options of a run whose weights do not fit; those of a file are not known."""
     if not source.is_dir():
         return "Give the --model, --norm and --model-options of theirs"
-    run, (channels, *_) = (RunFolder(source).read_config()[key] for key in ("run", "image_shape"))
-    options = f"--model {run['model']} --norm {run['norm']}"
-    if run["model_options"]:
-        options += f" --model-options '{json.dumps(run['model_options'])}'"
-    images = f"images with {channels} colour channel{'s' * (channels > 1)}"
-    return f"They are of a run with {options}, on {images}"
+    content = RunFolder(source).read_config()
+    config = RunConfig.from_dict(content["run"])
+    options = f"--model {config.model} --norm {config.norm}"
+    if config.model_options:
+        options += f" --model-options '{json.dumps(config.model_options)}'"
+    match content.get("image_shape"):
+        case [int(channels), _, _]:
+            options += f", on images with {channels} colour channel{'s' * (channels > 1)}"
+    return f"They are of a run with {options}"

@@ -37,19 +37,19 @@ def single_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return 1 if single is None else single
 
 
-def collapsible(x: Tensor) -> Tensor:
+def with_pixel_stride(x: Tensor) -> Tensor:
     """``x``, or a contiguous copy if no single stride leads through its pixels."""
     x = x.resolve_neg()  # a flag of views such as the imaginary part of a conjugate
     return x if strides_of(x.shape, x.stride()) is not None else x.contiguous()
 
 
-def writable(x: Tensor) -> Tensor:
-    """``x``, or a contiguous copy if two of its elements could share memory."""
-    return x if _is_writable(x.shape, x.stride()) else x.contiguous()
+def without_overlap(x: Tensor) -> Tensor:
+    """``x``, or a contiguous copy if it has no single pixel stride or elements may overlap."""
+    return x if _has_no_overlap(x.shape, x.stride()) else x.contiguous()
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_writable(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def _has_no_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
     if strides_of(shape, stride) is None:
         return False
     reach = 0  # of the elements along the dimensions with smaller strides

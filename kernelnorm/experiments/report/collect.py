@@ -22,7 +22,8 @@ __all__ = ["STATES", "Collection", "Record", "Unreadable", "collect"]
 STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinished")
 """The states of runs that have a folder, in the order of counts."""
 
-_FILES = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
+_SIGNS = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
+"""Files that show that a run was begun in their folder."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def collect(root: Path, out: Path) -> Collection:
 def _run_folders(root: Path, out: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(root):
         here = Path(path)
-        if not _FILES.isdisjoint(files):
+        if not _SIGNS.isdisjoint(files):
             yield here
         folders[:] = [name for name in folders if here / name not in (out, root / "report")]
 

@@ -18,7 +18,7 @@ from kernelnorm.ops.backends.cpu.convolution import convolution, convolution_bac
 from kernelnorm.ops.backends.cpu.library import Call, Library, library
 from kernelnorm.ops.mask import count_keys, keep_threshold
 from kernelnorm.ops.settings import Settings, constants
-from kernelnorm.ops.strides import collapsible, strides_of, writable
+from kernelnorm.ops.strides import with_pixel_stride, strides_of, without_overlap
 from kernelnorm.ops.windows import Geometry
 
 __all__ = [
@@ -56,7 +56,7 @@ def window_statistics(
     """See :func:`kernelnorm.ops.backends.eager.window_statistics`."""
     if with_means and settings.groups > 1:
         return eager.window_statistics(x, keys, settings, with_means)
-    x, call = collapsible(x), _windows(x, settings)
+    x, call = with_pixel_stride(x), _windows(x, settings)
     dtype, shape = compute_dtype(x), (len(x), 1, *_positions(x.shape[2:], settings.geometry))
     mu, rstd = _empty(shape, dtype), _empty(shape, dtype)
     offset = means = None
@@ -80,7 +80,7 @@ def epilogue(
     """See :func:`kernelnorm.ops.backends.eager.epilogue`."""
     if any(map_.shape[1] > 1 for map_, _ in terms):
         return eager.epilogue(z, terms, rstd, bias, slope)
-    z, dtype = writable(z), compute_dtype(z)
+    z, dtype = without_overlap(z), compute_dtype(z)
     y = torch.empty_like(z) if slope is None else None
     call = _outputs(z, slope)
     terms = [(_flat(map_, dtype), _flat(vector, dtype)) for map_, vector in terms]
@@ -106,11 +106,11 @@ def epilogue_backward(
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue_backward`."""
-    grad, kept, dtype = collapsible(grad), collapsible(kept), compute_dtype(kept)
+    grad, kept, dtype = with_pixel_stride(grad), with_pixel_stride(kept), compute_dtype(kept)
     call, channels = _outputs(kept, slope), kept.shape[1]
     mu, rstd = _flat(statistics.mu, dtype), _flat(statistics.rstd, dtype)
     filter_sums, bias = _flat(filter_sums, dtype), _bias(bias, kept)
-    grad_z = writable(torch.empty_like(kept))
+    grad_z = without_overlap(torch.empty_like(kept))
     pair = _empty((len(kept), 2, *kept.shape[2:]), dtype)
     grad_bias, grad_sums = _empty((2, channels), dtype).unbind()
     workspace = _empty((call.threads * 4 * channels,))
@@ -128,7 +128,7 @@ def statistics_backward(
     grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
 ) -> Tensor:
     """See :func:`kernelnorm.ops.backends.eager.statistics_backward`."""
-    grad, x, pair = writable(grad), collapsible(x), _flat(pair, compute_dtype(x))
+    grad, x, pair = without_overlap(grad), with_pixel_stride(x), _flat(pair, compute_dtype(x))
     call = _windows(x, settings)
     workspace = _empty((call.threads * call.scratch,))
     call.x, call.grad, call.keys = _large(x, x), _large(grad, x), _keys(keys, x.shape)

@@ -24,7 +24,7 @@ from kernelnorm.ops.backends import Statistics, compute_dtype, eager
 from kernelnorm.ops.backends.triton import device_functions, kernels
 from kernelnorm.ops.mask import keep_threshold
 from kernelnorm.ops.settings import Settings, constants
-from kernelnorm.ops.strides import collapsible, single_stride
+from kernelnorm.ops.strides import with_pixel_stride, single_stride
 from kernelnorm.ops.windows import Geometry
 
 __all__ = [
@@ -72,7 +72,7 @@ def window_statistics(
     x: Tensor, keys: Tensor | None, settings: Settings, with_means: bool
 ) -> Statistics:
     """See :func:`kernelnorm.ops.backends.eager.window_statistics`."""
-    x, geometry = collapsible(x), settings.geometry
+    x, geometry = with_pixel_stride(x), settings.geometry
     factors = constants(settings, x.shape[1])
     sizes, positions, *others = _three(x.shape[2:], geometry)
     maps = torch.empty((2, len(x), *x.shape[2:]), dtype=torch.float64, device=x.device)
@@ -105,7 +105,7 @@ def epilogue(
     """See :func:`kernelnorm.ops.backends.eager.epilogue`."""
     if any(map_.shape[1] > 1 for map_, _ in terms):
         return eager.epilogue(z, terms, rstd, bias, slope)
-    z = collapsible(z)
+    z = with_pixel_stride(z)
     y = torch.empty_like(z) if slope is None else z
     flat = [t.contiguous() for term in terms for t in term]
     missing = [None] * (4 - len(flat))
@@ -124,10 +124,10 @@ def epilogue_backward(
     factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kernelnorm.ops.backends.eager.epilogue_backward`."""
-    kept = collapsible(kept)
+    kept = with_pixel_stride(kept)
     mu, rstd = statistics.mu.contiguous(), statistics.rstd.contiguous()
     grad_z = torch.empty_like(kept)
-    large = [kept, collapsible(grad), grad_z]
+    large = [kept, with_pixel_stride(grad), grad_z]
     pair = torch.empty((len(kept), 2, *kept.shape[2:]), dtype=rstd.dtype, device=rstd.device)
     programs = _tiles(kept.shape, *(x.stride() for x in large))[0]
     parts = torch.empty((2, programs, len(filter_sums)), dtype=rstd.dtype, device=rstd.device)
@@ -144,10 +144,10 @@ def statistics_backward(
     grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
 ) -> Tensor:
     """See :func:`kernelnorm.ops.backends.eager.statistics_backward`."""
-    grad = collapsible(grad)
+    grad = with_pixel_stride(grad)
     numbers = [n for group in _three(x.shape[2:], settings.geometry) for n in group]
     _launch(
-        kernels.statistics_backward, [collapsible(x), grad], pair.contiguous(), keys,
+        kernels.statistics_backward, [with_pixel_stride(x), grad], pair.contiguous(), keys,
         keep_threshold(settings.p), len(x), *numbers, DIMS=x.dim() - 2,
     )  # fmt: skip
     return grad
@@ -195,7 +195,7 @@ def _tiles(
             if merged
             else single_stride(spatial, s[2:])
         )
-        assert step is not None, "collapsible() is called first"
+        assert step is not None, "with_pixel_stride() is called first"
         steps.append((s[0], step, s[1]))
     size = n * prod(spatial)
     pixels = size if merged else prod(spatial)
