@@ -180,7 +180,7 @@ def backend(input: Tensor) -> str:
     return backend_for(input).name
 
 
-class Plan(NamedTuple):
+class _Plan(NamedTuple):
     """Everything derived from the shapes, dtypes and options of :func:`kn_conv`."""
 
     batched: bool
@@ -189,7 +189,7 @@ class Plan(NamedTuple):
     settings: Settings
 
 
-def _plan_for(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan:
+def _plan_for(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> _Plan:
     """Checks the arguments of :func:`kn_conv` and derives its plan; remembers both.
 
     Args:
@@ -220,7 +220,7 @@ def _plan(
     activation: str | None,
     negative_slope: float,
     evaluation: Evaluation,
-) -> Plan:
+) -> _Plan:
     d = len(weight) - 2
     arguments.check_spatial_dims("weight", d, weight)
     arguments.check_input(shape, dtype, d)
@@ -240,7 +240,7 @@ def _plan(
     slope = arguments.slope(activation, negative_slope)
     settings = Settings(geometry, groups, p, masked, eps, slope)
     mode = arguments.PADDING_MODES[padding_mode]
-    return Plan(len(shape) == d + 2, sides, mode, settings)
+    return _Plan(len(shape) == d + 2, sides, mode, settings)
 
 
 _remembered_plan = functools.lru_cache(maxsize=4096)(_plan)
