@@ -6,7 +6,8 @@
     python benchmarks/private_cifar10.py picture private.png      draws them
 
 For each norm and budget, seed 0 searches the learning rate, as ``kernelnorm reproduce`` does; for
-kernel and group other seeds repeat the best one. Stop it at will, and run it again to resume.
+kernel, group and ws_group other seeds repeat the best one. Stop it at will, and run it again to
+resume.
 """
 
 from __future__ import annotations
@@ -32,12 +33,8 @@ from kernelnorm.experiments.sweep.plan import Tuned
 from kernelnorm.experiments.tuning import TUNING_SEED, best_rate
 
 STAGES = (
-    (3.0, ("kernel", "group"), (1, 2, 3)),
-    (1.0, ("kernel", "group"), (1, 2, 3)),
-    (8.0, ("kernel", "group"), (1, 2, 3)),
-    (3.0, ("layer", "ws_group", "none"), ()),
-    (1.0, ("layer", "ws_group", "none"), ()),
-    (8.0, ("layer", "ws_group", "none"), ()),
+    *((epsilon, ("kernel", "group", "ws_group"), (1, 2, 3)) for epsilon in (3.0, 1.0, 8.0)),
+    *((epsilon, ("layer", "none"), ()) for epsilon in (3.0, 1.0, 8.0)),
 )
 """Budgets, norms and seeds of the repetitions, in the order in which they are trained."""
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -89,7 +86,7 @@ def cells_of(results: Results) -> tuple[list[str], list[float]]:
 
 
 def print_table(results: Results) -> None:
-    """Prints mean and deviation of each norm, and the paired difference of kernel and group."""
+    """Prints mean and deviation of each norm, and the paired differences of kernel and others."""
     norms, budgets = cells_of(results)
     print("| norm |" + "".join(f" ε = {epsilon:g} |" for epsilon in budgets))
     print("|---|" + "---:|" * len(budgets))
@@ -100,14 +97,15 @@ def print_table(results: Results) -> None:
             for x in cells
         ]
         print(f"| {LABELS[norm]} |" + "".join(f" {text} |" for text in texts))
-    texts = []
-    for epsilon in budgets:
-        kernel, group = (results.get((norm, epsilon), {}) for norm in ("kernel", "group"))
-        found = difference(kernel, group)
-        interval = found and found.interval
-        low_high = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
-        texts.append("-" if found is None else f"{found.mean:+.2f}{low_high}")
-    print("| KernelNorm − GroupNorm |" + "".join(f" {text} |" for text in texts))
+    for norm in ("group", "ws_group"):
+        texts = []
+        for epsilon in budgets:
+            kernel, other = (results.get((name, epsilon), {}) for name in ("kernel", norm))
+            found = difference(kernel, other)
+            interval = found and found.interval
+            low_high = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+            texts.append("-" if found is None else f"{found.mean:+.2f}{low_high}")
+        print(f"| KernelNorm − {LABELS[norm]} |" + "".join(f" {text} |" for text in texts))
 
 
 def draw(results: Results) -> Figure:
