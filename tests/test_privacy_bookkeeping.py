@@ -47,6 +47,15 @@ pytestmark = [
 ]
 
 
+def normalised(groups: int, bias: bool = True) -> nn.Module:
+    """A network of which only GroupNorm is trained."""
+    norm = nn.GroupNorm(groups, 8)
+    if not bias:
+        norm.register_parameter("bias", None)
+    first, last = nn.Conv2d(3, 8, 3).requires_grad_(False), nn.Conv2d(8, 4, 7).requires_grad_(False)
+    return nn.Sequential(first, norm, nn.ReLU(), last, nn.Flatten())
+
+
 def tokens() -> nn.Module:
     """Linear layers on sequences, with positions between the batch and the features."""
     torch.manual_seed(0)
@@ -193,11 +202,15 @@ def test_autocast_of_ordinary_convolutions() -> None:
     optimizer.step()
 
 
-def test_rounding_to_bfloat16_does_not_exceed_the_norm() -> None:
-    network, x = small(), images(1, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [small, lambda: normalised(4), lambda: normalised(4, bias=False)])
+def test_rounding_does_not_exceed_the_norm(
+    dtype: torch.dtype, make: Callable[[], nn.Module]
+) -> None:
+    network, x = make(), images(1, dtype=torch.float32)
     network, optimizer, _ = private(network, x, max_grad_norm=1e-3)
     for _ in range(20):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             step(network, optimizer, x)
         total = torch.cat([p.summed_grad.flatten() for p in trained(network)])
         assert total.norm() < 1e-3 * (1 + 1e-5)

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernelnorm as kn
 from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
+from kernelnorm.privacy import PrivacyEngine
 from tests.bookkeeping import classification, images, private, small
+from tests.per_sample import loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
@@ -47,6 +49,44 @@ def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(norm: n
     layer = norm.requires_grad_(False)
     with pytest.raises(NotImplementedError, match="'1' takes statistics of batches"):
         private(nn.Sequential(nn.Conv2d(3, 4, 3), layer), images(2))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4).requires_grad_(False),
+        nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+    ],
+)
+def test_statistics_of_images_are_refused(norm: nn.Module) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    with pytest.raises(RuntimeError, match=r"'1' is a .*Norm2d that takes statistics of the"):
+        private(network, images(2))
+    assert "forward" not in vars(network[0])
+
+
+def test_frozen_batch_norm_is_checked_in_each_step() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).requires_grad_(False).eval())
+    wrapped, optimizer, _ = private(network, images(2))
+    x = images(2, dtype=torch.float32)
+    wrapped(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    wrapped.train()
+    with pytest.raises(RuntimeError, match=r"'1' is a BatchNorm2d .* call eval\(\) on it"):
+        wrapped(x)
+
+
+def test_instance_norm_without_running_statistics_is_taken() -> None:
+    private(nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), images(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(NotImplementedError, match=f"'weight' of '0' is in {dtype}"):
+        private(nn.Sequential(nn.Linear(3, 3)).to(dtype), images(2))
 
 
 def test_a_layer_that_is_trained_later_is_refused() -> None:
@@ -121,8 +161,87 @@ def test_a_batch_that_is_folded_is_refused() -> None:
         optimizer.step()
 
 
+def test_frames_that_become_samples_are_refused() -> None:
+    """A sample of five frames could move the sum by five times the bound."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    network, optimizer, _ = private(Frames(), images(2))
+    network(x=torch.randn(2, 5, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"got batches of \[2\], and its layers batches of 10"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Linear(4, 4), (4,)), (nn.Conv2d(3, 4, 3), (3, 5, 5))]
+    "layer", [nn.Conv2d(64, 64, 3, padding=1), kn.KNConv2d(64, 64, 3, padding=1), nn.Linear(64, 8)]
+)
+def test_an_input_that_is_changed_before_the_step_is_refused(layer: nn.Module) -> None:
+    """Clipped by the norms of one batch, the sum of another could exceed the bound."""
+    network, optimizer, _ = private(nn.Sequential(layer), images(2))
+    x = torch.randn(2, 64) if isinstance(layer, nn.Linear) else torch.randn(2, 64, 2, 2)
+    network(x).sum().backward()
+    x.copy_(torch.randn(x.shape) * 100)
+    with pytest.raises(RuntimeError, match="input of a layer was changed in place between"):
+        optimizer.step()
+    optimizer.zero_grad()
+    network(x).sum().backward()
+    optimizer.step()
+    x.zero_()
+
+
+def test_parameters_that_the_optimizer_lacks_are_named() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    options = {"data_loader": loader(images(2), 2), "max_grad_norm": 1.0, "noise_multiplier": 0.0}
+    head = torch.optim.SGD(network[1].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizer lacks '0\.weight', '0\.bias', which"):
+        PrivacyEngine().make_private(module=network, optimizer=head, **options)
+
+
+def test_parameters_that_were_replaced_are_refused() -> None:
+    network, optimizer, _ = private(nn.Sequential(nn.Linear(4, 3)), images(2))
+    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+    network(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"the optimizer does not have, of shape .*assign=True"):
+        optimizer.step()
+
+
+def test_layers_can_be_frozen_later() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(196, 3))
+    wrapped, optimizer, _ = private(network, images(2))
+    network[:2].requires_grad_(False)
+    before = [p.detach().clone() for p in network.parameters()]
+    classification(wrapped(images(2, dtype=torch.float32))).mean().backward()
+    optimizer.step()
+    changed = [not torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True)]
+    assert changed == [False] * 4 + [True] * 2
+
+
+def test_a_network_is_given_back_if_the_loader_is_refused() -> None:
+    network = small()
+    options = {"optimizer": torch.optim.SGD(network.parameters(), lr=0.1), "max_grad_norm": 1.0}
+    with pytest.raises(AttributeError):
+        PrivacyEngine().make_private(
+            module=network, data_loader="no loader", noise_multiplier=0.0, **options
+        )
+    assert "forward" not in vars(network[0])
+    private(network, images(2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 4), (4,)),
+        (nn.Conv2d(3, 4, 3), (3, 5, 5)),
+        (kn.KNConv2d(3, 4, 3), (3, 5, 5)),
+        (kn.KNConv1d(3, 4, 3), (3, 5)),
+    ],
 )
 def test_inputs_without_a_batch_are_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
     network, _, _ = private(nn.Sequential(layer), images(2))
@@ -170,3 +289,12 @@ def test_compiled_networks_are_refused() -> None:
 def test_options_of_other_modes_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="bookkeeping"):
         private(small(), images(2), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_grad_norm", [1.0, 1.0]), ("max_grad_norm", -1.0), ("noise_multiplier", -1.0)],
+)
+def test_options_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        private(small(), images(2), **{name: value})

@@ -63,6 +63,10 @@ def test_no_statistics_of_private_images_are_used(tmp_path: Path) -> None:
         ({"augmentations": 4}, "4 augmentations of a sample.* add --augment true"),
         ({"augmentations": 0}, "augmentations must be at least 1, got 0"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        (
+            {"micro_batch_size": 3, "augmentations": 4},
+            "micro_batch_size must be at least the 4 augmentations of a sample.* got 3",
+        ),
         ({"epsilon": 0.0}, "epsilon must be positive, got 0.0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive, got nan"),
         ({"delta": 1.0}, "delta must be between 0 and 1, got 1.0"),

@@ -72,7 +72,7 @@ def test_a_step_adds_the_clipped_gradients_of_a_loop(norm: str, views: int) -> N
 
 
 @known
-@pytest.mark.parametrize("most", [1, 2, 5, 100])
+@pytest.mark.parametrize("most", [2, 3, 5, 100])
 def test_micro_batches_have_the_sum_of_the_batch(most: int) -> None:
     """What augmentation draws for a sample is another thing in each part, so there is none."""
 

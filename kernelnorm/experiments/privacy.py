@@ -52,6 +52,13 @@ class Privacy:
             if value is not None and value < 1:
                 raise RunError(f"{name} must be at least 1, got {value}")
 
+        views, most = self.augmentations, self.micro_batch_size
+        if most is not None and most < views:
+            raise RunError(
+                f"micro_batch_size must be at least the {views} augmentations of a sample, which "
+                f"go through the network together, got {most}"
+            )
+
     def __str__(self) -> str:
         own = [
             f"epsilon {self.epsilon:g} at delta {self.delta:g}",

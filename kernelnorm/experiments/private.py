@@ -59,7 +59,7 @@ def check(config: RunConfig, launch: Launch, network: nn.Module) -> None:
     except (NotImplementedError, UnsupportedModuleError) as error:
         raise RunError(
             f"{config.model} with norm {config.norm} has layers that private training does not "
-            "know. Choose another norm, such as kernel or group"
+            "know. Choose another norm: kernel, group, layer, ws_group, lrn or none"
         ) from error
 
 
@@ -75,7 +75,7 @@ class Seeds:
 
     They depend on the whole configuration, the images, the noise and the versions. Runs that shared
     their noise would tell it, since it could be computed from the difference of their weights. The
-    seeds of two runs of T steps overlap with a probability of about 4 T / 2**32.
+    noise of two runs of T steps overlaps with a probability of about 2 T / 2**32.
     """
 
     def __init__(self, config: RunConfig, images: Images, per_epoch: int, noise: float) -> None:

@@ -8,12 +8,12 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kernelnorm.ops.observers import without_autocast
+from kernelnorm.ops.observers import version, without_autocast
 from kernelnorm.privacy import gradients
 from kernelnorm.privacy.product import Product
 from kernelnorm.privacy.standardised import Standardisation
@@ -56,13 +56,24 @@ class Weight:
     ) -> None:
         self.parameter, self.product, self.standardised = parameter, product, standardised
         self.squared_norms = gradients.squared_norms(product, standardised)
+        self._versions = _versions(product)
 
     def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """See :class:`Entry`."""
+        if _versions(self.product) != self._versions:
+            raise RuntimeError(
+                "the input of a layer was changed in place between backward() and "
+                "optimizer.step(), which needs it: change it afterwards. The layer has a weight of "
+                f"shape {tuple(self.parameter.shape)}"
+            )
         total = gradients.weighted_sum(self.product, weights).view(self.parameter.shape)
         if self.standardised is not None:
             total = self.standardised.back_(total.unsqueeze(0)).squeeze(0)
         yield self.parameter, total
+
+
+def _versions(product: Product) -> tuple[int, int]:
+    return version(product.x), version(product.z)
 
 
 def weight_entry(
@@ -95,11 +106,14 @@ class Book:
         self._names, self._mean = names, mean
         self._entries: dict[nn.Module, list[Entry]] = {}
         self._called: set[nn.Module] = set()
+        self._rows: set[int] = set()
 
-    def begin(self, *_: Any) -> None:
-        """Starts a forward pass."""
-        if not torch.is_grad_enabled():
-            return
+    def begin(self, rows: set[int]) -> None:
+        """Starts a forward pass.
+
+        Args:
+            rows: the sizes of the first dimensions of the network's inputs
+        """
         if self._entries:
             raise RuntimeError(
                 "a second forward pass before optimizer.step(): gradients cannot be accumulated. "
@@ -107,6 +121,7 @@ class Book:
                 "batches larger than the memory use opacus.utils.batch_memory_manager"
             )
         self._called.clear()
+        self._rows = rows
 
     def call(self, layer: nn.Module, input: Tensor) -> None:
         """Notes a call of a layer, which may be the only one of its forward pass."""
@@ -117,13 +132,14 @@ class Book:
             )
         if layer in self._called:
             raise NotImplementedError(
-                f"layer {self._names[layer]!r} is called more than once in a forward pass, which "
-                'bookkeeping does not support: use grad_sample_mode="hooks"'
+                f"layer {self._names[layer]!r} is called more than once in a forward pass, or by "
+                "activation checkpointing, which bookkeeping does not support: use "
+                'grad_sample_mode="hooks"'
             )
         self._called.add(layer)
 
     def enter(self, layer: nn.Module, entries: list[Entry]) -> None:
-        """Takes the entries of a layer in the backward pass."""
+        """Takes the entries of a layer in the backward pass; there are none if it is frozen."""
         if torch.is_grad_enabled():
             raise NotImplementedError("private training takes no backward(create_graph=True)")
         if layer in self._entries:
@@ -131,7 +147,8 @@ class Book:
                 f"a second backward pass through layer {self._names[layer]!r} before "
                 "optimizer.step(): gradients cannot be accumulated"
             )
-        self._entries[layer] = entries
+        if entries:
+            self._entries[layer] = entries
 
     def norms(self) -> Tensor:
         """The norm of each sample's gradient over all parameters, shape :math:`(N,)`."""
@@ -145,6 +162,12 @@ class Book:
                 f"{sizes}"
             )
         (samples,) = {*sizes.values()}
+        if self._rows and samples * self.augmentations not in self._rows:
+            raise RuntimeError(
+                f"the network got batches of {sorted(self._rows)}, and its layers batches of "
+                f"{samples * self.augmentations}: a row of its input is not a row of theirs, so it "
+                "cannot be clipped"
+            )
         norms = [entry.squared_norms for entries in self._entries.values() for entry in entries]
         total = torch.stack([norm.to(norms[0]) for norm in norms]).sum(0).sqrt()
         return total * samples if self._mean else total

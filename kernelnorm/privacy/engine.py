@@ -6,7 +6,6 @@ another way to the gradients, so two of its methods with an underscore are overr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import opacus
@@ -17,19 +16,20 @@ from opacus.optimizers import (
     DPOptimizerFastGradientClipping,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
-from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
 from kernelnorm.privacy.book import Book
-from kernelnorm.privacy.layers import LAYERS, close_book, keep_book
+from kernelnorm.privacy.layers import close_book, keep_book
+from kernelnorm.privacy.refusals import (
+    check_options,
+    check_statistics,
+    layers_of,
+    norms_with_statistics,
+    trained_parameters,
+)
 
 __all__ = ["BookkeepingModule", "BookkeepingOptimizer", "PrivacyEngine"]
 
 MODE = "bookkeeping"
-
-_OF_BATCHES = (BatchRenorm2d, BatchChannelNorm2d)
-"""Those that Opacus' validator does not know."""
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
@@ -45,6 +45,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
     Raises:
         NotImplementedError: a layer with parameters that are trained has a type that is not known,
             or shares a parameter
+        RuntimeError: a norm takes statistics of the batch
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
             raise ValueError("bookkeeping needs batch_first=True")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        names = _layers(m)
+        names, norms = layers_of(m), norms_with_statistics(m)
+        check_statistics(norms)
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         self.book = Book(names, loss_reduction == "mean")
-        self._names = names
-        self._handles = [m.register_forward_pre_hook(self.book.begin)]
+        self._names, self._norms = names, norms
+        self._handles = [m.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for layer in names:
             keep_book(layer, self.book)
         self._refuse_other_gradients()
@@ -68,9 +70,16 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         super().__setstate__(state)
         self._refuse_other_gradients()
 
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Begins a forward pass of the network."""
+        if torch.is_grad_enabled():
+            check_statistics(self._norms)
+            tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()]
+            self.book.begin({len(x) for x in tensors})
+
     def _refuse_other_gradients(self) -> None:
         for layer, name in self._names.items():
-            for p_name, parameter in _trained(layer):
+            for p_name, parameter in trained_parameters(layer):
                 hook = _NoGradient(f"{name}.{p_name}" if name else p_name)
                 self._handles.append(parameter.register_hook(hook))
 
@@ -91,6 +100,13 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
     def accumulate(self) -> None:
         """Adds the clipped gradients of the last backward pass to those of the step."""
         sums = self.book.clipped_sums(self.max_grad_norm)
+        unknown = [tuple(p.shape) for p in sums.keys() - {*self.params}]
+        if unknown:
+            raise RuntimeError(
+                f"the network has gradients of parameters that the optimizer does not have, of "
+                f"shape {unknown[0]}: were they replaced, as load_state_dict(assign=True) does? "
+                "Call make_private again"
+            )
         for parameter in self.params:
             if not hasattr(parameter, "summed_grad"):
                 raise RuntimeError(
@@ -142,8 +158,17 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         ... )  # doctest: +SKIP
     """
 
+    _prepared: BookkeepingModule | None = None
+
     def make_private(
-        self, *, grad_sample_mode: str = MODE, augmentations: int = 1, **options: Any
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        grad_sample_mode: str = MODE,
+        augmentations: int = 1,
+        **options: Any,
     ) -> tuple[Any, ...]:
         """See :meth:`opacus.PrivacyEngine.make_private`."""
         if augmentations < 1:
@@ -159,18 +184,24 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
                     raise ValueError(
                         f"grad_sample_mode={MODE!r} needs {name}={value!r}, got {options[name]!r}"
                     )
-            if isinstance(options["module"], DistributedDataParallel | FSDPModule):
-                raise ValueError(
-                    f"grad_sample_mode={MODE!r} needs opacus.distributed."
-                    "DifferentiallyPrivateDistributedDataParallel around the network, got "
-                    f"{type(options['module']).__name__}"
-                )
-        result: tuple[Any, ...] = super().make_private(grad_sample_mode=grad_sample_mode, **options)
+            check_options(module, optimizer, max_grad_norm, options.get("noise_multiplier"))
+        self._prepared = None
+        try:
+            made: tuple[Any, ...] = super().make_private(
+                module=module,
+                optimizer=optimizer,
+                max_grad_norm=max_grad_norm,
+                grad_sample_mode=grad_sample_mode,
+                **options,
+            )
+        except Exception:
+            self._undo()
+            raise
         if grad_sample_mode == MODE:
-            module, optimizer, _ = result
-            optimizer.book = module.book
-            module.book.augmentations = augmentations
-        return result
+            network, steps, _ = made
+            steps.book = network.book
+            network.book.augmentations = augmentations
+        return made
 
     def make_private_with_epsilon(
         self, *, grad_sample_mode: str = MODE, **options: Any
@@ -181,15 +212,21 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         )
         return result
 
+    def _undo(self) -> None:
+        """Gives a network back as it was, if something fails after it was prepared."""
+        if self._prepared is not None:
+            self._prepared.to_standard_module()
+
     def _prepare_model(self, module: nn.Module, **options: Any) -> Any:
         if options.get("grad_sample_mode") != MODE:
             return super()._prepare_model(module, **options)
         self.validate(module=module, optimizer=None, data_loader=None)
         if isinstance(module, BookkeepingModule):
             module = module.to_standard_module()
-        return BookkeepingModule(
+        self._prepared = BookkeepingModule(
             module, batch_first=options["batch_first"], loss_reduction=options["loss_reduction"]
         )
+        return self._prepared
 
     def _prepare_optimizer(self, *, grad_sample_mode: str = MODE, **options: Any) -> Any:
         if grad_sample_mode != MODE:
@@ -217,41 +254,3 @@ class _NoGradient:
                 f"parameter {self.name!r} is used outside of its layer, where its gradient cannot "
                 "be clipped"
             )
-
-
-def _trained(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in layer.named_parameters(recurse=False):
-        if parameter.requires_grad:
-            yield name, parameter
-
-
-def _layers(network: nn.Module) -> dict[nn.Module, str]:
-    """The layers with parameters that are trained, and their names; refuses unknown ones."""
-    names: dict[nn.Module, str] = {}
-    owners: dict[nn.Parameter, str] = {}
-    problems = []
-    for name, layer in network.named_modules(remove_duplicate=False):
-        if isinstance(layer, _OF_BATCHES):
-            problems.append(f"{name!r} takes statistics of batches")
-        parameters = dict(_trained(layer))
-        if not parameters:
-            continue
-        if layer in names:
-            problems.append(f"{name!r} is also {names[layer]!r}")
-            continue
-        names[layer] = name
-        if type(layer) not in LAYERS or not {*parameters} <= {"weight", "bias"}:
-            problems.append(f"{name!r} is a {type(layer).__module__}.{type(layer).__qualname__}")
-        elif "forward" in vars(layer):
-            problems.append(f"the forward method of {name!r} was replaced")
-        for p_name, parameter in parameters.items():
-            if parameter in owners:
-                problems.append(f"{p_name!r} of {name!r} also belongs to {owners[parameter]!r}")
-            owners[parameter] = name
-    if problems:
-        known = ", ".join(layer.__name__ for layer in LAYERS)
-        raise NotImplementedError(
-            f"bookkeeping trains {known} with parameters of their own, but {'; '.join(problems)}. "
-            'Use grad_sample_mode="hooks", or set requires_grad to False'
-        )
-    return names

@@ -34,6 +34,7 @@ Forward = Callable[[Any, Book, Tensor], Tensor]
 
 def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) -> Tensor:
     """KNConv, by its own backward pass."""
+    _check_batch(layer, input, layer.weight.dim())
     y = type(layer).forward(layer, input)
     node = node_behind(y, layer.weight, layer.bias)
     if node is None:
@@ -103,9 +104,13 @@ def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
     """GroupNorm with weight and bias."""
 
     def receive(of_weight: Tensor, of_bias: Tensor) -> None:
-        of = {layer.weight: of_weight, layer.bias: of_bias}
-        of = {p: gradients.of_samples(g, book.augmentations) for p, g in of.items()}
-        book.enter(layer, [Vectors({p: g for p, g in of.items() if p.requires_grad})])
+        of = ((layer.weight, of_weight), (layer.bias, of_bias))
+        entries: list[Entry] = [
+            Vectors({p: gradients.of_samples(g, book.augmentations)})
+            for p, g in of
+            if p is not None and p.requires_grad
+        ]
+        book.enter(layer, entries)
 
     options = layer.num_groups, layer.eps, receive
     y: Tensor = _GroupNorm.apply(input, layer.weight, layer.bias, *options)  # type: ignore[no-untyped-call]
@@ -242,12 +247,13 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         groups: int,
         eps: float,
         receive: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
-        x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
+        x, weight = x.contiguous(), weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         ctx.shape = len(x), x.shape[1], prod(x.shape[2:]), groups
         y, mean, rstd = torch.ops.aten.native_group_norm.default(x, weight, bias, *ctx.shape, eps)
         ctx.receive = receive
@@ -263,11 +269,11 @@ class _GroupNorm(torch.autograd.Function):
             grad_x, *_ = torch.ops.aten.native_group_norm_backward.default(
                 grad.contiguous(), x, mean, rstd, weight, *ctx.shape, (True, False, False)
             )
-        repeats = x.shape[1] // ctx.shape[-1]
-        mean, rstd = (t.repeat_interleave(repeats, 1) for t in (mean, rstd))
+        repeats, dtype = x.shape[1] // ctx.shape[-1], compute_dtype(x)
+        mean, rstd = (t.to(dtype).repeat_interleave(repeats, 1) for t in (mean, rstd))
+        grad, x = grad.to(dtype), x.to(dtype)
         of_bias, of_x = (
-            (t.flatten(2) if t.dim() > 2 else t.unsqueeze(2)).sum(2, dtype=rstd.dtype)
-            for t in (grad, grad * x)
+            (t.flatten(2) if t.dim() > 2 else t.unsqueeze(2)).sum(2) for t in (grad, grad * x)
         )
         ctx.receive((of_x - mean * of_bias) * rstd, of_bias)
         return grad_x, *[None] * 5

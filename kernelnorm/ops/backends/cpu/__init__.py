@@ -18,7 +18,7 @@ from kernelnorm.ops.backends.cpu.convolution import convolution, convolution_bac
 from kernelnorm.ops.backends.cpu.library import Call, Library, library
 from kernelnorm.ops.mask import count_keys, keep_threshold
 from kernelnorm.ops.settings import Settings, constants
-from kernelnorm.ops.strides import with_pixel_stride, strides_of, without_overlap
+from kernelnorm.ops.strides import strides_of, with_pixel_stride, without_overlap
 from kernelnorm.ops.windows import Geometry
 
 __all__ = [

@@ -24,7 +24,7 @@ from kernelnorm.ops.backends import Statistics, compute_dtype, eager
 from kernelnorm.ops.backends.triton import device_functions, kernels
 from kernelnorm.ops.mask import keep_threshold
 from kernelnorm.ops.settings import Settings, constants
-from kernelnorm.ops.strides import with_pixel_stride, single_stride
+from kernelnorm.ops.strides import single_stride, with_pixel_stride
 from kernelnorm.ops.windows import Geometry
 
 __all__ = [

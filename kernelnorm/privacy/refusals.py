@@ -1,0 +1,118 @@
+"""What private training with bookkeeping refuses: networks and options that it cannot clip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
+from kernelnorm.privacy.layers import LAYERS
+
+_OF_BATCHES = (BatchRenorm2d, BatchChannelNorm2d)
+"""Those that Opacus' validator does not know."""
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def trained_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a layer itself that are trained, and their names."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def layers_of(network: nn.Module) -> dict[nn.Module, str]:
+    """The layers with parameters that are trained, and their names.
+
+    Raises:
+        NotImplementedError: some cannot be trained, or the network mixes samples
+    """
+    names: dict[nn.Module, str] = {}
+    owners: dict[nn.Parameter, str] = {}
+    problems = []
+    for name, layer in network.named_modules(remove_duplicate=False):
+        if isinstance(layer, _OF_BATCHES):
+            problems.append(f"{name!r} takes statistics of batches")
+        parameters = dict(trained_parameters(layer))
+        if not parameters:
+            continue
+        if layer in names:
+            problems.append(f"{name!r} is also {names[layer]!r}")
+            continue
+        names[layer] = name
+        if type(layer) not in LAYERS or not {*parameters} <= {"weight", "bias"}:
+            problems.append(f"{name!r} is a {type(layer).__module__}.{type(layer).__qualname__}")
+        elif "forward" in vars(layer):
+            problems.append(f"the forward method of {name!r} was replaced")
+        for p_name, parameter in parameters.items():
+            if parameter in owners:
+                problems.append(f"{p_name!r} of {name!r} also belongs to {owners[parameter]!r}")
+            if parameter.dtype not in (torch.float32, torch.float64):
+                problems.append(f"{p_name!r} of {name!r} is in {parameter.dtype}")
+            owners[parameter] = name
+    if problems:
+        known = ", ".join(layer.__name__ for layer in LAYERS)
+        raise NotImplementedError(
+            f"bookkeeping trains {known} with parameters of their own in float32 or float64, but "
+            f"{'; '.join(problems)}. "
+            'Use grad_sample_mode="hooks", or set requires_grad to False'
+        )
+    return names
+
+
+def norms_with_statistics(network: nn.Module) -> dict[nn.Module, str]:
+    """The norms that may take statistics of a batch, which depends on their mode."""
+    kinds = (*_BATCH_NORMS, *_INSTANCE_NORMS)
+    return {layer: name for name, layer in network.named_modules() if isinstance(layer, kinds)}
+
+
+def check_statistics(norms: dict[nn.Module, str]) -> None:
+    """Checks that no norm takes statistics of the batch, or keeps those of the images.
+
+    Raises:
+        RuntimeError: one does: samples could not be clipped on their own
+    """
+    for layer, name in norms.items():
+        running = layer.running_mean is not None
+        mixes = isinstance(layer, _BATCH_NORMS) and (layer.training or not running)
+        if mixes or (layer.training and running):
+            raise RuntimeError(
+                f"{name!r} is a {type(layer).__name__} that takes statistics of the training "
+                "images, which have no clipping and no noise. Replace it by another norm, or "
+                "freeze it: call eval() on it after train() on the network"
+            )
+
+
+def check_options(
+    module: nn.Module, optimizer: Optimizer, max_grad_norm: float, noise_multiplier: float | None
+) -> None:
+    """Checks the arguments of ``make_private``.
+
+    Raises:
+        ValueError: bookkeeping cannot take them
+    """
+    if isinstance(module, DistributedDataParallel | FSDPModule):
+        raise ValueError(
+            'grad_sample_mode="bookkeeping" needs opacus.distributed.'
+            "DifferentiallyPrivateDistributedDataParallel around the network, got "
+            f"{type(module).__name__}"
+        )
+    if not isinstance(max_grad_norm, int | float) or not 0 < max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm must be a positive number, got {max_grad_norm!r}")
+    if noise_multiplier is not None and not 0 <= noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier must be at least 0, got {noise_multiplier!r}")
+    given = {p for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in given]
+    if missing:
+        raise ValueError(
+            f"the optimizer lacks {', '.join(map(repr, missing[:3]))}"
+            f"{', ...' * (len(missing) > 3)}, which the network trains: give it to the optimizer, "
+            "or set requires_grad to False"
+        )
