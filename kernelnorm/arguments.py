@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -73,7 +73,10 @@ def pad_first(
 
 def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int) -> tuple[int, ...]:
     """One integer for each of ``d`` dimensions, from a number or a sequence."""
-    values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * d
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    values: tuple[Any, ...] = tuple(value) if several else (value,) * d  # type: ignore[arg-type]
+    if not all(isinstance(v, int) for v in values):  # such as NumPy's integers
+        values = tuple(v.__index__() if hasattr(v, "__index__") else v for v in values)
     if len(values) == 1:
         values = values * d
     if len(values) != d or not all(isinstance(v, int) and v >= at_least for v in values):
@@ -188,8 +191,15 @@ def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise TypeError(f"input must have the weight's dtype, got input {dtype}, {others}")
 
 
+def check_tensor(input: Tensor) -> None:
+    """A tensor, and not an array of NumPy, say."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+
+
 def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """One device for all."""
+    check_tensor(input)
     device = input.device
     if weight.device != device or (bias is not None and bias.device != device):
         others = f"weight on {weight.device}"

@@ -52,6 +52,7 @@ def kernel_norm(
         >>> kernel_norm(x, 3, stride=2, padding=1).shape
         torch.Size([8, 3, 48, 48])
     """
+    arguments.check_tensor(input)
     if isinstance(kernel_size, Sequence):
         d = len(kernel_size)
         arguments.check_spatial_dims("kernel_size", d, kernel_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -68,10 +69,10 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
             ``token``, ``cache_dir``, ``local_files_only`` and others
 
     Raises:
-        FileNotFoundError: the folder lacks one of the two files
+        FileNotFoundError: there is no such folder, or it lacks one of the two files
         ImportError: a package that is needed is not installed
-        ValueError: the configuration has other fields than those that ``save_pretrained`` writes,
-            or describes no network
+        ValueError: a file is damaged, or the configuration has other fields than those that
+            ``save_pretrained`` writes, or describes no network
         RuntimeError: the weights are not those of the configuration's network
     """
     safetensors = _needed("safetensors.torch", "safetensors")
@@ -80,8 +81,12 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
         network = _empty_network(_read_config(files[0]))
     except TypeError as error:
         raise ValueError(f"{files[0]} describes no network: {error}") from error
+    try:
+        mapped = safetensors.load_file(files[1])
+    except _needed("safetensors", "safetensors").SafetensorError as error:
+        raise ValueError(f"{files[1]} is damaged: {error}") from error
     # copied, since safetensors maps the file: a network must outlive it
-    weights = {name: tensor.clone() for name, tensor in safetensors.load_file(files[1]).items()}
+    weights = {name: tensor.clone() for name, tensor in mapped.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval()
 
@@ -103,6 +108,10 @@ def _find(source: str | Path, name: str, download: Mapping[str, Any]) -> Path:
         if download:
             raise ValueError(f"{', '.join(download)} are for the Hub, but {folder} is a folder")
         return folder / name
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError(
+            f"there is no folder {source}, and the name of a repository on the Hub is user/name"
+        )
     hub = _needed("huggingface_hub", "huggingface_hub")
     return Path(hub.hf_hub_download(str(source), name, **download))
 
@@ -142,7 +151,10 @@ _FIELDS = {
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    config = json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(config, dict) or {*config} != {*_FIELDS}:
         found = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise ValueError(
@@ -171,3 +183,15 @@ def _check_layers(network: nn.Module, expected: nn.Module) -> None:
                 f"would not rebuild it: got {line.strip()!r}, expected {created.strip()!r}. "
                 "Give create_model the options that change them (num_classes, rules, ...)"
             )
+    shapes, wanted = _shapes(network), _shapes(expected)
+    other = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
+    if other:
+        raise ValueError(
+            f"the network has other tensors than create_model gave it, such as {other[0]!r}, so "
+            "they could not be loaded again: remove its parametrizations, pruning or weight norms "
+            "first"
+        )
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}

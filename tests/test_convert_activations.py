@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,10 @@ CONV = {"conv": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8), "relu": 
         lambda s, y: s.relu(y.chunk(2, 1)[0]) + y.chunk(2, 1)[1].tanh(),
         lambda s, y: s.relu(y * -1),
         lambda s, y: s.relu(y / -2),
+        lambda s, y: s.relu(torch.mul(y, other=-1)),
+        lambda s, y: s.relu(y * np.float32(-1)),
+        lambda s, y: s.relu(s.cubic(y)),
+        lambda s, y: s.relu(F.interpolate(y, None, 2, "bicubic")),
         lambda s, y: s.relu(3 + y),
         lambda s, y: s.relu(y + y.mean(1, keepdim=True)) + y,
         lambda s, y: s.relu(y * y.tanh()),
@@ -145,6 +150,7 @@ CONV = {"conv": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8), "relu": 
 def test_a_relu_moves_only_if_nothing_else_sees_the_difference(uses: Callable[[Any, Tensor], Any]):
     """The same network with the ReLU where it was gives the same output."""
     layers = {**copy.deepcopy(CONV), "pool": nn.MaxPool2d(2), "up": nn.Upsample(scale_factor=2)}
+    layers["cubic"] = nn.Upsample(scale_factor=2, mode="bicubic")
     model = Calling(lambda s, x: uses(s, s.bn(s.conv(x))), **layers)
     network, report = kernelnorm.convert(model, IMAGE, rules={"head": False})
     expected = copy.deepcopy(network)
@@ -168,6 +174,38 @@ def test_what_is_changed_in_place_after_a_removed_norm_is_a_copy(activation: nn.
     y = torch.tanh(network.first(IMAGE))
     expected = network.conv.eval()(activation(y.clone())) + y
     torch.testing.assert_close(network(IMAGE), expected)
+
+
+def test_a_map_that_another_layer_changes_in_place_is_not_kept_by_its_knconv():
+    """One ReLU takes a copy of the map, the other one changes the map itself."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(self.bn(self.first(x)))
+        return self.relu(y).flip(-1) + self.changing(y)
+
+    layers = {
+        "first": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8),
+        "conv": nn.Conv2d(8, 8, 3, padding=1), "relu": nn.ReLU(), "changing": nn.ReLU(inplace=True),
+    }  # fmt: skip
+    model = Calling(forward, **layers)
+    model(IMAGE).sum().backward()
+    network, _ = convert(model)
+    network(IMAGE).square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "example", [torch.empty(0, 3, 16, 16), torch.empty(2, 3, 16, 16).to("meta")]
+)
+def test_tensors_without_memory_are_told_apart(example: Tensor):
+    """All of them have the address 0."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(conv_norm_relu(3, 8), Block(), nn.AdaptiveAvgPool2d(1))
+
+    _, expected = kernelnorm.convert(model(), IMAGE)
+    with torch.device(example.device):
+        _, report = kernelnorm.convert(model(), example)
+    assert str(report) == str(expected)
 
 
 def test_input_of_the_network_is_not_changed():

@@ -70,6 +70,8 @@ def lazy() -> nn.Module:
         ),
         (lambda: conv_norm_relu(3, 8), {"norms": "batch"}, "norms must be names from batch, group"),
         (lambda: conv_norm_relu(3, 8), {"norms": ["layer"]}, "norms must be names from batch"),
+        (lambda: conv_norm_relu(3, 8), {"norms": ()}, r"norms must be names .* got \(\)"),
+        (lambda: conv_norm_relu(3, 8), {"norms": None}, "norms must be names .* got None"),
         (lambda: conv_norm_relu(3, 8), {"rules": {"dropout": 1}}, "unknown rule 'dropout'"),
     ],
 )

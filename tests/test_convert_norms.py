@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,6 +96,32 @@ def test_other_norms_are_converted_on_request(norm: nn.Module, name: str):
     assert isinstance(network[0], KNConv2d)
     with pytest.raises(ValueError, match=f"It has '{name}': name these in norms"):
         kernelnorm.convert(model, IMAGE)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 8), lambda: nn.SyncBatchNorm(8)])
+@pytest.mark.parametrize("where", ["in order", "elsewhere"])
+def test_dimensions_are_those_of_the_convolutions(
+    d: int, norm: Callable[[], nn.Module], where: str
+):
+    """A KernelNorm of more dimensions would take a batch as one map, and mix its samples."""
+    convolution = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[d - 1](3, 8, 2, 2)
+    model = nn.Sequential(convolution, norm(), nn.ReLU())
+    if where == "elsewhere":
+        model = nn.Sequential(nn.Sequential(convolution), nn.Sequential(norm()))
+    network, _ = kernelnorm.convert(model, norms=["batch", "group"])
+    names = {type(module).__name__ for module in network.modules()}
+    assert f"KernelNorm{d}d" in names
+    x = torch.randn(4, 3, *[6] * d)
+    torch.testing.assert_close(network.eval()(x)[:1], network(x[:1]))
+
+
+def test_dimensions_that_nothing_tells_need_an_example():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU())
+    with pytest.raises(ValueError, match="dimensions of the input of '0', a GroupNorm: pass examp"):
+        kernelnorm.convert(model, norms=["group"])
+    network, _ = kernelnorm.convert(model, torch.randn(2, 8, 5), norms=["group"])
+    assert isinstance(network[0], kernelnorm.KernelNorm1d)
 
 
 def test_pooled_sum_gets_a_kernel_norm():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,12 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ({"input": torch.randn(2, 4, 8)}, ValueError, r"input must have 4 channels .*got 2"),
         ({"input": torch.randn(4, 8)}, ValueError, r"input must have 4 dim.*3 without.*\(4, 8\)"),
         ({"input": torch.ones(2, 4, 8, 8, dtype=torch.int)}, TypeError, r"input.*torch\.int32"),
+        (
+            {"input": np.ones((2, 4, 8, 8))},
+            TypeError,
+            r"input must be .*Tensor, got ndarray",
+        ),
+        ({"input": [[1.0]]}, TypeError, r"input must be a torch\.Tensor, got list"),
         ({"input": torch.ones(2, 4, 8, 8) * 1j}, TypeError, r"input must be a real .*complex64"),
         ({"input": torch.randn(2, 5, 8, 8)}, ValueError, r"input must have 4 channels.* got 5"),
         ({"input": GOOD["input"].double()}, TypeError, r"dtype, got input torch\.float64, weight"),
@@ -51,6 +58,11 @@ def test_kn_conv_errors(change, error, message):
     ("change", "error", "message"),
     [
         ({"input": torch.ones(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, r"input must be.*uint8"),
+        (
+            {"input": np.ones((2, 3, 4, 4))},
+            TypeError,
+            r"input must be .*Tensor, got ndarray",
+        ),
         (
             {"input": torch.randn(4, 4)},
             ValueError,

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import pairwise
@@ -272,9 +273,16 @@ def test_unknown_norms_are_refused_with_the_choices(name):
         create_model(name, norm="bacth")
 
 
+def test_images_without_a_batch_are_refused_by_stochastic_depth():
+    """It would draw for each channel."""
+    with pytest.raises(ValueError, match=r"expected a batch .* got an input of \(\d+, "):
+        create_model("efficientnet_b0", norm="none")(torch.randn(3, 64, 64))
+
+
 def test_a_width_that_is_not_positive_is_refused():
-    with pytest.raises(ValueError, match="width must be positive, got 0"):
-        create_model("vgg8", width=0)
+    for width in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"width must be positive and finite, got {width}"):
+            create_model("vgg8", width=width)
 
 
 @pytest.mark.parametrize(

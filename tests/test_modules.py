@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -144,6 +147,14 @@ def test_set_evaluation_reaches_every_layer():
     with pytest.raises(ValueError, match=r"evaluation must be one of .*got 'bayes'"):
         kn.set_evaluation(network, "bayes")
     assert network[0].evaluation == "monte_carlo"
+
+
+@pytest.mark.parametrize("size", [np.int64(3), np.array([3, 3]), torch.tensor([3, 3]), [3, 3]])
+def test_sizes_are_whatever_convolutions_of_pytorch_take(size: Any):
+    layer = kn.KNConv2d(3, 8, size, stride=np.int64(2))
+    assert (layer.kernel_size, layer.stride) == ((3, 3), (2, 2))
+    assert "np." not in repr(layer)
+    assert layer(torch.randn(1, 3, 7, 7)).shape == (1, 8, 3, 3)
 
 
 @pytest.mark.parametrize(

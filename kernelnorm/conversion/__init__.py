@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kernelnorm.conversion import kinds
+from kernelnorm.conversion.dims import spatial_dims
 from kernelnorm.conversion.guess import guessed_calls
 from kernelnorm.conversion.plan import Fate, Plan, make_plan
 from kernelnorm.conversion.record import Call, record
@@ -70,7 +71,7 @@ def convert(
     Raises:
         TypeError: the model is no module, or a scripted one
         ValueError: the model has no such norms, or has lazy modules without shapes; or it cannot
-            run on ``example_input``
+            run on ``example_input``; or it needs one, to tell the dimensions of a norm's input
 
     Source: Section 3, rules I to IV.
 
@@ -96,7 +97,7 @@ def convert(
         plan = make_plan([*recorded, *guesses], norms, given)
         old = {name: type(module).__name__ for name, module in network.named_modules()}
         parameters = {*network.parameters()}
-        carry_out(plan, _spatial_dims([*recorded, *guesses]), given)
+        carry_out(plan, spatial_dims(plan, [*recorded, *guesses]), given)
     return network, _report(network, plan, old, parameters, {call.module for call in guesses})
 
 
@@ -107,8 +108,11 @@ def _check(model: nn.Module, norms: Collection[str]) -> None:
         raise TypeError(
             "cannot convert a DistributedDataParallel: convert its module, then wrap it"
         )
-    if isinstance(norms, str) or not {*norms} <= {*kinds.NORMS}:
-        raise ValueError(f"norms must be names from {', '.join(kinds.NORMS)}, got {norms!r}")
+    listed = isinstance(norms, Collection) and not isinstance(norms, str)
+    if not listed or not norms or not {*norms} <= {*kinds.NORMS}:
+        raise ValueError(
+            f"norms must be names from {', '.join(kinds.NORMS)}, in a list, got {norms!r}"
+        )
     for name, module in model.named_modules():
         where = f"its module {name!r}" if name else "it"
         if isinstance(module, torch.jit.ScriptModule):
@@ -166,17 +170,6 @@ def _cloned(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_cloned, value))
     return value
-
-
-def _spatial_dims(calls: Iterable[Call]) -> dict[nn.Module, int]:
-    """The spatial dimensions of the maps that each layer takes, by its name or its input."""
-    dims = {}
-    for call in calls:
-        if call.module is not None and call.inputs:
-            shape, name = call.inputs[0].shape, type(call.module).__name__
-            named = next((d for d in (1, 2, 3) if f"{d}d" in name), None)
-            dims[call.module] = named or (len(shape) - 2 if shape else 2)
-    return dims
 
 
 def _report(

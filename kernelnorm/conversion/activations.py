@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from kernelnorm.arguments import has_slope
 from kernelnorm.conversion import kinds
@@ -168,8 +168,7 @@ def _gated(product: Call, value: Value) -> Value | None:
     """The factor of a product that is a map, if the other is not negative."""
     maps = [part for part in product.inputs if part.shape == value.shape and not _positive(part)]
     others = [part for part in product.inputs if part not in maps]
-    numbers = [number for number in product.arguments if isinstance(number, (int, float))]
-    if len(maps) != 1 or not all(map(_positive, others)) or any(n <= 0 for n in numbers):
+    if len(maps) != 1 or not all(map(_positive, others)) or not _has_positive_numbers(product):
         return None
     divided = product.name.strip("_") in ("div", "truediv")
     return None if divided and product.inputs[0] is not maps[0] else maps[0]
@@ -181,9 +180,15 @@ def _positive(value: Value) -> bool:
     while call is not None and kind_of(call) in (Kind.PASSING, Kind.POOLING):
         call = call.inputs[0].maker
     if call is not None and kind_of(call) is Kind.PRODUCT:
-        numbers = [number for number in call.arguments if isinstance(number, (int, float))]
-        return all(map(_positive, call.inputs)) and all(number > 0 for number in numbers)
+        return all(map(_positive, call.inputs)) and _has_positive_numbers(call)
     return call is not None and kind_of(call) in (Kind.RELU, Kind.BOUNDED)
+
+
+def _has_positive_numbers(product: Call) -> bool:
+    """True if all arguments that are no tensors are positive numbers, as far as can be seen."""
+    arguments = (*product.arguments, *product.options.values())
+    others = [value for value in arguments if not isinstance(value, Tensor)]
+    return all(isinstance(value, (int, float)) and value > 0 for value in others)
 
 
 def _obstacle_of_module(module: nn.Module, origins: list[_Origin]) -> str:

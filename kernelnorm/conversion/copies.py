@@ -19,8 +19,10 @@ _FORGETTING = (Kind.CONVOLUTION, Kind.SUM, Kind.CONCATENATION)
 def is_changed(flow: Flow, convolution: Call, removed: Collection[nn.Module]) -> bool:
     """True if a KNConv's output is changed in place, and no removed layer can make a copy of it."""
     (value, *_) = convolution.outputs
-    users = [user for user in value.users if user.module in removed]
-    return not users and _changes(flow, {value.storage}, removed)
+    others = [user for user in value.users if user.module not in removed]
+    if len(others) < len(value.users):  # the copies of removed layers leave the other users
+        return any(value.storage in user.changed for user in others)
+    return _changes(flow, {value.storage}, removed)
 
 
 def to_copy(

@@ -111,6 +111,8 @@ def kind_of(call: Call) -> Kind:
 
 def kind_of_module(module: nn.Module) -> Kind:
     """The part of a layer: that of the nearest of its classes that has one."""
+    if isinstance(module, nn.Upsample) and module.mode == "bicubic":  # its output can be negative
+        return Kind.OTHER
     names = (base.__name__ for base in type(module).__mro__)
     return next((_KINDS[name] for name in names if name in _KINDS), Kind.OTHER)
 

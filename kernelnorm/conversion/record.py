@@ -218,6 +218,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        return storage.data_ptr() or id(storage)  # that of empty tensors and on "meta" is 0
     except (NotImplementedError, RuntimeError):  # a tensor without memory, such as a sparse one
         return id(tensor)

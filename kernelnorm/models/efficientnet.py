@@ -45,7 +45,7 @@ class StochasticDepth(nn.Module):
         ``(n, c, h, w)`` to the same.
 
     Raises:
-        ValueError: if ``p`` is out of its range.
+        ValueError: if ``p`` is out of its range, or the input has no batch.
 
     Example::
 
@@ -63,6 +63,8 @@ class StochasticDepth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``x``, in training with some samples set to 0."""
+        if x.dim() != 4:
+            raise ValueError(f"expected a batch (n, c, h, w), got an input of {tuple(x.shape)}")
         if not self.training or self.p == 0:
             return x
         kept = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.p

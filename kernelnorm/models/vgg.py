@@ -1,5 +1,6 @@
 """VGG8, the shallow network of the paper's CIFAR-10 study."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +29,8 @@ class VGG8(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        if width <= 0:
-            raise ValueError(f"width must be positive, got {width}")
+        if not 0 < width < math.inf:
+            raise ValueError(f"width must be positive and finite, got {width}")
         layers = layers_for(norm, rules, family="vgg", unused=_UNUSED)
         channels = in_channels
         features: list[nn.Module] = []

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from kernelnorm import models, norms, set_evaluation
 from kernelnorm.hub import from_pretrained, save_pretrained
@@ -170,6 +171,30 @@ def test_a_configuration_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="got list"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    save_pretrained(small_network(), tmp_path)
+    (tmp_path / name).write_bytes(b"\0damaged")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "/no/where", Path("no/where")])
+def test_a_folder_that_is_not_there_is_named(source: str | Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no folder {source}, and the name of a reposit"):
+        from_pretrained(source)
+
+
+def test_a_pruned_network_is_refused(tmp_path: Path) -> None:
+    network = small_network()
+    prune.l1_unstructured(network.classifier, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"other tensors than .* such as 'classifier\.weight'"):
+        save_pretrained(network, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    prune.remove(network.classifier, "weight")
+    save_pretrained(network, tmp_path)
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
