@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -112,8 +111,8 @@ def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
         ]
         book.enter(layer, entries)
 
-    options = layer.num_groups, layer.eps, receive
-    y: Tensor = _GroupNorm.apply(input, layer.weight, layer.bias, *options)  # type: ignore[no-untyped-call]
+    x = F.group_norm(input, layer.num_groups, None, None, layer.eps)
+    y: Tensor = _Affine.apply(x, layer.weight, layer.bias, receive)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -239,8 +238,8 @@ class _Linear(torch.autograd.Function):
         return (grad @ weight.to(grad.dtype)).to(x.dtype), None, None, None
 
 
-class _GroupNorm(torch.autograd.Function):
-    """Receives the gradients of the weight and the bias for each sample, shape :math:`(N, C)`."""
+class _Affine(torch.autograd.Function):
+    """A scale and a shift of each channel, with their gradients for each row, shape (N, C)."""
 
     @staticmethod
     def forward(
@@ -248,32 +247,25 @@ class _GroupNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        groups: int,
-        eps: float,
         receive: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
-        x, weight = x.contiguous(), weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        ctx.shape = len(x), x.shape[1], prod(x.shape[2:]), groups
-        y, mean, rstd = torch.ops.aten.native_group_norm.default(x, weight, bias, *ctx.shape, eps)
         ctx.receive = receive
-        ctx.save_for_backward(x, weight, mean, rstd)
-        result: Tensor = y
-        return result
+        ctx.save_for_backward(x, weight)
+        scale = _per_channel(weight, x)
+        return x * scale if bias is None else torch.addcmul(_per_channel(bias, x), x, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x, *_ = torch.ops.aten.native_group_norm_backward.default(
-                grad.contiguous(), x, mean, rstd, weight, *ctx.shape, (True, False, False)
-            )
-        repeats, dtype = x.shape[1] // ctx.shape[-1], compute_dtype(x)
-        mean, rstd = (t.to(dtype).repeat_interleave(repeats, 1) for t in (mean, rstd))
-        grad, x = grad.to(dtype), x.to(dtype)
-        of_bias, of_x = (
-            (t.flatten(2) if t.dim() > 2 else t.unsqueeze(2)).sum(2) for t in (grad, grad * x)
+        x, weight = ctx.saved_tensors
+        dtype = compute_dtype(x)
+        of_weight, of_bias = (
+            t.flatten(2).sum(2) if t.dim() > 2 else t
+            for t in (grad.to(dtype) * x.to(dtype), grad.to(dtype))
         )
-        ctx.receive((of_x - mean * of_bias) * rstd, of_bias)
-        return grad_x, *[None] * 5
+        ctx.receive(of_weight, of_bias)
+        return grad * _per_channel(weight, x) if ctx.needs_input_grad[0] else None, *[None] * 3
+
+
+def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter of the channels, as maps like ``x`` take it."""
+    return parameter.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
