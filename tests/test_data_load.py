@@ -1,5 +1,6 @@
 """Loading: every data set becomes the right pixels, or an error that says what to do."""
 
+import os
 import weakref
 
 import numpy as np
@@ -118,6 +119,21 @@ class TestFolderErrors:
         whole = file.read_bytes()
         file.write_bytes({"truncated": whole[:-90], "text": b"<html>", "empty": b""}[damage])
         with pytest.raises(DataError, match=r"cannot read the image .*ants.9\.jpg: .*Replace"):
+            load_images(folder, "train")
+
+    @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError])
+    def test_any_error_of_a_decoder_names_the_image(self, folder, monkeypatch, error):
+        def fail(*_):
+            raise error("Missing or empty image item")
+
+        monkeypatch.setattr(decode, "upright", fail)
+        with pytest.raises(DataError, match=r"cannot read the image .*\.png: Missing or empty"):
+            load_images(folder, "train")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+    def test_a_pipe_is_not_waited_for(self, folder):
+        os.mkfifo(folder / "train" / "ants" / "9.png")
+        with pytest.raises(DataError, match=r"9\.png is a pipe: give image files"):
             load_images(folder, "train")
 
     def test_images_of_different_sizes(self, folder):

@@ -73,6 +73,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "too many": lambda x: torch.cat([x, x[:1]]),
     "none": lambda x: x[:0],
     "on another device": lambda x: x.to("meta"),
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     "expanded": lambda x: x.flatten()[:1].expand(x.numel() + 1),
 }
 REFUSED = RuntimeError, NotImplementedError, IndexError

@@ -110,3 +110,13 @@ def test_a_pixel_that_is_not_finite_spoils_its_windows_only(backend, value: floa
         assert torch.equal(statistics.mu.isfinite(), finite)
         assert torch.equal(statistics.rstd.isfinite() & (statistics.rstd > 0), finite)
         assert y.isfinite()[:, :1][finite].all()
+
+
+def test_flag_of_a_negative_bias_of_one_element_is_seen(backend):
+    """One element is contiguous whatever its strides, so nothing would have copied it."""
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(1, 3, 3, 3)
+    bias = torch.view_as_complex(torch.tensor([[0.5, 1.5]])).conj().imag
+    assert bias.is_neg()
+    assert bias.is_contiguous()
+    y = kn_conv(x, weight, bias, dropout_p=0)
+    torch.testing.assert_close(y, kn_conv(x, weight, torch.tensor([-1.5]), dropout_p=0))

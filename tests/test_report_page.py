@@ -159,14 +159,23 @@ def test_folders_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
         "metrics": ("metrics.jsonl", '{"epoch": 1, "train_lo'),
         "nan": ("metrics.jsonl", '{"train_loss": 1, "test_accuracy": NaN, "seconds": 1}'),
         "failure": ("failure.json", '{"kind": "tired"}'),
-        "norm": ("config.yaml", None),
+        "huge": ("metrics.jsonl", '{"train_loss": 1, "test_accuracy": 1e308, "seconds": 1}'),
+        "budget": (
+            "metrics.jsonl",
+            '{"train_loss": 1, "test_accuracy": 0.5, "seconds": 1, "epsilon": NaN}',
+        ),
+        "norm": ("config.yaml", ("norm: kernel", "norm: strange")),
+        "options": ("config.yaml", ("model_options: {", "model_options: [")),
+        "case": ("config.yaml", ("case: cifar10-vgg8", "case: null")),
+        "warmup": ("config.yaml", ("warmup_epochs: 0.0", "warmup_epochs: x")),
     }
     for name, (file, content) in damage.items():
         config = write_result(tmp_path / "damaged", 80.0, seed=7)
         folder = (tmp_path / "damaged" / config.name).rename(tmp_path / name)
-        if content is None:
+        if isinstance(content, tuple):
             text = (folder / file).read_text()
-            content = text.replace("norm: kernel", "norm: strange")
+            assert content[0] in text
+            content = text.replace(*content).replace("[}", "[]")
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         if name == "failure":  # of a run that is done, a failure is old
             (folder / "metrics.jsonl").unlink()
@@ -177,6 +186,7 @@ def test_folders_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
     assert set(reasons) == {*damage, "locked"}
     assert "unknown norm: 'strange'" in reasons["norm"]
     assert "line 1, must have numbers" in reasons["nan"]
+    assert "not of this version of kernelnorm: case is None" in reasons["case"]
     assert "no config.yaml" in reasons["locked"]
     assert str(tmp_path) not in json.dumps(numbers)
     assert len(numbers["sections"][0]["runs"]) == 1

@@ -9,9 +9,11 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kernelnorm.experiments import trainer
 from kernelnorm.experiments.data import Images
@@ -173,6 +175,31 @@ def test_another_process_in_the_folder_is_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_run_that_begins_while_another_is_checked_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = trainer.build_network
+
+    def slow_build(*args: Any, **options: Any) -> nn.Module:
+        monkeypatch.setattr(trainer, "build_network", build)
+        with torch.device("cpu"):  # the other process has no device set
+            train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
+        return build(*args, **options)
+
+    monkeypatch.setattr(trainer, "build_network", slow_build)
+    with pytest.raises(RunError, match=r"holds another run: lr is .* there and .* here"):
+        train(replace(small(), lr=0.2), Launch(out=tmp_path, verbose=False))
+    assert RunFolder(tmp_path).read_config()["run"]["lr"] == small().lr
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [1], {"model": None}])
+def test_what_is_no_checkpoint_is_named(content: Any, tmp_path: Path) -> None:
+    train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(RunError, match=r"last\.ckpt is no checkpoint of a run"):
+        train(small(), Launch(out=tmp_path))
+
+
 @pytest.mark.parametrize("content", [b"", b"rubbish", None])
 def test_damaged_checkpoint_is_named(content: bytes | None, tmp_path: Path) -> None:
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
@@ -187,6 +214,9 @@ def test_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:
     state = folder.load("last.ckpt")
     assert state is not None
     folder.save("last.ckpt", {**state, "model": {}})
+    with pytest.raises(RunError, match=r"last\.ckpt does not fit this run"):
+        train(small(), Launch(out=tmp_path))
+    folder.save("last.ckpt", {**state, "optimizer": None})
     with pytest.raises(RunError, match=r"last\.ckpt does not fit this run"):
         train(small(), Launch(out=tmp_path))
     folder.save("last.ckpt", {**state, "rng": state["rng"] * 2})

@@ -50,8 +50,8 @@ def run(arguments: Namespace) -> None:
 
     configs = [
         configure_run(arguments, norm, batch_size)
-        for batch_size in arguments.batch_sizes
-        for norm in sorted(arguments.norms, key=[*LABELS].index)
+        for batch_size in dict.fromkeys(arguments.batch_sizes)
+        for norm in sorted({*arguments.norms}, key=[*LABELS].index)
     ]
     explain_lr(arguments, configs)
     out = arguments.out or Path("runs") / configs[0].case

@@ -7,7 +7,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.paper import auto_lr
@@ -88,13 +89,18 @@ class RunConfig(Recipe):
         """Return the configuration whose :meth:`as_dict` this is.
 
         Raises:
-            RunError: a field is missing that has no default value, or there is an unknown one.
+            RunError: a field is missing that has no default value, there is an unknown one, or one
+                has a value of another type.
         """
         try:
             values = {**cls.defaults(), **record}
             private = values["private"]
             values["private"] = None if private is None else Privacy(**private)
-            return cls(**{**values, "lr_milestones": tuple(values["lr_milestones"])})
+            config = cls(**{**values, "lr_milestones": tuple(values["lr_milestones"])})
+            for name, hint in get_type_hints(cls).items():
+                if not _fits(getattr(config, name), hint):
+                    raise TypeError(f"{name} is {getattr(config, name)!r}")
+            return config
         except TypeError as error:
             raise RunError(
                 f"the run's configuration is not of this version of kernelnorm: {error}"
@@ -130,11 +136,25 @@ class RunConfig(Recipe):
     @property
     def variant(self) -> str:
         """What the run changes of the paper's rules: ``"dropout_p=0, head=False"``, or nothing."""
-        rules = self.model_options.get("rules") or {}
+        rules = self.model_options.get("rules")
+        if not isinstance(rules, dict):
+            return ""
         return ", ".join(
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in sorted(rules.items())
         )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value has the type of a field; numbers have to be finite."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float):
+        whole = type(value) is int
+        return whole or (hint is float and type(value) is float and math.isfinite(value))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    return isinstance(value, get_origin(hint) or hint)
 
 
 def configure(

@@ -178,7 +178,8 @@ class RunFolder:
         for number, line in enumerate(file.read_bytes().splitlines(), 1):
             try:
                 metrics = json.loads(line)
-                whole = all(math.isfinite(metrics[name]) for name in _NEEDED)
+                numbers = [metrics[name] for name in _NEEDED] + [*metrics.values()]
+                whole = all(map(math.isfinite, numbers)) and 0 <= metrics["test_accuracy"] <= 1
             except (LookupError, TypeError, ValueError):
                 whole = False
             if not whole:
@@ -227,4 +228,9 @@ class RunFolder:
                 f"{file} is damaged ({type(error).__name__} while reading it). Restore it, or "
                 "delete it to start from the beginning"
             ) from error
+        if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+            raise RunError(
+                f"{file} is no checkpoint of a run. Restore it, or delete it to start from the "
+                "beginning"
+            )
         return state

@@ -114,7 +114,7 @@ def _take_up(
             torch.cuda.set_rng_state(rng["cuda"], fabric.device)
         progress: dict[str, Any] = state["progress"]
         return Progress(progress["history"], progress["step"], Sums(**progress["sums"]))
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder.path / 'last.ckpt'} does not fit this run ({error}). It may be another "
             "version's: delete it to start from the beginning"

@@ -119,7 +119,7 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
         network = build_network(config, num_classes=len(classes), in_channels=channels)
     try:
         network.load_state_dict(state["model"], assign=True)
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise RunError(
             f"{folder.path / checkpoint}.ckpt does not fit the run: {_first_line(error)}"
         ) from error

@@ -76,6 +76,7 @@ def train(
         _private().check(config, launch, network)
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with folder.attempt(config.as_dict()) if first else nullcontext():
+        check_config(folder, config)  # another process may have trained here meanwhile
         _Training(config, launch, folder).run(on_epoch)
     return folder
 
@@ -241,8 +242,7 @@ class _Training:
 
     def _pause(self) -> None:
         self._save()
-        sums = self.progress.sums
-        if sums.images and self.fabric.is_global_zero:
+        if (sums := self.progress.sums).images and self.fabric.is_global_zero:
             tqdm.write(pause_line(self.launch.max_steps, sums))
 
     def _save_if_due(self) -> None:

@@ -29,7 +29,9 @@ class BatchRenorm2d(AffineNorm2d):
     :math:`d_{max} = 0`, which is BatchNorm; then they rise linearly, :math:`r_{max}` to 3 at step
     40000 and :math:`d_{max}` to 5 at step 25000. So a run of fewer than 5000 steps trains as
     BatchNorm does, and one of some hundred evaluates with running statistics that are not yet those
-    of its data: after 100 steps a third of them is their first values.
+    of its data: after 100 steps a third of them is their first values. The output depends on the
+    running statistics, which move in each forward pass: activation checkpointing, which repeats it,
+    gives other gradients.
 
     Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", NeurIPS 2017.
@@ -116,7 +118,8 @@ class BatchChannelNorm2d(nn.Module):
     In training the running statistics move first, and have no gradient:
     :math:`\hat\sigma_c^2 \leftarrow \hat\sigma_c^2 + r (E_B[(x - \hat\mu_c)^2] - \hat\sigma_c^2)`,
     with the mean as it was, and :math:`\hat\mu_c \leftarrow \hat\mu_c + r (E_B[x] - \hat\mu_c)`.
-    Since they average over steps, the layer trains with one image a batch.
+    Since they average over steps, the layer trains with one image a batch. Activation
+    checkpointing, which repeats the forward pass, moves them twice and gives other gradients.
 
     Source: S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", 2019: micro-batch BCN. Its authors' networks standardise the weights, too:

@@ -54,9 +54,12 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
         channels: 3 for colour, 1 for grey.
 
     Raises:
-        DataError: if the file is missing, corrupt, or has more than 8 bits a channel.
+        DataError: if the file is missing, corrupt, or has more than 8 bits a channel; colours of
+            16 bits are reduced to 8, as Pillow does it.
     """
     try:
+        if Path(path).is_fifo():  # which has an end only if another process writes it
+            raise DataError(f"{path} is a pipe: give image files")
         with Image.open(path) as image:
             if image_size is not None:
                 image.draft(None, (image_size, image_size))
@@ -65,7 +68,9 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
         raise DataError(f"there is no image {path}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder: give image files") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways, by its format
         raise DataError(
             f"cannot read the image {path}: {error}. Replace the file or remove it"
         ) from error

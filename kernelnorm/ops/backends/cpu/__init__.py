@@ -149,6 +149,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.resolve_neg()  # one element is contiguous, whatever its flag
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
@@ -167,7 +168,7 @@ def _large(x: Tensor, like: Tensor) -> tuple[int, int, int, int]:
             f"expected a CPU tensor of shape {tuple(like.shape)} and {like.dtype}, got shape "
             f"{tuple(x.shape)}, strides {x.stride()} and {x.dtype} on {x.device}"
         )
-    return x.data_ptr(), *strides
+    return _address(x), *strides
 
 
 def _map(x: Tensor, z: Tensor) -> int:
@@ -189,7 +190,14 @@ def _pointer(x: Tensor, dtype: torch.dtype, count: int) -> int:
             f"expected {count} contiguous elements of {dtype} on the CPU, got shape "
             f"{tuple(x.shape)}, strides {x.stride()} and {x.dtype} on {x.device}"
         )
-    return x.data_ptr()
+    return _address(x)
+
+
+def _address(x: Tensor) -> int:
+    address = x.data_ptr()
+    if not address and x.numel():
+        raise RuntimeError(f"expected a tensor with memory, got zeros without: {tuple(x.shape)}")
+    return address
 
 
 def _windows(x: Tensor, settings: Settings) -> Call:
