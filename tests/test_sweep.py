@@ -254,7 +254,8 @@ def test_dry_run_lists_and_trains_nothing(
     done, missing = small()
     assert execute(done, LAUNCH, tmp_path / done.name) == ""
     folder = RunFolder(tmp_path / done.name)
-    folder.write_metrics([{**metrics, "seconds": 15.0} for metrics in folder.read_metrics()])
+    times = {"seconds": 15.0, "startup_seconds": 0.0}
+    folder.write_metrics([{**metrics, **times} for metrics in folder.read_metrics()])
     options = ["--norms=batch,layer", "--batch-sizes=8", "--epochs=2", f"--out={tmp_path}"]
     main(["sweep", *SMALL, *options, "--dry-run", "--jobs=1"])
     output = capsys.readouterr().out
