@@ -185,7 +185,6 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
                         f"grad_sample_mode={MODE!r} needs {name}={value!r}, got {options[name]!r}"
                     )
             check_options(module, optimizer, max_grad_norm, options.get("noise_multiplier"))
-        self._prepared = None
         try:
             made: tuple[Any, ...] = super().make_private(
                 module=module,
@@ -195,8 +194,11 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
                 **options,
             )
         except Exception:
-            self._undo()
+            if self._prepared is not None:  # the network is given back as it was
+                self._prepared.to_standard_module()
             raise
+        finally:
+            self._prepared = None
         if grad_sample_mode == MODE:
             network, steps, _ = made
             steps.book = network.book
@@ -211,11 +213,6 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
             grad_sample_mode=grad_sample_mode, **options
         )
         return result
-
-    def _undo(self) -> None:
-        """Gives a network back as it was, if something fails after it was prepared."""
-        if self._prepared is not None:
-            self._prepared.to_standard_module()
 
     def _prepare_model(self, module: nn.Module, **options: Any) -> Any:
         if options.get("grad_sample_mode") != MODE:
