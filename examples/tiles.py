@@ -1,7 +1,5 @@
 """Run a network on a large image in tiles: exact, where all of its layers are local."""
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor, nn
 
@@ -19,18 +17,15 @@ def block(norm: str, in_channels: int, out_channels: int) -> nn.Module:
 def in_tiles(network: nn.Module, image: Tensor, tile: int, overlap: int) -> Tensor:
     """Cuts the image, with ``overlap`` pixels around each tile, and joins the tiles' outputs."""
     rows: list[list[Tensor]] = []
-    scales = set[Fraction]()  # output pixels per pixel of the image
     for top in range(0, image.shape[-2], tile):
         rows.append([])
         for left in range(0, image.shape[-1], tile):
             y, x = max(top - overlap, 0), max(left - overlap, 0)
             crop = image[..., y : top + tile + overlap, x : left + tile + overlap]
             out = network(crop)
-            scales.add(scale := Fraction(out.shape[-1], crop.shape[-1]))
-            if len(scales) > 1:
-                raise ValueError("tile and overlap must be multiples of the coarsest map's pixel")
-            out = out[..., int((top - y) * scale) :, int((left - x) * scale) :]  # without overlap
-            rows[-1].append(out[..., : int(tile * scale), : int(tile * scale)])
+            a, b = out.shape[-1], crop.shape[-1]  # so many output pixels for pixels of the image
+            out = out[..., (top - y) * a // b :, (left - x) * a // b :]  # without the overlap
+            rows[-1].append(out[..., : tile * a // b, : tile * a // b])
     return torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)
 
 
