@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -65,6 +65,11 @@ class Case:
     def randn(self, *shape: int, dtype: torch.dtype = torch.float64, device="cpu") -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + sum(shape))
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """Numbers like the output, and other ones than those of an input of the same shape."""
+        other = replace(self, seed=self.seed + 7919)
+        return other.randn(*y.shape, dtype=y.dtype, device=y.device)
 
     def input(self, dtype: torch.dtype = torch.float64, device="cpu") -> Tensor:
         shape = (self.batch, self.in_channels, *self.sizes)
