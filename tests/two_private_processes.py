@@ -84,6 +84,7 @@ def main(out: Path) -> None:
     torch.save(results, out / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive the group, and can abort an interpreter that is ending
 
 
 if __name__ == "__main__":
