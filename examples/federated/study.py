@@ -185,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=("run", "table", "picture"))
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="has cifar10")
     parser.add_argument("--out", type=Path, default=RESULTS, help="has results.jsonl")
-    parser.add_argument("--images", type=int, default=4000, help="of all clients together")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--images", type=int, default=8000, help="of all clients together")
+    parser.add_argument("--rounds", type=int, default=30)
     sizes = [*FIRST_RATE]
     parser.add_argument("--batch-sizes", type=int, nargs="+", choices=sizes, default=sizes)
     parser.add_argument("--limit", type=int, default=1000, help="runs, then stop")
