@@ -194,3 +194,8 @@ def test_names_are_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> No
     main(["report", "runs"])
     stream.flush()
     assert stream.buffer.getvalue() == b"K\\xe4se\n"  # type: ignore[attr-defined]
+
+
+def test_clipping_for_a_norm_that_does_not_need_it() -> None:
+    with pytest.raises(SystemExit, match="--agc is for the norm nf: batch does not need it"):
+        main(["train", "--norm=batch", "--agc=0.1"])

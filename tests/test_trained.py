@@ -251,6 +251,11 @@ class TestInitFrom:
         with pytest.raises(RunError, match=r"more\. Give the --model, --norm and --model-options"):
             run(tmp_path / "third", init_from=tmp_path / "weights.pt")
 
+    def test_sparse_weights(self, tmp_path: Path) -> None:
+        torch.save({"linear.weight": torch.eye(3).to_sparse()}, tmp_path / "weights.pt")
+        with pytest.raises(RunError, match=r"linear.weight in .* is torch.sparse.FloatTensor"):
+            read_weights(tmp_path / "weights.pt")
+
     def test_weights_of_a_run_without_the_shape_of_its_images(self, tmp_path: Path) -> None:
         folder = run(tmp_path / "first", norm="batch")
         content = folder.read_config()
@@ -319,7 +324,7 @@ class TestRecipes:
         [
             ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
             ({"schedule": "linear"}, "schedule must be one of steps, cosine, got 'linear'"),
-            ({"warmup_epochs": -1}, "warmup_epochs must not be negative, got -1"),
+            ({"warmup_epochs": -1}, "warmup_epochs must be between 0 and 3e"),
             ({"schedule": "cosine", "warmup_epochs": 1}, "warmup_epochs must be fewer than epochs"),
             ({"seed": -1}, "seed must be between 0 and 2"),
             ({"seed": 1 << 70}, "seed must be between 0 and 2"),

@@ -54,11 +54,14 @@ def make_parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> None:
     """Run the command."""
+    from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.launch import Launch, leave
     from kernelnorm.experiments.networks import read_weights
     from kernelnorm.experiments.trainer import train
 
     config = configure_run(arguments, arguments.norm, arguments.batch_size)
+    if arguments.agc is not None and config.agc is None:
+        raise RunError(f"--agc is for the norm nf: {config.norm} does not need it")
     if arguments.init_from is not None:
         config = replace(config, init_from=read_weights(arguments.init_from).fingerprint())
     explain_lr(arguments, [config])

@@ -23,6 +23,9 @@ __all__ = ["AGC", "OPTIMIZERS", "SCHEDULES", "RunConfig", "configure"]
 AGC = 0.01
 """The default factor of adaptive gradient clipping, for norms that need it."""
 
+MAX_FLOAT = 3e38
+"""Above it float32 overflows."""
+
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("steps", "cosine")
 
@@ -195,8 +198,12 @@ def configure(
         if value is not None and value < 1:
             raise RunError(f"{name} must be positive, got {value}")
     for name in ("weight_decay", "warmup_epochs"):
-        if not (values[name] >= 0 and math.isfinite(values[name])):
-            raise RunError(f"{name} must not be negative, got {values[name]}")
+        if not 0 <= values[name] <= MAX_FLOAT:
+            raise RunError(f"{name} must be between 0 and {MAX_FLOAT:g}, got {values[name]}")
+    if given := {"norm", "num_classes", "in_channels"} & {*values["model_options"]}:
+        raise RunError(
+            f"model_options cannot set {', '.join(sorted(given))}: the norm and the data set do"
+        )
     for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if values[name] not in allowed:
             raise RunError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}")
@@ -214,8 +221,8 @@ def configure(
         raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")
     if lr is None:
         lr = auto_lr(recipe, norm, batch_size, values["optimizer"]).lr
-    if not (lr > 0 and math.isfinite(lr)):
-        raise RunError(f"the learning rate must be positive, got {lr}")
+    if not 0 < lr <= MAX_FLOAT:
+        raise RunError(f"the learning rate must be positive, at most {MAX_FLOAT:g}, got {lr}")
     return RunConfig(**values, lr=lr)
 
 

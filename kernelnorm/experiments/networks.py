@@ -91,6 +91,9 @@ def read_weights(source: str | Path) -> Weights:
         for name, x in (found.items() if isinstance(found, dict) else ())
         if isinstance(name, str) and isinstance(x, Tensor)
     }
+    for name, x in tensors.items():
+        if x.layout is not torch.strided or x.is_quantized:
+            raise RunError(f"{name} in {file} is {x.type()}: save dense weights, not quantised")
     if not tensors:
         raise RunError(f"{file} holds no weights: expected tensors by name, or a run's checkpoint")
     return Weights(tensors, source)
