@@ -10,6 +10,7 @@ and the run's state unless ``out`` is given, go to $FLWR_HOME, by default runs/f
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -45,7 +46,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray says how to silence its warning
+        "PYTHONWARNINGS": "ignore:Tip:FutureWarning",  # of Ray, about another default to come
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
@@ -165,24 +166,42 @@ def check(arguments: Sequence[str]) -> None:
     """Check the run configuration here, as starting Flower takes a while.
 
     Raises:
+        OSError: its file cannot be read.
         ValueError: see :class:`kernelnorm_federated.settings.Settings`.
+        click.ClickException: Flower cannot read it.
     """
     from flwr.common.config import parse_config_args
     from kernelnorm_federated.settings import Settings
 
-    given = [arguments[i + 1] for i, name in enumerate(arguments[:-1]) if name == "--run-config"]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--run-config", action="append", default=[])
+    given = parser.parse_known_args(arguments)[0].run_config
+    for text in given:
+        if text and "=" not in text and not text.endswith(".toml"):
+            raise ValueError(f"--run-config {text!r}: expected KEY=VALUE, or a file of TOML")
     app = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     Settings.from_run_config({**app["config"], **parse_config_args(given)})
+
+
+def stop(number: int, _: object) -> None:
+    """End the program as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & {*arguments}:
         print(__doc__)
         return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    import click
+
     try:
         check(arguments)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
+    except click.ClickException as error:
+        sys.exit(error.message)
     home = Path(os.environ.get("FLWR_HOME") or "runs/federated").absolute()
     home.mkdir(parents=True, exist_ok=True)
     env = environment(home)
@@ -191,6 +210,8 @@ def main(arguments: Sequence[str]) -> None:
             env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
             flwr(env, "run", str(APP), "--stream", *arguments)
             result = status(env)
+    except subprocess.CalledProcessError as error:  # Flower has said why
+        sys.exit(error.returncode)
     except KeyboardInterrupt:
         sys.exit("stopped: the same command resumes after the last finished round")
     if result != "finished:completed":

@@ -11,11 +11,13 @@ interrupted resumes at its last round. Several processes may share the work by -
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,9 +27,12 @@ from typing import Any
 import tomllib
 import torch
 from kernelnorm_federated.local import run as run_local
-from kernelnorm_federated.settings import Settings
+from kernelnorm_federated.server_app import NoAnswerError
+from kernelnorm_federated.settings import SettingError, Settings
 from study_report import draw, print_tables
 
+from kernelnorm.experiments.data import DataError
+from kernelnorm.experiments.files import Lock, write_atomically
 from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.experiments.tuning import TUNING_SEED, best_rate, rates_to_try
 
@@ -67,6 +72,12 @@ class Run:
     images: int
 
     @property
+    def digest(self) -> str:
+        """Tell whether another version of this program makes the same run."""
+        identity = self.settings(Path(), Path()).identity
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
     def name(self) -> str:
         """Name of the folder of the run's state."""
         return "-".join(map(str, asdict(self).values()))
@@ -80,6 +91,7 @@ class Run:
             data_dir=str(data_dir.absolute()),
             train_images=self.images,
             test_images=TEST_IMAGES,
+            test_on="held-out" if self.seed == TUNING_SEED else "test",
             clients=10,
             norm=self.norm,
             batch_size=self.batch_size,
@@ -96,13 +108,26 @@ Results = dict[Run, dict[str, Any]]
 
 
 def read_results(folder: Path) -> Results:
+    """Return the lines whose runs had the same settings as they would have now."""
     file = folder / "results.jsonl"
     entries = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-    return {Run(**entry["run"]): entry for entry in entries}
+    found = {Run(**entry["run"]): entry for entry in entries}
+    return {run: entry for run, entry in found.items() if entry["settings"] == run.digest}
+
+
+def add_result(folder: Path, entry: dict[str, Any]) -> None:
+    """Add a line to results.jsonl, to which other processes may add lines, too."""
+    file = folder / "results.jsonl"
+    with Lock(folder / ".lock").hold(on_wait=lambda: None):
+        lines = file.read_bytes() if file.exists() else b""
+        write_atomically(file, lines + json.dumps(entry).encode() + b"\n")
 
 
 def score(entry: dict[str, Any]) -> float:
-    """Return a run's result: its accuracy in the last rounds, minus infinity if it diverged."""
+    """Return a run's result: its accuracy in the last rounds, minus infinity if it diverged.
+
+    It has diverged if a client has, in any round.
+    """
     last = entry["accuracy"][-LAST_ROUNDS:]
     return -math.inf if entry["diverged"] else sum(last) / len(last)
 
@@ -137,25 +162,23 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Return the run's line of results.jsonl."""
     settings = run.settings(args.data_dir, args.out / "states")
     start = time.process_time()
-    lines: list[str] = []
+    history: list[dict[str, Any]] = []
 
     def say(line: str) -> None:
         print(f"{run.name}: {line}", flush=True)
-        lines.append(line)
+        if " failed: " in line and "training diverged" not in line:
+            raise RuntimeError(line)
 
     try:
-        run_local(settings, say)
-    except RuntimeError as error:  # no client has answered
-        if not any("training diverged" in line for line in lines):
-            raise
+        history = run_local(settings, say).history
+    except (ArithmeticError, NoAnswerError) as error:  # clients that diverge do not answer
         print(error, flush=True)
-    file = settings.folder / "rounds.jsonl"
-    history = [*map(json.loads, file.read_text().splitlines() if file.exists() else [])]
     return {
         "run": asdict(run),
+        "settings": run.digest,
         "accuracy": [entry["accuracy"] for entry in history],
-        "clients": [len(entry["images"]) for entry in history],
-        "diverged": not (history and history[-1]["images"]),
+        "diverged": len(history) < run.rounds
+        or any(len(entry["images"]) < settings.clients for entry in history),
         "cpu_seconds": round(time.process_time() - start, 1),
         "torch": torch.__version__,
     }
@@ -172,13 +195,12 @@ def run_missing(args: argparse.Namespace) -> None:
             print("all runs are done")
             return
         entry = train(run, args)
-        with (args.out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        add_result(args.out, entry)
         shutil.rmtree(args.out / "states" / run.name, ignore_errors=True)
         print(f"{run.name}: {score(entry):.2%}, {entry['cpu_seconds']} s", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,18 +212,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = [*FIRST_RATE]
     parser.add_argument("--batch-sizes", type=int, nargs="+", choices=sizes, default=sizes)
     parser.add_argument("--limit", type=int, default=1000, help="runs, then stop")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    if min(args.images, args.rounds, args.limit) < 1:
+        parser.error("--images, --rounds and --limit must be positive")
     if args.command == "run":
-        run_missing(args)
+        try:
+            run_missing(args)
+        except (BlockingIOError, DataError, SettingError) as error:
+            sys.exit(str(error))
         return
     results = read_results(args.out)
     wanted = planned(results, args.batch_sizes, args.rounds, args.images)
-    scored = [
-        (run, results[run], max(0.0, score(results[run]))) for run in wanted if run in results
-    ]
+    scored = [(run, results[run], score(results[run])) for run in wanted if run in results]
+    if not scored:
+        parser.error(f"{args.out} has no results yet: {Path(__file__).name} run makes them")
     if args.command == "table":
         print_tables(scored)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,15 +25,22 @@ COMPARED = "dirichlet-0.1"
 """The partition whose runs are compared pair by pair."""
 Cell = tuple[str, int, str]
 """Partition, batch size, norm."""
+Runs = dict[int, tuple["Run", dict[str, Any], float]]
+"""Runs, their lines and results, by seed."""
 
 
-def repetitions(scored: Scored) -> dict[Cell, dict[int, tuple[Run, dict[str, Any], float]]]:
+def repetitions(scored: Scored) -> dict[Cell, Runs]:
     """Return the runs by cell and seed, without those that chose the learning rates."""
-    cells: dict[Cell, dict[int, tuple[Run, dict[str, Any], float]]] = defaultdict(dict)
+    cells: dict[Cell, Runs] = defaultdict(dict)
     for run, entry, score in scored:
         if run.seed != TUNING_SEED:
             cells[run.partition, run.batch_size, run.norm][run.seed] = (run, entry, score)
     return cells
+
+
+def finished(runs: Runs) -> dict[int, float]:
+    """Return the accuracies in percent, by seed, of the runs that have not diverged."""
+    return {seed: 100 * score for seed, (_, _, score) in runs.items() if math.isfinite(score)}
 
 
 def tuning(scored: Scored) -> dict[tuple[int, str], list[dict[str, Any]]]:
@@ -48,16 +56,15 @@ def print_tables(scored: Scored) -> None:
     cells = repetitions(scored)
     print("| clients | batch size | normalisation | accuracy, % | runs | learning rate |")
     print("|---|---|---|---|---|---|")
-    for cell, runs in cells.items():
-        partition, batch_size, norm = cell
-        result = estimate([100 * score for _, _, score in runs.values()])
-        assert result is not None
-        spread = "" if result.deviation is None else f" ± {result.deviation:.1f}"
+    for (partition, batch_size, norm), runs in cells.items():
+        result = estimate([*finished(runs).values()])
+        text = "diverged" if result is None else f"{result.mean:.1f}"
+        if result is not None and result.deviation is not None:
+            text += f" ± {result.deviation:.1f}"
+        lost = len(runs) - len(finished(runs))
+        count = f"{len(runs)}, {lost} diverged" if lost else str(len(runs))
         rate = next(iter(runs.values()))[0].rate
-        print(
-            f"| {partition} | {batch_size} | {norm} | {result.mean:.1f}{spread} | {result.runs} | "
-            f"{rate:g} |"
-        )
+        print(f"| {partition} | {batch_size} | {norm} | {text} | {count} | {rate:g} |")
     for (batch_size, norm), entries in tuning(scored).items():
         if all(entry["diverged"] for entry in entries):
             print(f"| all | {batch_size} | {norm} | diverged at every learning rate | | |")
@@ -66,8 +73,7 @@ def print_tables(scored: Scored) -> None:
         kernel = cells.get((partition, batch_size, "kernel"))
         if partition != COMPARED or norm == "kernel" or kernel is None:
             continue
-        values = ({seed: 100 * each[2] for seed, each in cell.items()} for cell in (kernel, runs))
-        paired = difference(*values)
+        paired = difference(finished(kernel), finished(runs))
         if paired is not None:
             interval = "one pair"
             if paired.interval is not None:

@@ -95,23 +95,41 @@ def test_the_simulation_gives_the_rounds_of_one_process_and_resumes(
     assert_near(state["network"], expected.network)
 
 
-def test_a_run_that_is_stopped_leaves_no_process(settings: Make, home: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_no_process(
+    settings: Make, home: Path, number: signal.Signals
+) -> None:
     choice = settings(num_server_rounds=10_000, timeout=200.0)
     command = [sys.executable, str(APP / "run.py"), "--run-config", run_config_option(choice)]
     log, env = home / "run.log", {**os.environ, "FLWR_HOME": str(home)}
     with launcher.started(command, env, log) as process:
         wait_for(lambda: bool(rounds_of(choice)), process, log)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(60) == 1
         assert "stopped: the same command resumes" in log.read_text()
         assert not launcher.having(str(home))
 
 
-def test_a_wrong_configuration_is_refused_before_flower_starts(home: Path) -> None:
-    result = launch(home, "--run-config", "learning-rate=-1")
-    assert result.returncode == 1
-    assert result.stderr.strip() == "run-config learning-rate=-1.0: expected above 0"
-    assert not [*home.iterdir()]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run-config", "learning-rate=-1"], "run-config learning-rate=-1.0: expected above 0"),
+        (["-c", "learning-rate=-1"], "run-config learning-rate=-1.0: expected above 0"),
+        (["--run-config=learning-rate=-1"], "run-config learning-rate=-1.0: expected above 0"),
+        (["--run-config", "norm=kernel"], "string is in an invalid format"),
+        (["--run-config", "norm --"], "--run-config 'norm --': expected KEY=VALUE"),
+        (["--run-config", "missing.toml"], "No such file or directory: 'missing.toml'"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_flower_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        launcher.main(arguments)
+    assert message in str(stopped.value)
+    assert not (tmp_path / "flower").exists()
 
 
 def commands(section: str, language: str = "sh") -> list[str]:

@@ -6,6 +6,7 @@ import re
 import shlex
 
 import run as launcher
+import study
 from conftest import ROOT
 from kernelnorm_federated.settings import Settings
 
@@ -27,6 +28,8 @@ def test_the_commands_are_known() -> None:
             assert arguments[0] in targets
         elif command == "python":
             assert (ROOT / arguments[0]).is_file()
+            if arguments[0].endswith("study.py"):
+                study.make_parser().parse_args(arguments[1:])
         else:
             assert command in launched
 

@@ -139,3 +139,10 @@ def test_impossible_partitions_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         split(labels_of(200), settings(**values))
+
+
+def test_a_client_with_a_single_image_is_refused(settings: Make) -> None:
+    labels = torch.tensor([0] * 75 + [1])
+    choice = settings(partition="classes", clients=2, classes_per_client=1)
+    with pytest.raises(SettingError, match="expected at least 2 images for each client, not 1"):
+        split(labels, choice)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import APP
 from flwr.app import Message
 from kernelnorm_federated import state as state_file
+from kernelnorm_federated import task
 from kernelnorm_federated.local import LocalGrid, run, run_config
 from kernelnorm_federated.server_app import serve
 from kernelnorm_federated.settings import Settings
-from test_federated_rounds import assert_equal, quiet
+from PIL import Image
+from test_federated_rounds import assert_equal, make_photos, quiet
+
+from kernelnorm.experiments.files import Lock
 
 Make = Callable[..., Settings]
 
@@ -107,19 +115,66 @@ def test_another_run_is_not_resumed(settings: Make, key: str, before: Any, after
 
 
 def test_a_run_on_other_images_is_not_resumed(settings: Make, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", "abc")
+    choice = settings(data=str(photos), num_server_rounds=1, train_images=0)
+    run(choice, quiet)
+    shutil.rmtree(photos)
+    Image.new("RGB", (16, 16), "red").save(make_photos(photos, "abc") / "train" / "a" / "0.png")
+    task._load.cache_clear()
+    with pytest.raises(ValueError, match="the images are not those of the run in"):
+        run(choice, quiet)
+
+
+def test_fewer_rounds_than_there_are_is_an_error(settings: Make) -> None:
+    run(settings(num_server_rounds=2), quiet)
+    with pytest.raises(ValueError, match="num-server-rounds=1: expected at least 2, which the"):
+        run(settings(num_server_rounds=1), quiet)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(settings: Make) -> None:
     choice = settings(num_server_rounds=1)
-    state = run(choice, quiet)
-    with pytest.raises(ValueError, match="images"):
-        state_file.load_state(choice.folder, {**state.identity, "images": "others"})
+    with Lock(choice.folder / ".lock").hold():
+        command = [sys.executable, "-c", RUN, str(APP), json.dumps(run_config(choice))]
+        result = subprocess.run(command, capture_output=True, text=True)
+    assert "another process trains the run in" in result.stderr
+    assert not (choice.folder / "state.pt").exists()
+
+
+RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from kernelnorm_federated.local import run
+from kernelnorm_federated.settings import Settings
+run(Settings.from_run_config(json.loads(sys.argv[2])), print)
+"""
+
+
+def test_the_readable_history_is_written_again(settings: Make) -> None:
+    choice = settings(num_server_rounds=2)
+    run(choice, quiet)
+    file = choice.folder / "rounds.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    run(choice, quiet)
+    assert file.read_bytes() == whole
 
 
 def test_a_damaged_state_is_named(settings: Make) -> None:
     choice = settings(num_server_rounds=1)
     run(choice, quiet)
     path = choice.folder / "state.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"state.pt cannot be read .*: delete it to begin anew"):
-        run(choice, quiet)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    saved = torch.load(path, weights_only=True)
+    others = [{**saved, "network": {}}, {**saved, "history": [3]}, {**saved, "moments": None}]
+    for content in (whole[:1000], bytes(flipped), *others):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(ValueError, match=r"state.pt cannot be read .*: delete it to begin"):
+            run(choice, quiet)
 
 
 def test_the_state_holds_tensors_and_plain_values_only(settings: Make) -> None:

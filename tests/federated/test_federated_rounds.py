@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import Error, Message
-from flwr.serverapp import Grid
 from kernelnorm_federated import task
 from kernelnorm_federated.local import LocalGrid, run, run_config
-from kernelnorm_federated.nodes import Nodes
 from kernelnorm_federated.partitions import split
 from kernelnorm_federated.server_app import serve
 from kernelnorm_federated.settings import Settings
@@ -24,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from kernelnorm.experiments.data import Images
-from kernelnorm.norms import NORMS
 
 Make = Callable[..., Settings]
 
@@ -40,7 +36,11 @@ def part(settings: Settings, client: int) -> Images:
 
 
 def trained_by_hand(
-    settings: Settings, before: dict[str, Tensor], server_round: int, clients: Iterable[int]
+    settings: Settings,
+    before: dict[str, Tensor],
+    server_round: int,
+    clients: Iterable[int],
+    proximal_mu: float = 0.0,
 ) -> dict[str, Tensor]:
     """The average of the clients' networks, in float64."""
     states, sizes = [], []
@@ -48,7 +48,14 @@ def trained_by_hand(
         images = part(settings, client)
         network = task.build(settings, images)
         network.load_state_dict(before)
-        task.train(network, images, settings, server_round=server_round, client=client)
+        task.train(
+            network,
+            images,
+            settings,
+            server_round=server_round,
+            client=client,
+            proximal_mu=proximal_mu,
+        )
         states.append(network.state_dict())
         sizes.append(len(images))
     return {
@@ -193,114 +200,31 @@ def test_a_run_ends_if_nobody_answers_in_its_first_round(settings: Make) -> None
         serve(unreliable(choice, failing={1: {0, 1, 2}}), choice, quiet)
 
 
-def test_a_run_without_supernodes_says_so() -> None:
-    nodes = Nodes(cast(Grid, LocalGrid({}, 0)), quiet)
-    with pytest.raises(TimeoutError, match=r"no SuperNode has answered in 0\.1 s"):
-        nodes.wait(seconds=0.1, pause=0.05)
-
-
-def test_the_last_supernode_counts_that_claims_a_place(run_config: dict[str, Any]) -> None:
-    nodes = Nodes(cast(Grid, LocalGrid(run_config, 2)), quiet)
-    nodes.wait()
-    nodes.grid.nodes = 3  # one more comes, as one that was started again
-
-    def node_config(node: int) -> dict[str, Any]:
-        return {"partition-id": (node - 1) % 2, "num-partitions": 2}
-
-    nodes.grid.node_config = node_config
-    assert nodes.holders(4) == {0: 1, 1: 2, 2: 1, 3: 2}
-    nodes.find()
-    assert nodes.holders(4) == {0: 3, 1: 2, 2: 3, 3: 2}
-
-
-def test_a_supernode_without_a_place_is_told(run_config: dict[str, Any]) -> None:
-    grid, lines = LocalGrid(run_config, 1), list[str]()
-    grid.node_config = lambda node: {}
-    with pytest.raises(TimeoutError):
-        Nodes(cast(Grid, grid), lines.append).wait(seconds=0.1, pause=0.05)
-    assert "start it with --node-config 'partition-id=0 num-partitions=2'" in lines[0]
-
-
-def test_a_client_that_diverges_says_so(settings: Make) -> None:
-    choice = settings(norm="none", learning_rate=1e20, momentum=0.0)
+def test_images_that_the_network_cannot_take_are_refused_before_training(settings: Make) -> None:
     lines: list[str] = []
-    with pytest.raises(RuntimeError, match="no client has answered"):
-        run(choice, lines.append)
-    assert any("training diverged: the weights of client 0 in round 1" in line for line in lines)
+    with pytest.raises(ValueError, match="image-size=6: expected larger images than 6x6 for vgg8"):
+        run(settings(image_size=6), lines.append)
+    assert not lines
 
 
-@pytest.mark.parametrize("norm", [*NORMS, "fixbn"])
-def test_every_norm_trains(settings: Make, norm: str) -> None:
-    choice = settings(norm=norm, num_server_rounds=2, image_size=24)
-    state = run(choice, quiet)
-    assert all(math.isfinite(entry["loss"]) for entry in state.history)
-    assert all(tensor.isfinite().all() for tensor in state.network.values())
+def test_a_folder_that_is_a_file_is_refused(settings: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out='.*file': expected a folder to write to"):
+        run(settings(out=str(tmp_path / "file")), quiet)
 
 
-@pytest.mark.parametrize(("model", "norm"), [("resnet18", "batch"), ("knresnet13", "kernel")])
-def test_other_models_train(settings: Make, model: str, norm: str) -> None:
-    choice = settings(model=model, norm=norm, clients=1, train_images=10, num_server_rounds=1)
-    choice = replace(choice, image_size=32, test_images=10)
-    assert [*run(choice, quiet).history[0]["images"]] == ["0"]
-
-
-def statistics(network: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in network.items() if "running" in name or "tracked" in name}
-
-
-def test_fixbn_freezes_the_statistics_and_trains_the_rest(settings: Make) -> None:
-    choice = settings(norm="fixbn", num_server_rounds=4)
-    lengths = {n: replace(choice, num_server_rounds=n, fixbn_round=3) for n in range(1, 5)}
-    states = {n: run(setting, quiet).network for n, setting in lengths.items()}
-    assert len(statistics(states[1])) == 15
-    for name in statistics(states[1]):
-        assert not states[1][name].equal(states[2][name]), name
-        assert states[2][name].equal(states[3][name]), name
-        assert states[3][name].equal(states[4][name]), name
-    for name in {*states[1]} - {*statistics(states[1])}:
-        assert not states[3][name].equal(states[4][name]), name
-    batch = run(replace(choice, norm="batch", num_server_rounds=2, out=f"{choice.out}-b"), quiet)
-    assert all(batch.network[name].equal(tensor) for name, tensor in states[2].items())
-
-
-def test_frozen_statistics_are_those_that_training_normalises_by(settings: Make) -> None:
-    network = task.build(settings(norm="fixbn"), part(settings(), 0))
-    x = torch.randn(4, 1, 16, 16)
-    network.train()
-    trained = network(x)
-    task.freeze_statistics(network)
-    frozen = network(x)
-    assert not torch.allclose(trained, frozen)
-    torch.testing.assert_close(frozen, network.eval()(x), rtol=0, atol=0)
-
-
-def test_fedprox_pulls_towards_the_servers_parameters(settings: Make) -> None:
-    """Its gradient is mu (w - w_0), so the second step of SGD gives lr mu (w_1 - w_0) less."""
-    rate, mu = 0.1, 0.7
-    choice = settings(norm="none", momentum=0.0, learning_rate=rate, batch_size=30)
-    images = part(choice, 0)  # 30, one step an epoch
-
-    def trained(epochs: int, pull: float) -> list[Tensor]:
-        network = task.build(choice, images)
-        options = replace(choice, local_epochs=max(1, epochs))
-        if epochs:
-            task.train(network, images, options, server_round=1, client=0, proximal_mu=pull)
-        return [parameter.detach() for parameter in network.parameters()]
-
-    first = trained(1, 0.0)
-    for start, one, two, pulled, pulled_one in zip(
-        trained(0, 0.0), first, trained(2, 0.0), trained(2, mu), trained(1, mu), strict=True
-    ):
-        assert pulled_one.equal(one)
-        expected = two - rate * mu * (one - start)
-        torch.testing.assert_close(pulled, expected, atol=1e-7, rtol=1e-5)
-        assert not torch.allclose(pulled, two, atol=1e-7, rtol=1e-5)
-
-
-def test_fedprox_without_its_term_is_fedavg(settings: Make) -> None:
-    plain = settings()
-    prox = replace(plain, strategy="fedprox", proximal_mu=0.0, out=f"{plain.out}-prox")
-    assert_equal(run(plain, quiet), run(prox, quiet))
+def test_the_server_tests_on_images_that_no_client_has(settings: Make) -> None:
+    choice = settings(test_on="held-out", train_images=90, test_images=40)
+    held_out, own = task.load(choice, "test"), task.load(choice, "train")
+    assert (len(held_out), len(own)) == (40, 90)
+    assert held_out.labels.bincount().tolist() == [4] * 10
+    everything = task.load(replace(choice, test_on="test", train_images=0), "train")
+    taken = {image.numpy().tobytes() for image in own.pixels}
+    others = {image.numpy().tobytes() for image in held_out.pixels}
+    assert not taken & others
+    assert others <= {image.numpy().tobytes() for image in everything.pixels}
+    with pytest.raises(ValueError, match=r"train-images=5000: expected fewer than all 1442"):
+        run(replace(choice, train_images=5000), quiet)
 
 
 def make_photos(folder: Path, classes: str) -> Path:
@@ -330,7 +254,7 @@ def test_a_supernode_trains_on_its_own_data(settings: Make, tmp_path: Path) -> N
     own = make_photos(tmp_path / "own", "abc")
     shutil.rmtree(own / "test")
     state = serve(Owning(run_config(choice), 2, data=own), choice, quiet)
-    assert state.history[0]["images"] == {"0": 30, "1": 30}
+    assert state.history[0]["images"] == {"0": 36, "1": 36}  # train_images is the server's
     other = replace(choice, out=f"{choice.out}-parts")
     assert run(other, quiet).history[0]["images"] == {"0": 15, "1": 15}
 

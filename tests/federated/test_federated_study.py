@@ -20,7 +20,12 @@ ROUNDS, IMAGES = 2, 100
 
 
 def entry(run: Run, accuracy: float, diverged: bool = False) -> dict[str, Any]:
-    return {"run": asdict(run), "accuracy": [0.1, accuracy], "diverged": diverged}
+    return {
+        "run": asdict(run),
+        "settings": run.digest,
+        "accuracy": [0.1, accuracy],
+        "diverged": diverged,
+    }
 
 
 def test_a_seed_of_its_own_chooses_the_rates_of_all_partitions() -> None:
@@ -51,7 +56,7 @@ def test_a_run_that_diverged_has_no_score() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for split, label, i in itertools.product(("train", "test"), range(10), range(10)):
+    for split, label, i in itertools.product(("train", "test"), range(10), range(12)):
         folder = tmp_path / "data" / "cifar10" / split / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (25 * label, 10 * i, 0)).save(folder / f"{i}.png")

@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from kernelnorm.experiments.data import Images
 from kernelnorm_federated import task
+from kernelnorm_federated.nodes import PLACE
 from kernelnorm_federated.partitions import split
 from kernelnorm_federated.settings import Settings
 
@@ -19,11 +20,17 @@ app = ClientApp()
 @app.query()
 def place(message: Message, context: Context) -> Message:
     """Answer which of how many SuperNodes this one is; Flower's simulation sets both."""
-    node = {key: context.node_config.get(key) for key in ("partition-id", "num-partitions")}
+    node = {key: context.node_config.get(key) for key in PLACE}
     if None in node.values():
         raise ValueError(
             "the SuperNode does not know its place: start it with "
             "--node-config 'partition-id=0 num-partitions=2', and so on"
+        )
+    number, count = node.values()
+    if not (type(number) is type(count) is int and 0 <= number < count):
+        raise ValueError(
+            f"partition-id={number!r} num-partitions={count!r}: expected whole numbers, the first "
+            "from 0 to one less than the second"
         )
     return Message(RecordDict({"config": ConfigRecord(node)}), reply_to=message)
 
@@ -62,7 +69,7 @@ def train(message: Message, context: Context) -> Message:
 def _images(settings: Settings, client: int, own_data: Any) -> Images:
     """Return a client's part of the common images, or all of the SuperNode's own."""
     if own_data is not None:
-        return task.load(replace(settings, data=own_data), "train")
+        return task.load(replace(settings, data=own_data, train_images=0), "train")
     images = task.load(settings, "train")
     chosen = split(images.labels, settings)[client]
     return replace(images, pixels=images.pixels[chosen], labels=images.labels[chosen])

@@ -15,6 +15,8 @@ from kernelnorm_federated.settings import Settings
 Say = Callable[[str], None]
 START_SECONDS = 600.0
 """Time that SuperNodes have to come before the first round."""
+PLACE = ("partition-id", "num-partitions")
+"""Keys of a SuperNode's place, which it is started with."""
 QUERY_SECONDS = 60.0
 """Time to wait for the places of SuperNodes that come later, in each round."""
 
@@ -32,6 +34,8 @@ class Nodes:
     say: Say
     place: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Of each SuperNode that has answered, by its identifier: its number, and how many they are."""
+    told: set[str] = field(default_factory=set)
+    """What has been said of SuperNodes that are not used."""
 
     def find(self, timeout: float = QUERY_SECONDS) -> None:
         """Ask SuperNodes that are new for their place, and wait at most ``timeout`` seconds."""
@@ -42,10 +46,23 @@ class Nodes:
         for reply in self.grid.send_and_receive(questions, timeout=timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                self.say(f"SuperNode {node} failed: {reply.error.reason}")
+                self._tell(f"SuperNode {node} failed: {reply.error.reason}")
                 continue
-            place = reply.content["config"]
-            self.place[node] = place["partition-id"], place["num-partitions"]
+            number, count = (reply.content["config"][key] for key in PLACE)
+            others = next((n for _, n in self.place.values()), count)
+            if count != others:
+                self._tell(
+                    f"SuperNode {node} is left out: its num-partitions is {count}, that of the "
+                    f"others {others}"
+                )
+                continue
+            self.place[node] = number, count
+
+    def _tell(self, line: str) -> None:
+        """Say it once, though a SuperNode without a place is asked again."""
+        if line not in self.told:
+            self.told.add(line)
+            self.say(line)
 
     def wait(self, seconds: float = START_SECONDS, pause: float = 1.0) -> None:
         """Wait until all SuperNodes are there, or some are and the time is over.
@@ -65,8 +82,7 @@ class Nodes:
 
     def _complete(self) -> bool:
         numbers = {number for number, _ in self.place.values()}
-        counts = {count for _, count in self.place.values()}
-        return len(counts) == 1 and len(numbers) == max(counts)
+        return any(len(numbers) == count for _, count in self.place.values())
 
     def holders(self, clients: int) -> dict[int, int]:
         """Return the identifier of the SuperNode of each client that has one now.

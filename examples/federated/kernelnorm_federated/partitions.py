@@ -45,6 +45,10 @@ def split(labels: Tensor, settings: Settings) -> list[Tensor]:
         parts = _dirichlet(names, clients, settings.alpha, generator)
     else:
         parts = _by_class(names, clients, settings.classes_per_client, generator)
+    if (fewest := min(map(len, parts))) < 2:
+        raise SettingError(
+            "partition", settings.partition, f"at least 2 images for each client, not {fewest}"
+        )
     return [torch.from_numpy(np.sort(part)) for part in parts]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -11,6 +13,7 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from kernelnorm.experiments.files import Lock
 from kernelnorm_federated import task
 from kernelnorm_federated.aggregation import (
     WEIGHT,
@@ -21,7 +24,7 @@ from kernelnorm_federated.aggregation import (
 )
 from kernelnorm_federated.nodes import Nodes, Say, choose
 from kernelnorm_federated.partitions import split
-from kernelnorm_federated.settings import Settings
+from kernelnorm_federated.settings import SettingError, Settings
 from kernelnorm_federated.state import RunState, load_state
 
 app = ServerApp()
@@ -45,20 +48,39 @@ def serve(grid: Grid, settings: Settings, say: Say) -> RunState:
 
     Raises:
         ValueError: the settings do not fit the images or the run that would be resumed.
-        RuntimeError: no client has answered in the first round, or in two rounds, one after the
+        BlockingIOError: another process trains this run.
+        ArithmeticError: the average of the clients is not finite. Nothing is saved of this round.
+        NoAnswerError: no client has answered in the first round, or in two rounds, one after the
             other. The state is that of the round before.
     """
-    server = Server(grid, settings, say)
-    first, last = len(server.state.history) + 1, settings.num_server_rounds
-    if first > 1:
-        say(f"resuming after round {first - 1}: {settings.folder}")
-    if first <= last:
-        server.nodes.wait()
-    for server_round in range(first, last + 1):
-        server.run_round(server_round)
+    with ExitStack() as stack:
+        try:
+            settings.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(Lock(settings.folder / ".lock").hold())
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"another process trains the run in {settings.folder}: wait for it, or give "
+                "another out"
+            ) from error
+        except OSError as error:
+            raise SettingError(
+                "out", str(settings.folder), f"a folder to write to: {error}"
+            ) from error
+        server = Server(grid, settings, say)
+        first, last = len(server.state.history) + 1, settings.num_server_rounds
+        if first > 1:
+            say(f"resuming after round {first - 1}: {settings.folder}")
+        if first <= last:
+            server.nodes.wait()
+        for server_round in range(first, last + 1):
+            server.run_round(server_round)
     accuracy = server.state.history[-1]["accuracy"]
     say(f"accuracy {accuracy:.2%}, the network is in {settings.folder}")
     return server.state
+
+
+class NoAnswerError(RuntimeError):
+    """No client has answered."""
 
 
 class Server:
@@ -72,9 +94,20 @@ class Server:
         identity = {**settings.identity, "images": images}
         saved = load_state(settings.folder, identity)
         self.network = task.build(settings, self.test_images)
+        task.try_out(self.network, self.test_images, settings)
         self.buffers = {name for name, _ in self.network.named_buffers()}
         self.strategy = make_strategy(settings)
         self.state = saved or RunState(identity, self.network.state_dict())
+        done = len(self.state.history)
+        if done > settings.num_server_rounds:
+            raise SettingError(
+                "num-server-rounds",
+                settings.num_server_rounds,
+                f"at least {done}, which the run in {settings.folder} has. Or give another out",
+            )
+        if saved is not None:
+            self.network.load_state_dict(saved.network)
+            saved.write_rounds(settings.folder)
         restore_moments(self.strategy, self.state.moments)
         self.nodes = Nodes(grid, say)
 
@@ -91,12 +124,18 @@ class Server:
                 self.strategy, server_round, [*replies.values()], weights, self.buffers
             )
         elif not history or not history[-1]["images"]:
-            raise RuntimeError(
+            raise NoAnswerError(
                 f"round {server_round}: no client has answered, nor in the round before. See above "
                 "why; the same command resumes"
             )
         self.network.load_state_dict(weights)
         accuracy, loss = task.test(self.network, self.test_images)
+        if not math.isfinite(loss):
+            names = {"fedprox": "proximal-mu or ", "fedadam": "server-learning-rate or "}
+            raise ArithmeticError(
+                f"training diverged: the average of the clients in round {server_round} gives no "
+                f"finite loss. Take a smaller {names.get(self.settings.strategy, '')}learning-rate"
+            )
         entry = {
             "round": server_round,
             "accuracy": accuracy,

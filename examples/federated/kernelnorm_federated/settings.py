@@ -21,6 +21,7 @@ PARTITIONS = ("even", "dirichlet", "classes")
 STRATEGIES = ("fedavg", "fedprox", "fedadam")
 MAY_CHANGE = ("num_server_rounds", "timeout", "out", "data", "data_dir")
 """Fields that may differ where a run is resumed: its length, and where things lie."""
+TESTED = ("test", "held-out")
 _ZERO_ALLOWED = ("fixbn_round", "image_size", "train_images", "test_images", "seed")
 
 
@@ -48,6 +49,7 @@ class Settings:
     image_size: int
     train_images: int
     test_images: int
+    test_on: str
     clients: int
     partition: str
     alpha: float
@@ -88,6 +90,8 @@ class Settings:
             if isinstance(value, int) and value < (name not in _ZERO_ALLOWED):
                 least = "0 or more" if name in _ZERO_ALLOWED else "1 or more"
                 raise SettingError(_key(name), value, least)
+        if self.seed >= 1 << 63:
+            raise SettingError("seed", self.seed, "less than 2**63")
         self._check_network()
         self._check_data()
         self._check_training()
@@ -109,6 +113,12 @@ class Settings:
         elif not Path(self.data).expanduser().is_absolute():
             names = ", ".join(("digits", *DATASETS))
             raise SettingError("data", self.data, f"{names}, or the absolute path of a folder")
+        if self.test_on not in TESTED:
+            raise SettingError("test-on", self.test_on, f"one of {', '.join(TESTED)}")
+        for name in ("train_images", "test_images"):
+            if self.test_on == "held-out" and not getattr(self, name):
+                expected = "a number of images: with test-on='held-out' the rest is not used"
+                raise SettingError(_key(name), 0, expected)
         if self.partition not in PARTITIONS:
             raise SettingError("partition", self.partition, f"one of {', '.join(PARTITIONS)}")
         _positive("alpha", self.alpha)

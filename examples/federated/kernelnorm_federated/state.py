@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
+
+from kernelnorm.experiments.files import write_atomically
 
 FILE = "state.pt"
 ROUNDS = "rounds.jsonl"
@@ -37,15 +40,15 @@ class RunState:
 
         A process that is killed leaves the state of the round before.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f"{FILE}.new"
-        with new.open("wb") as file:
-            torch.save(vars(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(folder / FILE)
+        buffer = io.BytesIO()
+        torch.save(vars(self), buffer)
+        write_atomically(folder / FILE, buffer.getbuffer())
+        self.write_rounds(folder)
+
+    def write_rounds(self, folder: Path) -> None:
+        """Write the readable copy of the history."""
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        (folder / ROUNDS).write_text(lines)
+        write_atomically(folder / ROUNDS, lines.encode())
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> RunState | None:
@@ -59,17 +62,35 @@ def load_state(folder: Path, identity: dict[str, Any]) -> RunState | None:
     if not path.is_file():
         return None
     try:
-        state = RunState(**torch.load(path, weights_only=True))
+        state = _read(path)
     except Exception as error:  # whatever PyTorch raises about a damaged file
         raise ValueError(
             f"{path} cannot be read ({error}): delete it to begin anew, or give another out"
         ) from error
     for name, value in identity.items():
         before = state.identity.get(name)
+        if before != value and name == "images":
+            raise ValueError(
+                f"the images are not those of the run in {folder}, which would be resumed. Bring "
+                "those back, or give another out"
+            )
         if before != value:
             key = name.replace("_", "-")
             raise ValueError(
                 f"run-config {key}={value!r}: expected {before!r}, as in the run in {folder}, "
                 "which would be resumed. Give that value, or another out"
             )
+    return state
+
+
+def _read(path: Path) -> RunState:
+    with ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load does not compare checksums
+            raise ValueError(f"{damaged} is damaged")
+    state = RunState(**torch.load(path, weights_only=True))
+    tensors = [*state.network.values(), *(x for m in state.moments.values() for x in m.values())]
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise ValueError("a part is missing")
+    if not all(isinstance(entry["images"], dict) for entry in state.history):
+        raise ValueError("its history is damaged")
     return state

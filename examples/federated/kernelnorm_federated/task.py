@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelnorm.experiments.data import Images, batches, load_images
+from kernelnorm.experiments.data.images import balanced
 from kernelnorm.models import create_model
 from kernelnorm.norms import adaptive_clip_grad_, clipped_parameters, describe
-from kernelnorm_federated.settings import Settings
+from kernelnorm_federated.settings import SettingError, Settings
 
 TEST_BATCH_SIZE = 256
 
@@ -22,13 +25,30 @@ TEST_BATCH_SIZE = 256
 def load(settings: Settings, split: str) -> Images:
     """Return the images of ``split``, ``"train"`` or ``"test"``; the last few stay in memory.
 
+    The latter are what the server tests on: with ``test_on="held-out"`` training images that no
+    client has.
+
     Raises:
         kernelnorm.experiments.data.DataError: the images are missing or damaged.
     """
-    subset = settings.train_images if split == "train" else settings.test_images
     default = 16 if settings.data == "digits" else None  # VGG8 halves 16 three times, 8 is too few
     data, data_dir = (str(Path(p).expanduser()) for p in (settings.data, settings.data_dir))
-    return _load(data, split, data_dir, settings.image_size or default, subset or None)
+
+    def load_first(split: str, count: int) -> Images:
+        return _load(data, split, data_dir, settings.image_size or default, count or None)
+
+    if split == "train":
+        return load_first("train", settings.train_images)
+    if settings.test_on == "test":
+        return load_first("test", settings.test_images)
+    images = load_first("train", settings.train_images + settings.test_images)
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[balanced(images.labels, min(settings.train_images, len(images)))] = False
+    if not rest.any():
+        raise SettingError(
+            "train-images", settings.train_images, f"fewer than all {len(images)} of them"
+        )
+    return replace(images, pixels=images.pixels[rest], labels=images.labels[rest])
 
 
 @functools.lru_cache(4)
@@ -47,6 +67,25 @@ def build(settings: Settings, images: Images) -> nn.Module:
         in_channels=images.pixels.shape[1],
         **options,
     )
+
+
+def try_out(network: nn.Module, images: Images, settings: Settings) -> None:
+    """Pass two images through a copy of the network, as training would.
+
+    Raises:
+        SettingError: the network cannot take such images.
+    """
+    x, _ = next(batches(images, 2, train=False))
+    try:
+        copy.deepcopy(network).train()(x)
+    except (RuntimeError, ValueError) as error:
+        height, width = x.shape[2:]
+        raise SettingError(
+            "image-size",
+            settings.image_size,
+            f"larger images than {width}x{height} for "
+            f"{settings.model} with norm {settings.norm} ({error})",
+        ) from error
 
 
 def device() -> torch.device:
