@@ -200,11 +200,19 @@ def test_what_is_no_checkpoint_is_named(content: Any, tmp_path: Path) -> None:
         train(small(), Launch(out=tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish", None])
-def test_damaged_checkpoint_is_named(content: bytes | None, tmp_path: Path) -> None:
+def flipped(content: bytes) -> bytes:
+    """With another bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda _: b"", lambda _: b"rubbish", lambda content: content[:-1000], flipped]
+)
+def test_damaged_checkpoint_is_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
     file = tmp_path / "last.ckpt"
-    file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(RunError, match=r"last\.ckpt is damaged .* delete it to start"):
         train(small(), Launch(out=tmp_path))
 

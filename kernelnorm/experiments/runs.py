@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +9,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 import yaml
 
 from kernelnorm.experiments.errors import DivergedError, RunError, error_message
 from kernelnorm.experiments.files import Lock, remove_parts, write_atomically
+from kernelnorm.experiments.saved import load_checked, save_atomically
 
 __all__ = ["FailureKind", "Metrics", "RunFolder", "final_accuracy"]
 
@@ -208,9 +207,7 @@ class RunFolder:
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; its ``model`` in contiguous tensors, as other formats need them."""
         state = {**state, "model": {name: x.contiguous() for name, x in state["model"].items()}}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.path / name, buffer.getbuffer())
+        save_atomically(self.path / name, state)
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Return a checkpoint, on the CPU; ``None`` where there is no such file.
@@ -222,7 +219,7 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = load_checked(file)
         except Exception as error:  # a damaged file can fail in every layer of the reader
             raise RunError(
                 f"{file} is damaged ({type(error).__name__} while reading it). Restore it, or "

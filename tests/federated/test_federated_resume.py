@@ -94,7 +94,7 @@ def test_a_state_that_is_being_written_does_not_replace_the_last_one(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(state_file.torch, "save", die)
+        patch.setattr(torch, "save", die)
         with pytest.raises(Killed):
             run(choice, quiet)
     saved = state_file.load_state(choice.folder, first.identity)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
-import torch
 from torch import Tensor
 
 from kernelnorm.experiments.files import write_atomically
+from kernelnorm.experiments.saved import load_checked, save_atomically
 
 FILE = "state.pt"
 ROUNDS = "rounds.jsonl"
@@ -40,9 +38,7 @@ class RunState:
 
         A process that is killed leaves the state of the round before.
         """
-        buffer = io.BytesIO()
-        torch.save(vars(self), buffer)
-        write_atomically(folder / FILE, buffer.getbuffer())
+        save_atomically(folder / FILE, vars(self))
         self.write_rounds(folder)
 
     def write_rounds(self, folder: Path) -> None:
@@ -84,10 +80,7 @@ def load_state(folder: Path, identity: dict[str, Any]) -> RunState | None:
 
 
 def _read(path: Path) -> RunState:
-    with ZipFile(path) as archive:
-        if damaged := archive.testzip():  # torch.load does not compare checksums
-            raise ValueError(f"{damaged} is damaged")
-    state = RunState(**torch.load(path, weights_only=True))
+    state = RunState(**load_checked(path))
     tensors = [*state.network.values(), *(x for m in state.moments.values() for x in m.values())]
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         raise ValueError("a part is missing")
