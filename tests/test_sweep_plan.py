@@ -132,6 +132,16 @@ def test_where_all_rates_diverge_it_goes_down_to_the_last() -> None:
     assert best_rate(nothing) is None
 
 
+def test_where_nothing_is_learned_it_looks_on_both_sides() -> None:
+    chance = {**dict.fromkeys(RATES, 0.1), 0.1: 0.4}
+    assert search(chance, 0.005) == [[0.01, 0.005, 0.0025], [0.025, 0.001], [0.05], [0.1]]
+    assert search(dict.fromkeys(RATES, 0.1), 0.01) == [
+        [0.025, 0.01, 0.005],
+        [0.05, 0.0025],
+        [0.1, 0.001],
+    ]
+
+
 def test_a_difference_of_rounding_is_none() -> None:
     assert 0.1 + 0.2 > 0.3
     assert best_rate({0.05: 0.1 + 0.2, 0.01: 0.3}) == 0.01

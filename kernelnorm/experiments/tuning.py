@@ -23,8 +23,13 @@ def best_rate(results: Mapping[float, float]) -> float | None:
         >>> best_rate({0.1: -math.inf, 0.05: 0.82, 0.025: 0.84, 0.01: 0.84})
         0.01
     """
-    best = max(results, key=lambda lr: (round(results[lr], 9), -lr), default=None)
-    return None if best is None or results[best] == -math.inf else best
+    return min(_best(results), default=None)
+
+
+def _best(results: Mapping[float, float]) -> list[float]:
+    """Return all learning rates with the best result."""
+    rounded = {lr: round(x, 9) for lr, x in results.items() if x > -math.inf}
+    return [lr for lr, x in rounded.items() if x == max(rounded.values())]
 
 
 def rates_to_try(
@@ -35,8 +40,9 @@ def rates_to_try(
     The search begins with the rate that is nearest to ``start`` and its two neighbours, and goes
     uphill until the neighbours of the best rate are worse. The paper: "if the model gives higher
     accuracy with learning rate of 0.05 compared to 0.1 and 0.025 [...], then it is unlikely the
-    model will achieve better accuracy with much lower or higher learning rates". Where all have
-    diverged, uphill is down to the lower rates.
+    model will achieve better accuracy with much lower or higher learning rates". Where several
+    rates are equally good, as if none has learned anything, it goes on beside each of them. Where
+    all have diverged, uphill is down to the lower rates.
 
     What it returns depends on the results alone, so that a search that was stopped goes on.
 
@@ -55,6 +61,8 @@ def rates_to_try(
         [0.005]
         >>> rates_to_try(rates, 0.02, {0.05: 0.80, 0.025: 0.82, 0.01: 0.83, 0.005: 0.81})
         []
+        >>> rates_to_try(rates, 0.02, {0.05: 0.10, 0.025: 0.10, 0.01: 0.10})
+        [0.1, 0.005]
     """
     ladder = sorted(rates, reverse=True)
     known = {lr: results[lr] for lr in ladder if lr in results}
@@ -68,5 +76,7 @@ def rates_to_try(
 
     if every:
         return unknown(ladder)
-    first = unknown(around(min(ladder, key=lambda lr: abs(math.log(lr / start)))))
-    return first or unknown(around(best_rate(known) or min(known)))
+    if first := unknown(around(min(ladder, key=lambda lr: abs(math.log(lr / start))))):
+        return first
+    best = _best(known) or [min(known)]
+    return unknown([lr for lr in ladder if any(lr in around(one) for one in best)])

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernelnorm.models.blocks import layers_for
+from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.rules import Rules
+from kernelnorm.norms import describe
 
 _NO_HEAD = "VGG8 has no KernelNorm before its average pooling"
 _UNUSED = {
@@ -46,6 +48,8 @@ class VGG8(nn.Module):
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
+        if not describe(norm).scale_free:  # PyTorch's weights would make the scores all alike
+            init_convolutions(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the scores of the classes, shape ``(n, num_classes)``."""
@@ -64,7 +68,8 @@ def vgg8(
 
     Five 3x3 convolutions of 64, 128, 256, 512 and 512 channels, each with its norm and ReLU, the
     first three followed by 2x2 max-pooling; average pooling; a linear layer. The convolutions have
-    a bias only where there is no norm, or the kernel norm. Weights are drawn as PyTorch draws them.
+    a bias only where there is no norm, or the kernel norm. Weights are drawn as PyTorch draws them,
+    or, where the norm leaves their scale (``none``, ``lrn``, ``weight_norm``), as He et al. (2015).
     As in the paper, the kernel normalised network has no KernelNorm before the average pooling.
 
     Args:

@@ -276,5 +276,5 @@ def test_the_network_of_a_run_is_a_plain_state_dict(settings: Make) -> None:
     saved = torch.load(choice.folder / "state.pt", weights_only=True)
     network = task.build(choice, task.load(choice, "test"))
     network.load_state_dict(saved["network"])
-    accuracy, _ = task.test(network, task.load(choice, "test"))
+    accuracy, _ = task.test(network, task.load(choice, "test"), choice)
     assert accuracy == saved["history"][0]["accuracy"]

@@ -15,7 +15,7 @@ from kernelnorm_federated.settings import Settings
 from test_federated_rounds import assert_equal, assert_near, part, quiet, trained_by_hand
 from torch import Tensor
 
-from kernelnorm.experiments.data import batches
+from kernelnorm.experiments.data import Preprocess, batches
 from kernelnorm.norms import NORMS, adaptive_clip_grad_, clipped_parameters
 
 Make = Callable[..., Settings]
@@ -127,7 +127,7 @@ def test_clients_clip_gradients_where_the_norm_needs_it(
     if not clips:
         monkeypatch.setattr(task, "adaptive_clip_grad_", lambda parameters: None)
     task.train(ours, images, choice, server_round=1, client=0)
-    x, y = next(batches(images, 30, train=False))
+    x, y = next(batches(images, 30, train=False, preprocess=Preprocess((0.5,), (0.25,))))
     F.cross_entropy(expected.train()(x), y).backward()
     adaptive_clip_grad_(clipped_parameters(expected))
     with torch.no_grad():

@@ -129,7 +129,7 @@ class Server:
                 "why; the same command resumes"
             )
         self.network.load_state_dict(weights)
-        accuracy, loss = task.test(self.network, self.test_images)
+        accuracy, loss = task.test(self.network, self.test_images, self.settings)
         if not math.isfinite(loss):
             names = {"fedprox": "proximal-mu or ", "fedadam": "server-learning-rate or "}
             raise ArithmeticError(

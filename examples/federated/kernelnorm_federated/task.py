@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelnorm.experiments.data import Images, batches, load_images
+from kernelnorm.experiments.data import Images, Preprocess, batches, load_images
 from kernelnorm.experiments.data.images import balanced
 from kernelnorm.models import create_model
 from kernelnorm.norms import adaptive_clip_grad_, clipped_parameters, describe
 from kernelnorm_federated.settings import SettingError, Settings
 
 TEST_BATCH_SIZE = 256
+MEAN, DEVIATION = 0.5, 0.25
+"""Pixels, from 0 to 1, are standardised with these for all norms but the kernel norm, which would
+undo it. They are nobody's images'."""
 
 
 def load(settings: Settings, split: str) -> Images:
@@ -54,6 +57,14 @@ def load(settings: Settings, split: str) -> Images:
 @functools.lru_cache(4)
 def _load(data: str, split: str, data_dir: str, size: int | None, subset: int | None) -> Images:
     return load_images(data, split, data_dir=data_dir, image_size=size, subset=subset)
+
+
+def preprocess(settings: Settings, images: Images) -> Preprocess:
+    """Return what is done to images before the network."""
+    if settings.norm == "kernel":
+        return Preprocess()
+    channels = images.pixels.shape[1]
+    return Preprocess((MEAN,) * channels, (DEVIATION,) * channels)
 
 
 def build(settings: Settings, images: Images) -> nn.Module:
@@ -148,8 +159,15 @@ def train(
     loss_sum, count = 0.0, 0
     for epoch in range(settings.local_epochs):
         loss_sum, count = 0.0, 0
-        size = settings.batch_size
-        for x, y in batches(images, size, train=True, seed=seed, epoch=epoch, device=where):
+        for x, y in batches(
+            images,
+            settings.batch_size,
+            train=True,
+            seed=seed,
+            epoch=epoch,
+            preprocess=preprocess(settings, images),
+            device=where,
+        ):
             loss = F.cross_entropy(network(x), y)
             loss_sum, count = loss_sum + loss.item() * len(y), count + len(y)
             if proximal_mu:
@@ -179,12 +197,13 @@ def _seed(*key: int) -> int:
 
 
 @torch.no_grad()
-def test(network: nn.Module, images: Images) -> tuple[float, float]:
+def test(network: nn.Module, images: Images, settings: Settings) -> tuple[float, float]:
     """Return the share of images that are classified correctly, and the mean cross-entropy."""
     where = device()
     network.to(where).eval()
     correct, loss = 0, 0.0
-    for x, y in batches(images, TEST_BATCH_SIZE, train=False, device=where):
+    prepare = preprocess(settings, images)
+    for x, y in batches(images, TEST_BATCH_SIZE, train=False, preprocess=prepare, device=where):
         scores = network(x)
         correct += int((scores.argmax(1) == y).sum())
         loss += F.cross_entropy(scores, y, reduction="sum").item()
