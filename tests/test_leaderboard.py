@@ -51,16 +51,61 @@ def test_norms_are_ranked_by_mean_accuracy_at_each_batch_size(tmp_path: Path) ->
         (32, None, "none", "batch-independent"),
     ]
     row = row_of(tmp_path, "32", "1", "BatchNorm")
-    assert row[3:7] == ["batch-dependent", "83.00 ± 1.41", "2", "6"]
+    assert row[3:9] == ["batch-dependent", "83.00 ± 1.41", "2", "82.00", "-", "6"]
     assert row[-2:] == ["no", ""]
     assert row_of(tmp_path, "2", "1")[-2:] == ["yes", "AGC"]
-    assert row_of(tmp_path, "32", "-")[2:7] == [
-        "no normalisation",
+    lost = ["no normalisation", "batch-independent", "diverged", "-", "-", "-", "-"]
+    assert row_of(tmp_path, "32", "-")[2:9] == lost
+
+
+def test_norms_of_which_a_seed_diverged_come_last(tmp_path: Path) -> None:
+    """Neither does the run that chose the rate stand in for repetitions that diverged."""
+    nan = ("diverged", "the loss is nan")
+    for norm, accuracy, lost in (("kernel", 55.0, 0), ("frn", 60.0, 3), ("nf", 70.0, 1)):
+        for lr, change in ((0.1, 0.0), (0.01, -9.0)):
+            write_result(tmp_path, accuracy + change, norm=norm, lr=lr, seed=0)
+        for seed in (1, 2, 3):
+            if seed > 3 - lost:
+                write_run(tmp_path, [], norm=norm, lr=0.1, seed=seed, failure=nan)
+            else:
+                write_result(tmp_path, accuracy, norm=norm, lr=0.1, seed=seed)
+    standings = standings_of(tmp_path)
+    assert [(s["rank"], s["norm"], s["diverged"]) for s in standings] == [
+        (1, "kernel", 0),
+        (2, "nf", 1),
+        (None, "frn", 3),
+    ]
+    assert standings[1]["epochs"] == 6
+    assert row_of(tmp_path, "32", "2")[5] == "2, 1 diverged"
+    assert row_of(tmp_path, "32", "-")[2:6] == [
+        "FRN + TLU",
         "batch-independent",
-        "diverged",
-        "-",
+        "all 3 repetitions diverged",
         "-",
     ]
+
+
+def test_equal_norms_have_one_rank(tmp_path: Path) -> None:
+    for norm, accuracy in (("batch", 80.0), ("group", 80.0), ("layer", 70.0)):
+        write_result(tmp_path, accuracy, norm=norm)
+    assert [standing["rank"] for standing in standings_of(tmp_path)] == [1, 1, 3]
+
+
+def test_kernel_is_compared_with_each_norm_seed_by_seed(tmp_path: Path) -> None:
+    for seed, base in ((1, 50.0), (2, 60.0), (3, 70.0)):
+        write_result(tmp_path, base + 5, norm="kernel", seed=seed)
+        write_result(tmp_path, base + seed, norm="group", seed=seed)
+    group = standings_of(tmp_path)[1]
+    assert group["to_kernel"]["mean"] == pytest.approx(3)
+    assert row_of(tmp_path, "32", "2")[7] == "+0.52 to +5.48"
+
+
+def test_a_rate_without_a_run_of_the_tuning_seed_counts(tmp_path: Path) -> None:
+    write_result(tmp_path, 50.0, lr=0.01, seed=0)
+    write_result(tmp_path, 20.0, norm="batch")
+    for seed in (1, 2, 3):
+        write_result(tmp_path, 90.0, lr=0.05, seed=seed)
+    assert standings_of(tmp_path)[0]["accuracy"] == {"mean": 90.0, "deviation": 0.0, "runs": 3}
 
 
 def test_one_norm_has_no_leaderboard(tmp_path: Path) -> None:
@@ -107,8 +152,10 @@ def test_time_of_a_step_is_a_median(tmp_path: Path) -> None:
     write_result(tmp_path, 79.0, norm="group", images_per_second=None)  # of an older version
     batch, group = standings_of(tmp_path)
     assert (batch["seconds_per_step"], group["seconds_per_step"]) == (0.5, None)
-    assert row_of(tmp_path, "32", "1")[7] == "500"
-    assert row_of(tmp_path, "32", "2")[7] == "-"
+    assert row_of(tmp_path, "32", "1")[9] == "500"
+    assert row_of(tmp_path, "32", "2")[9] == "-"
+    write_result(tmp_path, 78.0, norm="layer", found={"environment": {"device": "cuda: H100"}})
+    assert {standing["seconds_per_step"] for standing in standings_of(tmp_path)} == {None}
 
 
 @pytest.mark.parametrize("norm", ["batch", "ws_group", "kernel"])
@@ -140,4 +187,4 @@ def test_bytes_that_cannot_be_measured_are_a_dash(tmp_path: Path, options: dict[
     for norm in ("group", "kernel"):
         write_result(tmp_path, 80.0, norm=norm, **options)
     assert [standing["saved_bytes"] for standing in standings_of(tmp_path)] == [None, None]
-    assert row_of(tmp_path, "32", "1")[8] == "-"
+    assert row_of(tmp_path, "32", "1")[10] == "-"

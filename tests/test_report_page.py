@@ -168,6 +168,11 @@ def test_folders_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
         "options": ("config.yaml", ("model_options: {", "model_options: [")),
         "case": ("config.yaml", ("case: cifar10-vgg8", "case: null")),
         "warmup": ("config.yaml", ("warmup_epochs: 0.0", "warmup_epochs: x")),
+        "date": ("config.yaml", ("model_options: {}", "model_options: {x: 2020-01-01}")),
+        "keys": ("config.yaml", ("model_options: {}", "model_options: {rules: {1: 2, a: 3}}")),
+        "batch": ("config.yaml", ("batch_size: 32", f"batch_size: {'9' * 400}")),
+        "images": ("config.yaml", ("environment:", "train_images: abc\nenvironment:")),
+        "still": ("metrics.jsonl", '{"train_loss": 1, "test_accuracy": 0.5, "seconds": 0.0}'),
     }
     for name, (file, content) in damage.items():
         config = write_result(tmp_path / "damaged", 80.0, seed=7)
@@ -188,6 +193,9 @@ def test_folders_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
     assert "line 1, must have numbers" in reasons["nan"]
     assert "not of this version of kernelnorm: case is None" in reasons["case"]
     assert "no config.yaml" in reasons["locked"]
+    assert "model_options cannot be read" in reasons["date"]
+    assert "batch_size must be a positive number, got '9999999999" in reasons["batch"]
+    assert "train_images must be a positive number, got 'abc'" in reasons["images"]
     assert str(tmp_path) not in json.dumps(numbers)
     assert len(numbers["sections"][0]["runs"]) == 1
 
@@ -200,6 +208,12 @@ def test_a_run_that_lies_there_twice_counts_once(tmp_path: Path) -> None:
     assert run["folder"] == f"b/{config.name}"
     (item,) = numbers["unreadable"]
     assert item == {"folder": f"a/{config.name}", "reason": f"the same run as b/{config.name}"}
+
+
+def test_runs_of_folders_with_other_images_are_other_runs(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        write_result(tmp_path / place, 80.0, found={"train_fingerprint": place})
+    assert len(numbers_of(tmp_path)["sections"][0]["runs"]) == 2
 
 
 def test_a_root_without_runs_says_what_to_do(tmp_path: Path) -> None:

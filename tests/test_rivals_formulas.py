@@ -168,11 +168,23 @@ def test_batch_renorm_in_training(step: int, r_max: float, d_max: float) -> None
 
 def test_batch_renorm_moves_its_running_statistics_by_a_hundredth() -> None:
     norm, x = BatchRenorm2d(4).double(), images((3, 4, 5, 6)).detach() * 3
+    norm.num_batches_tracked.fill_(200)
     norm(x)
     torch.testing.assert_close(norm.running_mean, 0.01 * x.mean((0, 2, 3)))
     std = (x.var((0, 2, 3), correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(norm.running_std, 1 + 0.01 * (std - 1))
-    assert norm.num_batches_tracked == 1
+    assert norm.num_batches_tracked == 201
+
+
+def test_batch_renorm_first_takes_the_mean_of_all_batches() -> None:
+    norm = BatchRenorm2d(4).double()
+    batches = [images((3, 4, 5, 6)).detach() * 3 for _ in range(5)]
+    for x in batches:
+        norm(x)
+    means = torch.stack([x.mean((0, 2, 3)) for x in batches])
+    stds = torch.stack([(x.var((0, 2, 3), correction=0) + 1e-5).sqrt() for x in batches])
+    torch.testing.assert_close(norm.running_mean, means.mean(0))
+    torch.testing.assert_close(norm.running_std, stds.mean(0))
 
 
 def test_batch_renorm_starts_as_batch_norm() -> None:

@@ -72,6 +72,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     add("--epochs", type=values.positive_int, help=epochs_help)
     augment_help = "random crops and flips, true or false (default: the case study's)"
     add("--augment", type=values.boolean, metavar="BOOL", help=augment_help)
+    standardise_help = (
+        "subtract a mean and divide by a deviation per colour, true or false; never for the norm "
+        "kernel, which does it by itself (default: the case study's)"
+    )
+    add("--standardise", type=values.boolean, metavar="BOOL", help=standardise_help)
     optimizer_help = "sgd or adamw (default: the case study's)"
     add("--optimizer", choices=["sgd", "adamw"], help=optimizer_help)
     schedule_help = "steps: see --lr-milestones; cosine: to zero (default: the case study's)"
@@ -209,6 +214,7 @@ def choices(arguments: Namespace) -> dict[str, Any]:
         "image_size": arguments.image_size,
         "epochs": arguments.epochs,
         "augment": arguments.augment,
+        "standardise": arguments.standardise,
         "optimizer": arguments.optimizer,
         "schedule": arguments.schedule,
         "warmup_epochs": arguments.warmup_epochs,

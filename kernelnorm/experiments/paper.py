@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kernelnorm.experiments.recipes import Recipe
+from kernelnorm.norms import describe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,7 +66,8 @@ def auto_lr(recipe: Recipe, norm: str, batch_size: int, optimizer: str = "sgd") 
     A batch size that the table does not have takes the rate of the nearest one, in ratio, times
     :math:`(\text{batch size} / \text{nearest})^{0.75}`: of the exponents 0.5, 0.75 and 1 the one
     that is nearest to most columns of the table. A normalisation that it does not have takes the
-    column of GroupNorm. AdamW takes PyTorch's default, 0.001.
+    column of GroupNorm, or of BatchNorm if it depends on the batch. AdamW takes PyTorch's default,
+    0.001.
 
     Example::
 
@@ -77,7 +79,8 @@ def auto_lr(recipe: Recipe, norm: str, batch_size: int, optimizer: str = "sgd") 
         return AutoLR(1e-3, "PyTorch's default for AdamW", exact=False)
     table = paper()[recipe.lr_table]["learning_rate"]
     row = min(table["rows"], key=lambda row: abs(math.log(row["batch_size"] / batch_size)))
-    column = norm if norm in row else "group"
+    substitute = "batch" if describe(norm).group == "batch-dependent" else "group"
+    column = norm if norm in row else substitute
     lr, nearest = row[column], row["batch_size"]
     source = f"{table['table']}, {column.capitalize()}Norm, batch size {nearest}"
     exact = column == norm and nearest == batch_size and recipe.case == recipe.lr_table

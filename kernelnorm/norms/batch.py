@@ -21,17 +21,16 @@ class BatchRenorm2d(AffineNorm2d):
 
     for each channel, with the batch's mean :math:`\mu_B` and deviation
     :math:`\sigma_B = \sqrt{\mathrm{var}_B + \epsilon}`; the gradient takes :math:`r` and :math:`d`
-    for constants. Afterwards the running statistics move by a hundredth:
-    :math:`\mu \leftarrow \mu + 0.01 (\mu_B - \mu)`, and likewise :math:`\sigma`. In evaluation
+    for constants. Afterwards the running statistics move by a hundredth,
+    :math:`\mu \leftarrow \mu + 0.01 (\mu_B - \mu)`, and likewise :math:`\sigma`. In the first 100
+    steps they are the means of all batches so far, so that no first value is left. In evaluation
     :math:`y = \frac{x - \mu}{\sigma} \gamma + \beta`.
 
     The limits follow the published schedule. In the first 5000 steps :math:`r_{max} = 1` and
     :math:`d_{max} = 0`, which is BatchNorm; then they rise linearly, :math:`r_{max}` to 3 at step
     40000 and :math:`d_{max}` to 5 at step 25000. So a run of fewer than 5000 steps trains as
-    BatchNorm does, and one of some hundred evaluates with running statistics that are not yet those
-    of its data: after 100 steps a third of them is their first values. The output depends on the
-    running statistics, which move in each forward pass: activation checkpointing, which repeats it,
-    gives other gradients.
+    BatchNorm does. The output depends on the running statistics, which move in each forward pass:
+    activation checkpointing, which repeats it, gives other gradients.
 
     Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", NeurIPS 2017.
@@ -102,9 +101,10 @@ class BatchRenorm2d(AffineNorm2d):
             r_max, d_max = self.limits()
             r = torch.clamp(std / running_std, 1 / r_max, r_max)
             d = torch.clamp((mean - running_mean) / running_std, -d_max, d_max)
-            _move(self.running_mean, mean, 0.01)
-            _move(self.running_std, std, 0.01)
             self.num_batches_tracked.add_(1)
+            rate = (1 / self.num_batches_tracked).clamp(min=0.01)
+            _move(self.running_mean, mean, rate)
+            _move(self.running_std, std, rate)
         return (x - per_channel(mean)) * per_channel(r / std) + per_channel(d)
 
 
@@ -122,8 +122,8 @@ class BatchChannelNorm2d(nn.Module):
     checkpointing, which repeats the forward pass, moves them twice and gives other gradients.
 
     Source: S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
-    Standardization", 2019: micro-batch BCN. Its authors' networks standardise the weights, too:
-    :class:`WSConv2d`.
+    Standardization", 2019: micro-batch BCN, which is theirs for small batches. Their networks
+    standardise the weights, too: :class:`WSConv2d`.
 
     Args:
         channels: the channels of the input
@@ -206,5 +206,5 @@ class _RunningNorm2d(AffineNorm2d):
         return f"{super().extra_repr()}, momentum={self.momentum}"
 
 
-def _move(running: Tensor, new: Tensor, rate: float) -> None:
-    running.lerp_(new.to(running.dtype), rate)
+def _move(running: Tensor, new: Tensor, rate: float | Tensor) -> None:
+    running.add_((new.to(running.dtype) - running) * rate)

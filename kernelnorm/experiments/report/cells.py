@@ -73,6 +73,8 @@ class Cell:
     @property
     def absence(self) -> str:
         """Why there is no accuracy."""
+        if self.diverged:
+            return f"all {self.diverged} repetitions diverged"
         states = Counter[str]()
         for rate in self.rates:
             states.update(rate.states)
@@ -89,8 +91,9 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
     """Choose the best learning rate, and the runs that count.
 
     Seed 0 tunes: the best rate is that with the best final accuracy of seed 0. The other seeds at
-    that rate repeat it, and only they count, if any is done; where there was one rate only, nothing
-    was tuned, and all count. Without a run of seed 0, the best mean over the seeds tells the rate.
+    that rate repeat it, and only they count, if any has ended, though it may have diverged; where
+    there was one rate only, nothing was tuned, and all count. Where a rate has no run of seed 0,
+    the best mean over the seeds tells the rate.
 
     Args:
         norm: the normalisation.
@@ -102,7 +105,9 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         for lr in sorted({record.config.lr for record in records})
     }
     done = [record for record in records if record.state == "done"]
-    tuning = [record for record in done if record.config.seed == TUNING_SEED] or done
+    tuning = [record for record in done if record.config.seed == TUNING_SEED]
+    if {record.config.lr for record in tuning} != {record.config.lr for record in done}:
+        tuning = done
     scores = {
         lr: statistics.fmean(scored)
         for lr in by_rate
@@ -122,7 +127,7 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         return Cell(norm, batch_size, rates, None, [], {}, None, None, None)
     counted = by_rate[lr]
     others = [record for record in counted if record.config.seed != TUNING_SEED]
-    if len(by_rate) > 1 and _accuracies(others):
+    if len(by_rate) > 1 and any(record.state in ("done", "diverged") for record in others):
         counted = others
     ended = [record for record in counted if record.state == "done"]
     accuracies = {record.config.seed: record.accuracy for record in ended}
@@ -134,8 +139,8 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         [record for record in counted if record.state in ("done", "diverged")],
         accuracies,
         estimate(list(accuracies.values())),
-        statistics.median(seconds for record in ended for seconds in record.seconds),
-        statistics.median(sum(record.seconds) / 60 for record in ended),
+        _median([seconds for record in ended for seconds in record.seconds]),
+        _median([sum(record.seconds) / 60 for record in ended]),
     )
 
 
@@ -208,6 +213,10 @@ def make_variants(records: Sequence[Record]) -> list[Variant]:
                 )
             )
     return variants
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _accuracies(records: Sequence[Record]) -> list[float]:

@@ -21,6 +21,9 @@ __all__ = ["STATES", "Collection", "Record", "Unreadable", "collect"]
 STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinished")
 """The states of runs that have a folder, in the order of counts."""
 
+MOST = 1 << 31
+"""The largest number that is taken for a count of images or epochs."""
+
 _SIGNS = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
 """Files that show that a run was begun in their folder."""
 
@@ -115,7 +118,7 @@ def collect(root: Path, out: Path) -> Collection:
         raise RunError(f"{root} is not a folder: give the folder of runs, such as runs/")
     root = root.absolute()
     folders = sorted(_run_folders(root, out.absolute()))
-    records: dict[str, Record] = {}
+    records: dict[tuple[str, str], Record] = {}
     unreadable = []
     for folder in tqdm(folders, unit=" runs", leave=False, disable=None, dynamic_ncols=True):
         place = folder.relative_to(root).as_posix()
@@ -125,11 +128,12 @@ def collect(root: Path, out: Path) -> Collection:
             reason = error_message(error)
             unreadable.append(Unreadable(place, reason.replace(f"{root}{os.sep}", "")))
             continue
-        other = records.setdefault(record.config.name, record)
+        run = record.config.name, str(record.found.get("train_fingerprint"))
+        other = records.setdefault(run, record)
         if other is not record:
             # The one that counts is the one that came further.
             kept, left = sorted((other, record), key=_progress, reverse=True)
-            records[record.config.name] = kept
+            records[run] = kept
             unreadable.append(Unreadable(left.folder, f"the same run as {kept.folder}"))
     if not records:
         problems = "".join(f"; {item.folder}: {item.reason}" for item in unreadable[:3])
@@ -158,17 +162,28 @@ def _read(path: Path, root: Path) -> Record:
     folder = RunFolder(path)
     found = folder.read_config()
     config = RunConfig.from_dict(found.pop("run"))
-    _check_config(config)
+    _check(config, found)
     status = read_status(folder, config)
+    for line, metrics in enumerate(status.history, 1):
+        if metrics["seconds"] <= 0:
+            raise RunError(f"metrics.jsonl, line {line}: seconds must be a positive number")
     message = status.message.replace(f"{root}{os.sep}", "")
     place = path.relative_to(root).as_posix()
     return Record(place, config, status.state, message, status.history, found)
 
 
-def _check_config(config: RunConfig) -> None:
+def _check(config: RunConfig, found: dict[str, Any]) -> None:
+    """Refuse what the tables could not be made of."""
     if config.norm not in NORMS:
         raise RunError(f"config.yaml has an unknown norm: {config.norm!r}")
-    for name in ("batch_size", "epochs", "lr"):
-        value = getattr(config, name)
-        if value <= 0:
-            raise RunError(f"config.yaml: {name} must be a positive number, got {value!r}")
+    numbers = {name: getattr(config, name) for name in ("batch_size", "epochs", "lr")}
+    numbers |= {name: found[name] for name in ("train_images", "test_images") if name in found}
+    for name, value in numbers.items():
+        if not (isinstance(value, (int, float)) and 0 < value <= MOST):
+            shown = str(value)[:20]
+            raise RunError(f"config.yaml: {name} must be a positive number, got {shown!r}")
+    try:
+        assert config.name
+        assert config.variant is not None
+    except TypeError as error:  # YAML has more types than options have
+        raise RunError(f"config.yaml: model_options cannot be read ({error})") from error

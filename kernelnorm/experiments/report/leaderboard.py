@@ -16,7 +16,7 @@ from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.networks import build_network
 from kernelnorm.experiments.report.cells import Cell
 from kernelnorm.experiments.report.collect import Record
-from kernelnorm.experiments.statistics import Estimate
+from kernelnorm.experiments.statistics import Difference, Estimate, difference
 from kernelnorm.norms import describe
 
 __all__ = ["Standing", "make_standings"]
@@ -34,17 +34,22 @@ class Standing:
 
     Args:
         batch_size: images a step.
-        rank: 1 for the highest mean accuracy, ``None`` where no run is done.
+        rank: 1 for the highest mean accuracy, ``None`` where no run is done. Norms of which a run
+            has diverged are behind the others.
         norm: the normalisation.
         group: what it takes its statistics from.
         accuracy: final accuracy in percent, mean and deviation over seeds.
+        diverged: how many of the runs that count have diverged.
+        to_kernel: KernelNorm's accuracy minus this one's, paired by seed.
+        last: accuracy after the last epoch, in percent, the mean over seeds.
         absence: why there is no accuracy.
         loss: the training loss to which epochs are counted, the same for all norms at a batch
             size: the lowest that all seeds of the three most accurate norms reach, rounded up to
             three digits.
         epochs: until the mean training loss of an epoch is at most ``loss``, the median over
-            seeds; ``None`` where the median run does not reach it.
-        seconds_per_step: the median over epochs and runs.
+            seeds; ``None`` where the median run does not reach it, or has diverged.
+        seconds_per_step: the median over epochs and runs; ``None`` where the section's runs are of
+            several devices.
         saved_bytes: kept for the backward pass, per image of a batch of this size.
         batch_one: whether the norm is meant for training with one image a batch.
         needs: what training needs beside the optimizer.
@@ -55,6 +60,9 @@ class Standing:
     norm: str
     group: str
     accuracy: Estimate | None
+    diverged: int
+    to_kernel: Difference | None
+    last: float | None
     absence: str
     loss: float | None
     epochs: float | None
@@ -74,13 +82,16 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
         return []
     sizes = sorted({batch_size for _, batch_size in cells})
     memory = _measure(cells)
+    one_device = len({_device(record) for cell in cells.values() for record in _done(cell)}) < 2
     standings = []
     for batch_size in sizes:
         tried = [cell for cell in cells.values() if cell.batch_size == batch_size and cell.rates]
         # Norms without an accuracy stay behind the others, in the order of the groups.
-        ranked = sorted(tried, key=lambda c: -c.accuracy.mean if c.accuracy else math.inf)
+        ranked = sorted(tried, key=_order)
         loss = _loss_of_the_best(ranked)
-        for rank, cell in enumerate(ranked, 1):
+        kernel = cells.get(("kernel", batch_size))
+        for cell in ranked:
+            rank = 1 + sum(_order(other) < _order(cell) for other in ranked)
             norm, kept = describe(cell.norm), memory.get(cell.norm)
             runs = _done(cell)
             standings.append(
@@ -90,16 +101,31 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
                     cell.norm,
                     norm.group,
                     cell.accuracy,
+                    cell.diverged,
+                    difference(kernel.accuracies, cell.accuracies)
+                    if kernel and kernel is not cell
+                    else None,
+                    statistics.fmean(run.test_accuracies[-1] for run in runs) if runs else None,
                     "" if cell.accuracy else cell.absence,
                     loss,
-                    None if loss is None else _epochs_to(loss, runs),
-                    _seconds_per_step(runs),
+                    None if loss is None else _epochs_to(loss, runs, cell.diverged),
+                    _seconds_per_step(runs) if one_device else None,
                     None if kept is None else kept[0] / batch_size + kept[1],
                     norm.batch_one,
                     norm.needs,
                 )
             )
     return standings
+
+
+def _order(cell: Cell) -> tuple[bool, float]:
+    """The place of a cell among others: those of which a run has diverged come last."""
+    return cell.diverged > 0, -cell.accuracy.mean if cell.accuracy else math.inf
+
+
+def _device(record: Record) -> str:
+    environment = record.found.get("environment")
+    return str(environment.get("device")) if isinstance(environment, dict) else ""
 
 
 def _done(cell: Cell) -> list[Record]:
@@ -114,11 +140,12 @@ def _loss_of_the_best(ranked: Sequence[Cell]) -> float | None:
     return float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(loss))
 
 
-def _epochs_to(loss: float, runs: Sequence[Record]) -> float | None:
+def _epochs_to(loss: float, runs: Sequence[Record], diverged: int) -> float | None:
     firsts = [
         next((epoch for epoch, x in enumerate(record.train_losses, 1) if x <= loss), math.inf)
         for record in runs
     ]
+    firsts += [math.inf] * diverged
     epochs = statistics.median(firsts) if firsts else math.inf
     return epochs if math.isfinite(epochs) else None
 

@@ -13,12 +13,12 @@ from kernelnorm.experiments.report.blocks import (
     interval_entry,
     number_entry,
     ratio_entry,
-    rounded_entry,
     signed,
     states_text,
 )
 from kernelnorm.experiments.report.cells import Cell
 from kernelnorm.experiments.report.collect import Unreadable
+from kernelnorm.experiments.report.leaderboard_table import leaderboard_table
 from kernelnorm.experiments.report.sections import Section
 from kernelnorm.experiments.style import LABELS
 
@@ -29,7 +29,7 @@ def section_tables(section: Section) -> dict[str, Table]:
     """Return those tables that have a row, by what they are about."""
     tables = {
         "accuracy": _accuracy(section),
-        "leaderboard": _leaderboard(section),
+        "leaderboard": leaderboard_table(section.standings),
         "comparison": _comparison(section),
         "time": _time(section),
         "lr": _lr(section),
@@ -77,44 +77,6 @@ def _accuracy_entry(section: Section, cell: Cell) -> Entry:
     if theirs:
         printed += f" ({signed(ours.mean - theirs[0])})"
     return Entry(text, ours.mean, printed)
-
-
-def _leaderboard(section: Section) -> Table:
-    head = ["batch size", "rank", "norm", "group", "accuracy, %", "seeds", "epochs to loss"]
-    head += ["ms per step", "kept, kB", "batch of 1", "needs"]
-    rows = [
-        [
-            number_entry(standing.batch_size),
-            Entry("-") if standing.rank is None else number_entry(standing.rank),
-            Entry(LABELS[standing.norm]),
-            Entry(standing.group),
-            estimate_entry(standing.accuracy) if standing.accuracy else Entry(standing.absence),
-            Entry("-") if standing.accuracy is None else number_entry(standing.accuracy.runs),
-            rounded_entry(standing.epochs),
-            rounded_entry(standing.seconds_per_step, 1000),
-            rounded_entry(standing.saved_bytes, 1e-3),
-            Entry("yes" if standing.batch_one else "no"),
-            Entry(", ".join(standing.needs).upper()),
-        ]
-        for standing in section.standings
-    ]
-    losses = {standing.batch_size: standing.loss for standing in section.standings}
-    shown = [f"{loss:g} at batch size {size}" for size, loss in losses.items() if loss is not None]
-    epochs = (
-        f"Epochs: to a training loss of {', '.join(shown)}, median over seeds; this is the lowest "
-        "loss that all seeds of the three most accurate norms reach, rounded up, and a dash marks "
-        "norms that do not reach it. "
-    )
-    note = (
-        "Ranked by mean final accuracy, as in Table 1; norms whose deviations overlap may change "
-        f"places with other seeds. {epochs if shown else ''}Time: median over epochs and runs, "
-        "without the first steps; runs that shared their machine make it longer. Kept: bytes "
-        "stored for the backward pass per image of the batch, in thousands, of the same network in "
-        "float32 on a CPU; a dash where that is unknown, as in private training. Batch of 1: "
-        "whether the norm is meant for training with one image a batch. AGC: adaptive gradient "
-        "clipping."
-    )
-    return Table("Leaderboard", head, rows, note)
 
 
 def _comparison(section: Section) -> Table:
@@ -176,7 +138,7 @@ def _time(section: Section) -> Table:
 def _lr(section: Section) -> Table:
     note = "The rate with the best final accuracy of seed 0."
     if any(cell.edge for cell in section.cells.values()):
-        note += " At an end of those tried, one beyond it may be better: try more with --lrs."
+        note += " At an end of those tried, one beyond it may be better."
     if section.config.case in paper():
         note += " Below, the paper's."
     return _grid(section, "Table 4. Best learning rate", note, _lr_entry)

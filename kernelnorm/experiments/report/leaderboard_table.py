@@ -1,0 +1,77 @@
+"""The leaderboard as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kernelnorm.experiments.report.blocks import (
+    Entry,
+    Table,
+    estimate_entry,
+    interval_entry,
+    number_entry,
+    rounded_entry,
+)
+from kernelnorm.experiments.report.leaderboard import Standing
+from kernelnorm.experiments.style import LABELS
+
+__all__ = ["leaderboard_table"]
+
+_HEAD = [
+    *("batch size", "rank", "norm", "group", "accuracy, %", "seeds", "last epoch, %"),
+    *("kernel minus it, %", "epochs to loss", "ms per step", "kept, kB", "batch of 1", "needs"),
+]
+
+
+def leaderboard_table(standings: Sequence[Standing]) -> Table:
+    """Return the table of the norms, ranked batch size by batch size."""
+    rows = [
+        [
+            number_entry(standing.batch_size),
+            Entry("-") if standing.rank is None else number_entry(standing.rank),
+            Entry(LABELS[standing.norm]),
+            Entry(standing.group),
+            estimate_entry(standing.accuracy) if standing.accuracy else Entry(standing.absence),
+            _seeds(standing),
+            Entry("-") if standing.last is None else Entry(f"{standing.last:.2f}", standing.last),
+            Entry("-") if standing.to_kernel is None else interval_entry(standing.to_kernel),
+            rounded_entry(standing.epochs),
+            rounded_entry(standing.seconds_per_step, 1000),
+            rounded_entry(standing.saved_bytes, 1e-3),
+            Entry("yes" if standing.batch_one else "no"),
+            Entry(", ".join(standing.needs).upper()),
+        ]
+        for standing in standings
+    ]
+    return Table("Leaderboard", _HEAD, rows, _note(standings))
+
+
+def _seeds(standing: Standing) -> Entry:
+    if standing.accuracy is None:
+        return Entry("-")
+    lost = f", {standing.diverged} diverged" * bool(standing.diverged)
+    return Entry(f"{standing.accuracy.runs}{lost}", standing.accuracy.runs)
+
+
+def _note(standings: Sequence[Standing]) -> str:
+    losses = {standing.batch_size: standing.loss for standing in standings}
+    shown = [f"{loss:g} at batch size {size}" for size, loss in losses.items() if loss is not None]
+    epochs = (
+        f"Epochs: to a training loss of {', '.join(shown)}, median over seeds; this is the lowest "
+        "loss that all seeds of the three most accurate norms reach, rounded up, and a dash marks "
+        "norms that do not reach it. "
+    )
+    return (
+        "Ranked by mean final accuracy, as in Table 1; norms of which a seed has diverged come "
+        "last. Kernel minus it: Student's 95 % interval of the difference, paired by seed; with so "
+        "many of them one in twenty excludes zero by chance. "
+        f"{epochs if shown else ''}Time: median over epochs and runs, "
+        "without the first steps; runs that shared their machine make it longer, and a dash marks "
+        "runs of several devices. Kept: bytes "
+        "stored for the backward pass per image of the batch, in thousands, of the same network in "
+        "float32 on a CPU; a dash where that is unknown, as in private training. Time and bytes "
+        "are those of implementations: KernelNorm has kernels of its own, while some norms are "
+        "made of elementary operations. Batch of 1: "
+        "whether the norm is meant for training with one image a batch. AGC: adaptive gradient "
+        "clipping."
+    )
