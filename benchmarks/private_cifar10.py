@@ -37,6 +37,8 @@ STAGES = (
     *((epsilon, ("layer", "none"), ()) for epsilon in (3.0, 1.0, 8.0)),
 )
 """Budgets, norms and seeds of the repetitions, in the order in which they are trained."""
+STANDARDISED = ((3.0, ("group",), (1, 2, 3)), (3.0, ("ws_group",), (1, 2, 3)))
+"""Those of ``--standardise``."""
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
 CHOICES: dict[str, Any] = {
     "batch_sizes": [1024],
@@ -51,11 +53,15 @@ Results = dict[tuple[str, float], dict[int, float]]
 """Final accuracies in percent, by norm and budget, and by seed."""
 
 
-def stage(epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...]) -> Tuned:
+def stage(
+    epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...], *, standardise: bool
+) -> Tuned:
     """Returns the runs of a stage."""
     private = Privacy(epsilon=epsilon, micro_batch_size=256)
     recipe = RECIPES["cifar10-vgg8"]
-    cells = make_grid(recipe, norms=norms, lrs=[0.5], private=private, **CHOICES)
+    cells = make_grid(
+        recipe, norms=norms, lrs=[0.5], private=private, standardise=standardise, **CHOICES
+    )
     return Tuned(cells, RATES, seeds, note=NOTE)
 
 
@@ -141,6 +147,12 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?", default=Path("private.png"), help="a picture")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/private-cifar10"))
+    parser.add_argument(
+        "--standardise",
+        action="store_true",
+        help="subtract 0.5 from pixels and divide by 0.25: what KernelNorm does by itself, for\n"
+        "GroupNorm and WS + GroupNorm at epsilon 3; give another --out",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     args = parser.parse_args()
     if args.what == "table":
@@ -149,7 +161,8 @@ def main() -> None:
     if args.what == "picture":
         write_atomically(args.file, png(draw(read(args.out))))
         return
-    for plan in (stage(*options) for options in STAGES):
+    for options in STANDARDISED if args.standardise else STAGES:
+        plan = stage(*options, standardise=args.standardise)
         if args.what == "dry-run":
             dry_run(plan, args.out, args.jobs)
         else:
