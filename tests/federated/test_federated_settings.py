@@ -35,6 +35,8 @@ Make = Callable[..., Settings]
         ("server-learning-rate", 0.0, "above 0"),
         ("num-server-rounds", True, "a whole number"),
         ("seed", -1, "0 or more"),
+        ("seed", 1 << 63, r"less than 2\*\*63"),
+        ("test-on", "train", "one of test, held-out"),
         ("timeout", 0.0, "above 0"),
         ("out", "runs", "an absolute path"),
         ("norm", 3, "text in quotes"),
@@ -62,6 +64,11 @@ def test_a_model_without_the_norm_is_refused(settings: Make) -> None:
 def test_a_named_data_set_needs_its_place(settings: Make) -> None:
     with pytest.raises(SettingError, match="data-dir='data': expected the absolute path of cifar"):
         settings(data="cifar10", data_dir="data")
+
+
+def test_held_out_images_need_numbers_of_images(settings: Make) -> None:
+    with pytest.raises(SettingError, match="train-images=0: expected a number of images"):
+        settings(test_on="held-out", train_images=0)
 
 
 def test_a_whole_number_may_stand_for_a_number(settings: Make) -> None:

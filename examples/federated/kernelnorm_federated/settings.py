@@ -117,7 +117,7 @@ class Settings:
             raise SettingError("test-on", self.test_on, f"one of {', '.join(TESTED)}")
         for name in ("train_images", "test_images"):
             if self.test_on == "held-out" and not getattr(self, name):
-                expected = "a number of images: with test-on='held-out' the rest is not used"
+                expected = "a number of images: test-on='held-out' takes others"
                 raise SettingError(_key(name), 0, expected)
         if self.partition not in PARTITIONS:
             raise SettingError("partition", self.partition, f"one of {', '.join(PARTITIONS)}")
