@@ -48,7 +48,7 @@ class VGG8(nn.Module):
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
-        if not describe(norm).scale_free:  # PyTorch's weights would make the scores all alike
+        if describe(norm).bias:  # PyTorch's weights and biases would make the scores all alike
             init_convolutions(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def vgg8(
     Five 3x3 convolutions of 64, 128, 256, 512 and 512 channels, each with its norm and ReLU, the
     first three followed by 2x2 max-pooling; average pooling; a linear layer. The convolutions have
     a bias only where there is no norm, or the kernel norm. Weights are drawn as PyTorch draws them,
-    or, where the norm leaves their scale (``none``, ``lrn``, ``weight_norm``), as He et al. (2015).
+    or as He et al. (2015) do, for the norms without a shift (``none``, ``lrn``, ``weight_norm``,
+    ``nf``).
     As in the paper, the kernel normalised network has no KernelNorm before the average pooling.
 
     Args:

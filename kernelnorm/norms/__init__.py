@@ -102,7 +102,6 @@ class Norm:
             where the norm has its own
         conv: makes a convolution, from the arguments of :class:`torch.nn.Conv2d`
         bias: whether convolutions have a bias, where the norm has no shift
-        scale_free: whether the output does not depend on the scale of a convolution's weights
         without_activation: makes ``layer`` without its activation. ``None``: it has none
         alpha: the factor of the branches of residual blocks, whose input is then divided by the
             deviation that follows from it. ``None``: there are no factors
@@ -115,7 +114,6 @@ class Norm:
     layer: Callable[[int], nn.Module]
     conv: Callable[..., nn.Conv2d] = nn.Conv2d
     bias: bool = False
-    scale_free: bool = True
     without_activation: Callable[[int], nn.Module] | None = None
     alpha: float | None = None
 
@@ -182,10 +180,7 @@ _NORMS: dict[str, Norm] = {
         without_activation=partial(FilterResponseNorm2d, activation=False),
     ),
     "lrn": Norm(
-        label="LocalResponse",
-        layer=lambda channels: nn.LocalResponseNorm(size=5),
-        bias=True,
-        scale_free=False,
+        label="LocalResponse", layer=lambda channels: nn.LocalResponseNorm(size=5), bias=True
     ),
     "ws_group": Norm(
         label="WS + GroupNorm", group="weight-based", layer=_group_norm, conv=WSConv2d
@@ -196,7 +191,6 @@ _NORMS: dict[str, Norm] = {
         layer=_nothing,
         conv=weight_norm_conv,
         bias=True,
-        scale_free=False,
     ),
     "nf": Norm(
         label="normalizer-free",
@@ -208,7 +202,7 @@ _NORMS: dict[str, Norm] = {
         without_activation=_nothing,
         alpha=0.2,
     ),
-    "none": Norm(label="no normalisation", layer=_nothing, bias=True, scale_free=False),
+    "none": Norm(label="no normalisation", layer=_nothing, bias=True),
     "kernel": Norm(label="KernelNorm", layer=_nothing),
 }
 
