@@ -37,7 +37,10 @@ STAGES = (
     *((epsilon, ("layer", "none"), ()) for epsilon in (3.0, 1.0, 8.0)),
 )
 """Budgets, norms and seeds of the repetitions, in the order in which they are trained."""
-STANDARDISED = ((3.0, ("group",), (1, 2, 3)), (3.0, ("ws_group",), (1, 2, 3)))
+STANDARDISED = (
+    *((epsilon, ("group",), (1, 2, 3)) for epsilon in (3.0, 1.0, 8.0)),
+    (3.0, ("ws_group",), (1, 2, 3)),
+)
 """Those of ``--standardise``."""
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
 CHOICES: dict[str, Any] = {
@@ -151,7 +154,7 @@ def main() -> None:
         "--standardise",
         action="store_true",
         help="subtract 0.5 from pixels and divide by 0.25: what KernelNorm does by itself, for\n"
-        "GroupNorm and WS + GroupNorm at epsilon 3; give another --out",
+        "GroupNorm, and for WS + GroupNorm at epsilon 3; give another --out",
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     args = parser.parse_args()
