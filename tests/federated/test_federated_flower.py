@@ -100,6 +100,7 @@ def test_a_run_that_is_stopped_leaves_no_process(
     settings: Make, home: Path, number: signal.Signals
 ) -> None:
     choice = settings(num_server_rounds=10_000, timeout=200.0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of a shell may ignore it
     command = [sys.executable, str(APP / "run.py"), "--run-config", run_config_option(choice)]
     log, env = home / "run.log", {**os.environ, "FLWR_HOME": str(home)}
     with launcher.started(command, env, log) as process:
