@@ -112,7 +112,9 @@ def test_layers_and_steps_differ_and_manual_seed_repeats():
 
 
 def test_no_pixel_repeats_another():
-    assert len(drops((8, 64, 32, 32), 0.5).movedim(1, -1).flatten(0, -2).unique(dim=0)) == 8 * 1024
+    """But by chance: two of 8192 pixels have the same of 2**31 keys in 1.6 % of all draws."""
+    pixels = drops((8, 64, 32, 32), 0.5).movedim(1, -1).flatten(0, -2)
+    assert len(pixels.unique(dim=0)) >= 8 * 1024 - 2
 
 
 def test_rounding_of_p():
