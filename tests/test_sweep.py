@@ -210,6 +210,27 @@ def test_a_sweep_that_is_killed_ends_with_the_same_results(
     assert without_times(killed) == without_times(whole)
 
 
+def test_a_run_compiles_with_as_many_processes_as_it_has_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr("kernelnorm.experiments.sweep.local._run", _compile_threads)
+    monkeypatch.setattr("kernelnorm.experiments.sweep.local.cores", lambda: 6)
+    (config,) = small(norms=["batch"])
+    pool = LocalPool(LAUNCH, jobs=2)
+    try:
+        assert pool.submit(config, tmp_path).result(timeout=60) == "3"
+    finally:
+        pool.close()
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+
+
+def _compile_threads(config: RunConfig, launch: Launch, out: Path) -> str:
+    import torch._inductor.config as compiler
+
+    return str(compiler.compile_threads)
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_run_with_it(tmp_path: Path) -> None:
     (long,), (short,) = small(norms=["batch"], epochs=5000), small(norms=["layer"])

@@ -98,6 +98,7 @@ class _Worker:
         self._pool = ProcessPoolExecutor(
             1, mp_context=context, initializer=_begin, initargs=(reader, threads)
         )
+        self._threads = threads
         self._future: Future[str] | None = None
 
     @property
@@ -105,7 +106,8 @@ class _Worker:
         return self._future is not None and not self._future.done()
 
     def submit(self, config: RunConfig, launch: Launch, out: Path) -> Future[str]:
-        with _no_interrupts():  # the first time, it starts the process, which inherits that
+        # The first time, it starts the process, which inherits both.
+        with _no_interrupts(), _compile_threads(self._threads):
             self._future = self._pool.submit(_run, config, launch, out)
         return self._future
 
@@ -127,6 +129,23 @@ def _no_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _compile_threads(threads: int) -> Iterator[None]:
+    """Let a process that starts here compile with so many processes of its own.
+
+    By default it starts one per core, and each takes half a gigabyte: too much for many runs.
+    """
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(threads)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _begin(leash: Connection, threads: int) -> None:
