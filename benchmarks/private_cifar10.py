@@ -23,7 +23,7 @@ from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.plotting import bar, legend, png, tidy
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.recipes import RECIPES
 from kernelnorm.experiments.runs import RunFolder, final_accuracy
 from kernelnorm.experiments.statistics import difference, estimate

@@ -107,9 +107,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A noise that is far from the budget, and an account of few orders, both without waiting."""
-    from kernelnorm.experiments import account, private
+    from kernelnorm.experiments import account, private_steps
 
-    monkeypatch.setattr(private, "noise_multiplier", lambda *_: 2.0)
+    monkeypatch.setattr(private_steps, "noise_multiplier", lambda *_: 2.0)
     monkeypatch.setattr(account, "ORDERS", [*range(2, 64)])
 
 

@@ -16,8 +16,8 @@ from lightning_fabric import Fabric
 from kernelnorm.experiments import trainer
 from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.data import Images
-from kernelnorm.experiments.privacy import Privacy
-from kernelnorm.experiments.private import PrivateSteps
+from kernelnorm.experiments.private_options import Privacy
+from kernelnorm.experiments.private_steps import PrivateSteps
 from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.steps import Material
 

@@ -11,7 +11,7 @@ import torch
 
 from kernelnorm.experiments.bench import saved_bytes
 from kernelnorm.experiments.networks import build_network
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.report import report
 from tests.run_folders import write_result, write_run
 

@@ -160,6 +160,7 @@ def test_threads_that_load_first_at_once(installed, caplog):
 
 
 def test_every_backend_has_the_primitives_of_the_protocol():
-    names = {name for name in vars(backends.Backend) if not name.startswith("_")} | {"name"}
+    names = {name for name in vars(backends.Backend) if not name.startswith("_")}
+    names |= {*backends.Backend.__annotations__}
     for backend in (eager, *BACKENDS.values()):
         assert names <= {*dir(backend)}

@@ -15,7 +15,7 @@ pytest.importorskip("opacus")
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelnorm as kn
-from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
+from kernelnorm.norms import NORMS, describe
 from kernelnorm.privacy import PrivacyEngine
 from tests.bookkeeping import classification, images, private, small
 from tests.per_sample import loader
@@ -44,11 +44,14 @@ def test_subclasses_are_unknown() -> None:
         private(nn.Sequential(Scaled(3, 3)), images(2))
 
 
-@pytest.mark.parametrize("norm", [BatchRenorm2d(4), BatchChannelNorm2d(4, 2)])
-def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(norm: nn.Module) -> None:
-    layer = norm.requires_grad_(False)
+OF_BATCHES = {name for name in NORMS if describe(name).group == "batch-dependent"}
+
+
+@pytest.mark.parametrize("norm", sorted(OF_BATCHES - {"batch"}))  # PyTorch's has other tests below
+def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(norm: str) -> None:
+    layer = describe(norm).layer(32).requires_grad_(False)
     with pytest.raises(NotImplementedError, match="'1' takes statistics of batches"):
-        private(nn.Sequential(nn.Conv2d(3, 4, 3), layer), images(2))
+        private(nn.Sequential(nn.Conv2d(3, 32, 3), layer), images(2))
 
 
 @pytest.mark.parametrize(

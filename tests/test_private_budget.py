@@ -12,11 +12,11 @@ pytest.importorskip("opacus")
 
 from opacus.accountants import RDPAccountant
 
-from kernelnorm.experiments import account, private
+from kernelnorm.experiments import account, private_steps
 from kernelnorm.experiments.account import Account, noise_multiplier
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.trainer import train
 from tests.private_runs import PER_EPOCH, images_of, known, small, steps_of
 
@@ -73,11 +73,11 @@ def test_a_step_beyond_the_budget_is_not_taken() -> None:
     batches = ((epoch, step) for epoch in range(100) for step in range(steps.per_epoch))
     while steps.account.epsilon(more=1) <= 2.5:
         steps.optimizer.noise_multiplier = 2.0  # as the account knows it
-        steps.take(private.Batch(*next(batches)))
+        steps.take(private_steps.Batch(*next(batches)))
     taken, before = steps.account.steps, deepcopy(steps.network.state_dict())
     assert taken > 0
     with pytest.raises(RunError, match=r"budget is spent: \d+ steps have .* above --epsilon 2.5"):
-        steps.take(private.Batch(*next(batches)))
+        steps.take(private_steps.Batch(*next(batches)))
     assert steps.account.steps == taken
     assert steps.account.epsilon() <= 2.5
     assert all(torch.equal(x, before[name]) for name, x in steps.network.state_dict().items())

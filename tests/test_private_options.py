@@ -19,7 +19,7 @@ from kernelnorm.experiments import trainer
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.trainer import train
 from tests.private_runs import images_of, known, small, steps_of
 
@@ -100,8 +100,8 @@ def test_runs_that_do_not_work_are_errors(
 def test_without_opacus_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "kernelnorm.experiments.private")
-    monkeypatch.delattr("kernelnorm.experiments.private")
+    monkeypatch.delitem(sys.modules, "kernelnorm.experiments.private_steps")
+    monkeypatch.delattr("kernelnorm.experiments.private_steps")
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(RunError, match=r"needs opacus: pip install 'kernelnorm\[private\]'"):
         train(small(), Launch(out=tmp_path))

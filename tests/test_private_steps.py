@@ -16,7 +16,7 @@ pytest.importorskip("opacus")
 from kernelnorm.experiments import trainer
 from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.data.poisson import PoissonSampling
-from kernelnorm.experiments.private import PrivateSteps, Seeds
+from kernelnorm.experiments.private_steps import PrivateSteps, Seeds
 from tests.private_runs import images_of, in_float64, known, small, steps_of
 
 

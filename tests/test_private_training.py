@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("opacus")
 
-from kernelnorm.experiments import private
+from kernelnorm.experiments import private_steps
 from kernelnorm.experiments.compare import Row, compare
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.evaluation import evaluate
@@ -84,7 +84,7 @@ def test_averaged_weights_are_tested_and_saved_for_use(tmp_path: Path) -> None:
 @known
 def test_another_account_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
-    monkeypatch.setattr(private, "noise_multiplier", lambda *_: 3.0)
+    monkeypatch.setattr(private_steps, "noise_multiplier", lambda *_: 3.0)
     with pytest.raises(RunError, match=r"does not fit this run .*noise multiplier and sampling"):
         train(small(), Launch(out=tmp_path, verbose=False))
 

@@ -11,7 +11,8 @@ import pytest
 from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.paper import auto_lr, paper
-from kernelnorm.experiments.recipes import RECIPES, Recipe, recipe_for
+from kernelnorm.experiments.recipes import NAMED_DATASETS, RECIPES, Recipe, recipe_for
+from kernelnorm.experiments.sweep.reproduction import scale_of
 
 
 def test_recipes_are_the_papers() -> None:
@@ -24,6 +25,12 @@ def test_recipes_are_the_papers() -> None:
     assert not cifar.standardise
     for recipe in (woof, nette, cifar):
         assert (recipe.epochs, recipe.momentum) == (80, 0.9)
+
+
+def test_cases_have_named_data_sets_and_a_small_scale() -> None:
+    assert {recipe.dataset for recipe in RECIPES.values()} <= NAMED_DATASETS
+    for case in RECIPES:
+        assert scale_of(case, "small").batch_sizes
 
 
 def test_learning_rate_is_a_tenth_from_epoch_60() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from kernelnorm.experiments.config import RunConfig
-    from kernelnorm.experiments.privacy import Privacy
+    from kernelnorm.experiments.private_options import Privacy
     from kernelnorm.experiments.recipes import Recipe
 
 
@@ -236,7 +236,7 @@ def privacy(arguments: Namespace) -> Privacy | None:
         RunError: one of the others is given without ``--private``.
     """
     from kernelnorm.experiments.errors import RunError
-    from kernelnorm.experiments.privacy import Privacy
+    from kernelnorm.experiments.private_options import Privacy
 
     names = [field.name for field in fields(Privacy)]
     given = {name: arguments[name] for name in names if arguments[name] not in (None, False)}

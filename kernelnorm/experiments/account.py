@@ -12,12 +12,12 @@ from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from opacus.accountants.utils import get_noise_multiplier
 
 from kernelnorm.experiments.errors import RunError
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 
 __all__ = ["ORDERS", "Account", "noise_multiplier"]
 
 _SEARCHED = [1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5, 5.5, *range(2, 64)]
-"""The orders of divergence in the search for a noise: few that are no integers, which take time."""
+"""The orders of divergence in the search for a noise: few fractions, which take long to compute."""
 
 ORDERS = sorted({*RDPAccountant.DEFAULT_ALPHAS, *_SEARCHED})
 """Each order gives a bound, and epsilon is the least: more of them than in the search can only

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.paper import auto_lr
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.recipes import NAMED_DATASETS, Recipe, plain_dataset
 from kernelnorm.experiments.runs import Metrics
 from kernelnorm.models import list_models

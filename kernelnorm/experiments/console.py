@@ -22,7 +22,7 @@ class Bar:
         config: of the run.
         per_epoch: the steps of an epoch.
         progress: how far the run has come.
-        disable: ``None``: off where no one looks.
+        disable: hides the bar; ``None`` shows it on a terminal only.
     """
 
     def __init__(
@@ -86,9 +86,11 @@ def epoch_line(config: RunConfig, metrics: Metrics) -> str:
 
 
 def pause_line(max_steps: int | None, sums: Sums) -> str:
-    """Return what is printed where a run pauses within an epoch."""
-    return (
-        f"paused after {max_steps} steps: train loss "
-        f"{sums.loss / sums.images:.4f}, accuracy {sums.correct / sums.images:.2%}, "
-        f"{sums.images_per_second:,.0f} images/s. Run it without --max-steps to resume."
-    )
+    """Return what is printed where a run pauses; at the end of an epoch the sums are empty."""
+    figures = ""
+    if sums.images:
+        figures = (
+            f": train loss {sums.loss / sums.images:.4f}, accuracy "
+            f"{sums.correct / sums.images:.2%}, {sums.images_per_second:,.0f} images/s"
+        )
+    return f"paused after {max_steps} steps{figures}. Run it without --max-steps to resume."

@@ -53,6 +53,7 @@ def measure(
 ) -> tuple[float, float]:
     """Return the mean loss and the accuracy, the images shared out over the processes."""
     sums = torch.zeros(2, device=fabric.device)
+    was_training = network.training
     network.eval()
     with torch.no_grad(), fabric.autocast():
         for x, y in batches(
@@ -67,7 +68,7 @@ def measure(
             logits = network(x.to(memory_format=torch.channels_last)).float()
             loss = F.cross_entropy(logits, y, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
-    network.train()
+    network.train(was_training)
     loss, correct = over_processes(fabric, sums).tolist()
     return loss / len(images), correct / len(images)
 

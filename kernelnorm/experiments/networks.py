@@ -48,7 +48,7 @@ class Weights:
     source: Path
 
     def fingerprint(self) -> str:
-        """Tell whether others are the same weights, wherever they lie."""
+        """Return a hash of names, shapes, types and values: equal weights have the same."""
         digest = hashlib.blake2b(digest_size=8)
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

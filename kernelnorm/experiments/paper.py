@@ -34,13 +34,13 @@ def paper_accuracy(case: str, norm: str, batch_size: int) -> tuple[float, float]
 
 
 def paper_lr(case: str, norm: str, batch_size: int) -> float | None:
-    """Return the learning rate of the paper's Table 4."""
+    """Return the learning rate of the paper's Table 4; ``None`` if it has none."""
     lr: float | None = _row(case, "learning_rate", batch_size).get(norm)
     return lr
 
 
 def paper_time(name: str, case: str, norm: str, batch_size: int) -> float | None:
-    """Return ``seconds_per_epoch`` or ``minutes`` of the paper's Table 2."""
+    """Return ``seconds_per_epoch`` or ``minutes`` of Table 2; ``None`` if it has none."""
     if case not in paper() or batch_size != _TIMED_BATCH_SIZE:
         return None
     value: float | None = paper()[case]["time"][name].get(norm)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kernelnorm.experiments.data import DATASETS
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.models import list_models
 
@@ -20,8 +21,8 @@ class Recipe:
 
     Args:
         case: the name of the case study, for people and for folders.
-        dataset: ``"digits"``, ``"cifar10"``, ``"imagenette"``, ``"imagewoof"``, or a folder with
-            ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*``.
+        dataset: ``"digits"``, ``"cifar10"``, ``"imagenette"``, ``"imagewoof"``, or a folder: see
+            :func:`kernelnorm.experiments.data.load_images`. A case study has a named one.
         model: one of :func:`kernelnorm.models.list_models`.
         model_options: further keyword arguments of the model.
         image_size: height and width that images are brought to; ``None`` keeps the dataset's.
@@ -77,7 +78,7 @@ IMAGEWOOF = Recipe(
     lr_milestones=(60,),
     lr_table="imagewoof-resnet18",
 )
-DIGITS = replace(  # our own, for a first look: a minute or two on any machine, no download
+DIGITS = replace(  # our own, for a first look: seconds on any machine, no download
     CIFAR10,
     case="digits-vgg8",
     dataset="digits",
@@ -86,7 +87,7 @@ DIGITS = replace(  # our own, for a first look: a minute or two on any machine, 
     epochs=8,
 )
 RECIPES = {recipe.case: recipe for recipe in (DIGITS, CIFAR10, IMAGENETTE, IMAGEWOOF)}
-NAMED_DATASETS = {recipe.dataset for recipe in RECIPES.values()}
+NAMED_DATASETS = {"digits", *DATASETS}
 """The datasets that are not folders."""
 
 _FAMILIES = {"vgg": CIFAR10, "densenet": IMAGENETTE}

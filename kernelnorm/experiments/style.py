@@ -25,8 +25,8 @@ _NETWORKS = {
     "mobilenet_v3_small": "MobileNetV3-small",
 }
 
-# The norms of the paper and the kernel norm have Okabe and Ito's colours, which the colour-blind
-# can tell apart. So many colours are more than that allows, so each norm has its marker, too.
+# The paper's four norms and a few others have Okabe and Ito's colours, which the colour-blind can
+# tell apart. There are more norms than such colours, so each norm has its marker, too.
 # Lines are solid, as a dashed one is the mean of the last epochs.
 _STYLES = {
     "batch": ("#0072B2", "o"),

@@ -37,7 +37,7 @@ from kernelnorm.experiments.steps import Material, PlainSteps, Steps
 __all__ = ["train"]
 
 _SLOW_LOOKS = 2
-"""So many looks at the loss are slow: start-up, caches, compiling. The speed leaves them out."""
+"""The first readings of the loss include start-up and compiling; the speed leaves them out."""
 
 
 def train(
@@ -242,8 +242,8 @@ class _Training:
 
     def _pause(self) -> None:
         self._save()
-        if (sums := self.progress.sums).images and self.fabric.is_global_zero:
-            tqdm.write(pause_line(self.launch.max_steps, sums))
+        if self.fabric.is_global_zero:
+            tqdm.write(pause_line(self.launch.max_steps, self.progress.sums))
 
     def _save_if_due(self) -> None:
         due = time.perf_counter() - self.saved >= 60 * self.launch.checkpoint_minutes
@@ -292,9 +292,9 @@ def _private() -> Any:
         RunError: it is not installed.
     """
     try:
-        from kernelnorm.experiments import private
+        from kernelnorm.experiments import private_steps
     except ModuleNotFoundError as error:
         raise RunError(
             f"private training needs {error.name}: pip install 'kernelnorm[private]'"
         ) from error
-    return private
+    return private_steps

@@ -101,7 +101,8 @@ class Norm:
         layer: makes what follows a convolution, from the number of channels, with the activation
             where the norm has its own
         conv: makes a convolution, from the arguments of :class:`torch.nn.Conv2d`
-        bias: whether convolutions have a bias, where the norm has no shift
+        bias: true for a norm without a shift: the convolutions then have a bias. Kernel networks
+            have KNConvs with a bias in place of ``layer`` and ``conv``
         without_activation: makes ``layer`` without its activation. ``None``: it has none
         alpha: the factor of the branches of residual blocks, whose input is then divided by the
             deviation that follows from it. ``None``: there are no factors

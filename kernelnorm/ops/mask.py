@@ -34,7 +34,7 @@ class Keys(NamedTuple):
 
 
 def rounded_p(p: float) -> float:
-    """The dropout probability in steps of 1/65536, which is the exact probability of a mask."""
+    """The dropout probability in steps of 1/65536, the probability of a mask to within 1e-8."""
     return min(round(p * _RESOLUTION), _RESOLUTION - 1) / _RESOLUTION
 
 

@@ -58,9 +58,10 @@ def forward(
     # A mask moves mu by far more than rounding does, and the variance that stands for it in
     # evaluation keeps |mu| rstd small. Otherwise <u, W> - mu S can be the difference of two large
     # numbers, unless the filters are centred; what rounding leaves of their sums is subtracted.
-    # Here rounding is harmless without that:
+    # In these cases the filters need not be centred:
     harmless = x.dtype == dtype and (settings.masked or settings.p >= _LEAST_P)
-    apart = settings.masked or settings.groups > 1  # a filter's mean then meets another than mu
+    # A centred filter needs two terms where the plain mean of what it meets is not mu.
+    apart = settings.masked or settings.groups > 1
     centred = not harmless or (backend.centres_filters and not apart)
     statistics = backend.window_statistics(x, keys, settings, centred and apart)
     elements = tuple(range(1, weight.dim()))

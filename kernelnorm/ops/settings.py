@@ -39,7 +39,7 @@ class Constants(NamedTuple):
         \text{var}(u') = V + \kappa (V + \mu^2)
 
     The gradient of each unmasked element :math:`x` is
-    :math:`\text{grad\_mean} \, d\mu + \text{grad\_var} \, x \, dV`.
+    :math:`\text{grad\_mean} \, d\mu + \text{grad\_var} \, x \, d\text{var}(u')`.
     """
 
     mean: float

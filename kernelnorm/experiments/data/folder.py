@@ -23,7 +23,7 @@ OWN_SPLIT = f"one fifth of each class for testing, seed {SPLIT_SEED}"
 
 
 class Files(NamedTuple):
-    """The image files of a split; ``split`` says how we divided a folder that was not."""
+    """The image files of a split; ``split``: how a folder without a split was divided."""
 
     folder: Path
     files: list[Path]

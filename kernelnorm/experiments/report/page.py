@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kernelnorm.experiments.config import AGC, RunConfig
 from kernelnorm.experiments.paper import paper
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.report.blocks import Entry, Picture, Table
 from kernelnorm.experiments.report.collect import Collection
 from kernelnorm.experiments.report.figures import section_pictures

@@ -89,7 +89,10 @@ class Backend(Protocol):
         settings: Settings,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the input and of the centred filters."""
+        """Gradients of the input and of the centred filters.
+
+        Private training calls it by itself, with a ``mu`` of zeros and a group for each sample.
+        """
 
     def statistics_backward(
         self, grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings

@@ -1,6 +1,6 @@
 """The primitives in PyTorch operations: every device and dtype, and differentiable.
 
-This backend is also what compilers export, what functional transforms see, and what the tests
+This backend is also what exporters record, what functional transforms see, and what the tests
 compare the other backends with.
 """
 

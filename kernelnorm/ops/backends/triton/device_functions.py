@@ -92,6 +92,6 @@ def keep(pixel_keys, channel_keys, threshold):
 
 @jit
 def is_kept(element, threshold, MULTIPLIER: tl.constexpr = HASH_MULTIPLIER):
-    """The same for products of keys."""
+    """True where the mask keeps an element; ``element`` is the product of all its keys."""
     element = (element ^ ((element >> 15) & 0x1FFFF)) * MULTIPLIER
     return element >= threshold

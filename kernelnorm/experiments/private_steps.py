@@ -28,7 +28,7 @@ from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.data.poisson import PoissonSampling
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
-from kernelnorm.experiments.privacy import Privacy
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.runs import Metrics
 from kernelnorm.experiments.steps import Material, forward, make_optimizer
 from kernelnorm.privacy.engine import BookkeepingModule, BookkeepingOptimizer
@@ -73,9 +73,10 @@ class Batch(NamedTuple):
 class Seeds:
     """Seeds of the batch and of the noise of each step, all of them different within a run.
 
-    They depend on the whole configuration, the images, the noise and the versions. Runs that shared
-    their noise would tell it, since it could be computed from the difference of their weights. The
-    noise of two runs of T steps overlaps with a probability of about 2 T / 2**32.
+    They depend on the configuration (all but the names of case and data set), the images, the noise
+    and the versions. Runs that shared their noise would tell it, since it could be computed from
+    the difference of their weights. The noise of two runs of T steps overlaps with a probability of
+    about 2 T / 2**32.
     """
 
     def __init__(self, config: RunConfig, images: Images, per_epoch: int, noise: float) -> None:
@@ -92,14 +93,17 @@ class Seeds:
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
-    """On GPUs, products of 10 bits would clip by norms of other gradients than are summed."""
-    before = torch.backends.cudnn.allow_tf32
+def _full_precision() -> Iterator[None]:
+    """Compute float32 products in float32: TF32 would round a norm otherwise than what it clips."""
+    convolutions = torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 class PrivateSteps:
@@ -159,7 +163,7 @@ class PrivateSteps:
         """See :class:`kernelnorm.experiments.steps.Steps`."""
         return (Batch(epoch, step) for step in range(start_step, self.per_epoch))
 
-    @_without_tf32()
+    @_full_precision()
     def take(self, batch: Batch) -> tuple[Tensor, int]:
         """See :class:`kernelnorm.experiments.steps.Steps`.
 
