@@ -117,20 +117,22 @@ def print_table(results: Results) -> None:
         print(f"| KernelNorm − {LABELS[norm]} |" + "".join(f" {text} |" for text in texts))
 
 
-def draw(results: Results) -> Figure:
-    """Draws the accuracy against the budget, a curve for each norm."""
+def draw(results: Results, standardised: Results) -> Figure:
+    """Draws the accuracy against the budget, a curve for each norm and for GroupNorm on both."""
     norms, budgets = cells_of(results)
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for norm in norms:
-        found = {e: estimate([*results[norm, e].values()]) for e in budgets if (norm, e) in results}
+    fair = {**line_style("group"), "label": "GroupNorm, standardised", "linestyle": ":"}
+    curves = [(results, norm, line_style(norm)) for norm in norms] + [(standardised, "group", fair)]
+    for cells, norm, style in curves:
+        found = {e: estimate([*cells[norm, e].values()]) for e in budgets if (norm, e) in cells}
         known = {epsilon: x for epsilon, x in found.items() if x is not None}
         axes.errorbar(
             [*known],
             [x.mean for x in known.values()],
             yerr=[bar(x) for x in known.values()],
             capsize=3,
-            **line_style(norm),
+            **style,
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [f"{epsilon:g}" for epsilon in budgets])
@@ -162,7 +164,7 @@ def main() -> None:
         print_table(read(args.out))
         return
     if args.what == "picture":
-        write_atomically(args.file, png(draw(read(args.out))))
+        write_atomically(args.file, png(draw(read(args.out), read(args.out / "standardised"))))
         return
     for options in STANDARDISED if args.standardise else STAGES:
         plan = stage(*options, standardise=args.standardise)

@@ -11,7 +11,7 @@ from kernelnorm.models import vgg8
 
 def main() -> None:
     if importlib.util.find_spec("opacus") is None:
-        print("this example needs Opacus: pip install 'kernelnorm[private]'")
+        print("this example needs Opacus: pip install '.[private]'")
         return
     from kernelnorm.privacy import PrivacyEngine
 

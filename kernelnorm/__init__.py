@@ -56,7 +56,7 @@ _SOURCES = {
     "Report": "conversion",
     "backend": "functional",
     "convert": "conversion",
-    "load": "experiments.trained",  # needs the packages of kernelnorm[experiments]
+    "load": "experiments.trained",
     "set_evaluation": "modules",
 }
 """The modules of the other public names."""
@@ -68,7 +68,14 @@ if not TYPE_CHECKING:  # type checkers would take every attribute for one that e
             return import_module(f"{__name__}.{name}")
         if name not in _SOURCES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_SOURCES[name]}"), name)
+        try:
+            module = import_module(f"{__name__}.{_SOURCES[name]}")
+        except ModuleNotFoundError as error:
+            if name != "load" or error.name == "torch":
+                raise
+            message = f"kernelnorm.load needs {error.name}: pip install '.[experiments]'"
+            raise ModuleNotFoundError(message, name=error.name) from error
+        value = getattr(module, name)
         globals()[name] = value  # later uses do not come here
         return value
 

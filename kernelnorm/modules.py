@@ -59,9 +59,9 @@ class KernelNorm2d(KernelNormNd):
         kernel_size: the window's height and width, in pixels
         stride: of the window, in pixels. Default: ``kernel_size``
         padding: zeros added on each side of the input, in pixels
-        dropout_p: :math:`p`, in steps of 1/65536. The paper has 0.1 and, before the last pooling of
-            a network, 0.2
-        eps: :math:`\epsilon`, added to the variance
+        dropout_p: :math:`p`, in steps of 1/65536. Default: 0.1. The paper has 0.2 before the
+            last pooling of a network
+        eps: :math:`\epsilon`, added to the variance. Default: 1e-5
         evaluation: the variance in evaluation, see :class:`KNConv2d`
 
     Shape:
@@ -158,14 +158,14 @@ class KNConv2d(KNConvNd, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding: those of :class:`torch.nn.Conv2d`
         dilation, groups, bias, padding_mode, device, dtype: those of :class:`torch.nn.Conv2d`
-        dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536
-        eps: :math:`\epsilon`, added to the variance
+        dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536. Default: 0.1
+        eps: :math:`\epsilon`, added to the variance. Default: 1e-5
         activation: ``"relu"``, ``"leaky_relu"`` or a module. A ReLU or LeakyReLU costs no pass over
             the output and keeps nothing for the backward; its output must not be changed in place
             before the backward, as that of :class:`torch.nn.ReLU`. Another module is applied to
             the output as it is. Default: ``None``
-        evaluation: ``"expected"``, ``"plain"`` or ``"monte_carlo"``; :func:`set_evaluation` changes
-            it in a whole network
+        evaluation: ``"expected"`` (the default), ``"plain"`` or ``"monte_carlo"``;
+            :func:`set_evaluation` changes it in a whole network
 
     Shape:
         - Input: :math:`(N, C_{in}, H, W)` or :math:`(C_{in}, H, W)`

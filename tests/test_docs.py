@@ -101,12 +101,13 @@ def test_the_code_of_the_page_on_training_loads_a_run(capsys: pytest.CaptureFixt
 
 
 def test_the_code_of_the_page_on_conversion_prints_what_it_says(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, printed = re.findall(
+    monkeypatch.chdir(tmp_path)
+    code, printed, saving = re.findall(
         r"```(?:python)?\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL
     )
-    exec(code, {})
+    exec(code + saving, {})
     assert capsys.readouterr().out.strip() == printed.strip()
 
 
@@ -119,7 +120,7 @@ def test_the_code_of_the_page_on_private_training_runs(capsys: pytest.CaptureFix
 
 
 def slow_if_it_exports(page: Path) -> Any:
-    marks = [pytest.mark.slow] if "torch.export" in page.read_text() else []
+    marks = [pytest.mark.slow] if "torch.export.export" in page.read_text() else []
     return pytest.param(page, id=page.stem, marks=marks)
 
 

@@ -113,6 +113,23 @@ def test_public_names() -> None:
     assert callable(kn.convert)
 
 
+def test_load_names_what_is_missing(tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        import kernelnorm as kn
+
+        sys.modules["PIL"] = None
+        kn.KNConv2d
+        try:
+            kn.load
+        except ModuleNotFoundError as error:
+            assert str(error) == "kernelnorm.load needs PIL: pip install '.[experiments]'"
+        else:
+            raise AssertionError
+    """
+    run(code, tmp_path)
+
+
 def test_other_names_are_errors() -> None:
     with pytest.raises(AttributeError, match="module 'kernelnorm' has no attribute 'KNConv4d'"):
         kn.KNConv4d  # noqa: B018

@@ -69,9 +69,10 @@ def convert(
         and ``report.unconverted`` has what could not be converted, with the reasons.
 
     Raises:
-        TypeError: the model is no module, or a scripted one
-        ValueError: the model has no such norms, or has lazy modules without shapes; or it cannot
-            run on ``example_input``; or it needs one, to tell the dimensions of a norm's input
+        TypeError: the model is no module, a scripted one, or wrapped for several processes
+        ValueError: the model has no such norms, has lazy modules without shapes, or cannot be
+            copied; ``rules`` or ``norms`` has a wrong value; or the model cannot run on
+            ``example_input``; or it needs one, to tell the dimensions of a norm's input
 
     Source: Section 3, rules I to IV.
 

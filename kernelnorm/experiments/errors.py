@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "DivergedError", "RunError", "error_message"]
+__all__ = ["DataError", "DivergedError", "RunError", "error_message", "to_install"]
 
 
 class DataError(Exception):
@@ -22,3 +22,8 @@ def error_message(error: Exception) -> str:
     if isinstance(error, (DataError, RunError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def to_install(extra: str) -> str:
+    """Return the command that installs an extra of this package."""
+    return f"pip install 'kernelnorm[{extra}]' (in a checkout: pip install '.[{extra}]')"

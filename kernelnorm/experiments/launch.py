@@ -16,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import kernelnorm
-from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.errors import RunError, to_install
 from kernelnorm.norms import describe
 
 __all__ = [
@@ -66,7 +66,7 @@ class Launch:
         if self.max_steps is not None and self.max_steps < 1:
             raise RunError(f"max_steps must be positive, got {self.max_steps}")
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise RunError("--tensorboard needs: pip install 'kernelnorm[tensorboard]'")
+            raise RunError(f"--tensorboard needs: {to_install('tensorboard')}")
 
 
 def make_fabric(accelerator: str, *, devices: int = 1, precision: str = "32-true") -> Fabric:

@@ -18,7 +18,7 @@ from kernelnorm.experiments import state
 from kernelnorm.experiments.checks import check_config, check_data
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.console import Bar, epoch_line, pause_line, start_line
-from kernelnorm.experiments.errors import DivergedError, RunError
+from kernelnorm.experiments.errors import DivergedError, RunError, to_install
 from kernelnorm.experiments.evaluation import measure
 from kernelnorm.experiments.inputs import check_splits, describe, load_split, make_preprocess
 from kernelnorm.experiments.launch import (
@@ -294,7 +294,5 @@ def _private() -> Any:
     try:
         from kernelnorm.experiments import private_steps
     except ModuleNotFoundError as error:
-        raise RunError(
-            f"private training needs {error.name}: pip install 'kernelnorm[private]'"
-        ) from error
+        raise RunError(f"private training needs {error.name}: {to_install('private')}") from error
     return private_steps

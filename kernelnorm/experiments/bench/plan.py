@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.errors import RunError, to_install
 from kernelnorm.experiments.style import LABELS, network_label
 from kernelnorm.models import list_models
 from kernelnorm.norms import NORMS
@@ -201,7 +201,7 @@ def _check_private(
     if [*modes] != ["eager"]:
         raise RunError(f"--private needs --modes eager, got {','.join(modes)}")
     if find_spec("opacus") is None:
-        raise RunError("--private needs: pip install 'kernelnorm[private]'")
+        raise RunError(f"--private needs: {to_install('private')}")
 
 
 def _cases(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kernelnorm.experiments.config import RunConfig
-from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.errors import RunError, to_install
 from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.runs import RunFolder
@@ -53,7 +53,7 @@ class RayPool:
         self, launch: Launch, root: Path, address: str, *, gpus: float | None = None, cpus: int = 1
     ) -> None:
         if find_spec("ray") is None:
-            raise RunError("--ray needs: pip install 'kernelnorm[cluster]'")
+            raise RunError(f"--ray needs: {to_install('cluster')}")
         if address not in ("auto", "local") and ":" not in address:
             raise RunError(
                 f"--ray {address}: an address is auto, local or HOST:PORT. Write --ray=ADDRESS, "
