@@ -1,4 +1,4 @@
-# Each target does all of its own set-up, in .venv; Python 3.10 or later is all that has to be there.
+# Each target installs what it needs, into .venv or a folder like it; this takes Python 3.10 or later.
 # A C compiler is optional: without one the layers run in PyTorch operations.
 
 PYTHON ?= python3
@@ -9,17 +9,17 @@ FEDERATED ?= .venv-federated
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 
-# The tensors of the tests and the demo are tiny: more threads would wait for each other.
+# The tensors of the tests and the demo are tiny: with more threads they take longer.
 export OMP_NUM_THREADS ?= 1
 
-# The cluster is started by test-cluster alone: beside other tests it would run out of time.
+# Only test-cluster starts a Ray cluster: in parallel with other tests it would time out.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal \
 	--ignore tests/test_cluster.py --ignore tests/zoo --ignore tests/federated
 # The layers' tests need neither the training programs nor their dependencies.
 LAYERS := $(shell grep -L 'kernelnorm\.\(cli\|experiments\)' tests/test_*.py)
 C_FILES := $(wildcard kernelnorm/ops/backends/cpu/*.c kernelnorm/ops/backends/cpu/*.h)
 SANITIZED := build/sanitize/kernels.so
-# Each of these installations includes the next one.
+# The installation "cluster" includes "dev", which includes "experiments".
 DEV := $(or $(wildcard $(VENV)/.cluster),$(VENV)/.dev)
 EXPERIMENTS := $(or $(wildcard $(DEV)),$(VENV)/.experiments)
 
@@ -45,17 +45,17 @@ test-slow: $(DEV)  ## run the tests marked slow
 
 test-all: test test-slow  ## run all tests
 
-test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster: they start one here
+test-cluster: $(VENV)/.cluster  ## run the tests that need a Ray cluster, and start one here
 	$(BIN)/python -m pytest tests/test_cluster.py
 
 test-newest: $(DEV) $(NEWEST)/.tests  ## run the layers' tests with the newest PyTorch
 	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python $(PYTEST) -m "not slow" $(LAYERS)
 
-test-zoo: $(DEV) $(NEWEST)/.tests  ## test beside timm, torchvision, MONAI and others
+test-zoo: $(DEV) $(NEWEST)/.tests  ## test with networks of timm, torchvision, MONAI and others
 	PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 \
 		--dist worksteal tests/zoo
 
-test-federated: $(FEDERATED)/.app  ## test federated training: Flower's processes run here
+test-federated: $(FEDERATED)/.app  ## test federated training, with processes of Flower
 	$(FEDERATED)/bin/python -m pytest -n 2 --dist worksteal tests/federated
 
 test-sanitize: $(DEV) $(SANITIZED)  ## test the C kernels with the compiler's sanitizers
@@ -64,10 +64,10 @@ test-sanitize: $(DEV) $(SANITIZED)  ## test the C kernels with the compiler's sa
 	$(BIN)/python $(PYTEST) --kernels $(SANITIZED) -k "not triton" \
 		tests/test_backends.py tests/test_fuzz.py tests/test_kernels_*.py
 
-test-pythons: wheel  ## install the wheel in fresh environments, for each Python here: gigabytes
+test-pythons: wheel  ## install the wheel in a fresh environment for each Python here: takes gigabytes
 	$(BIN)/python -m pytest tests/check_pythons.py
 
-gpu-check: $(DEV)  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: on the CPU, a trial
+gpu-check: $(DEV)  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: a trial on the CPU
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry)
 
 wheel: $(DEV)  ## build the wheel in dist, with the C kernels
@@ -112,9 +112,9 @@ $(VENV)/.dev: $(INSTALLED)
 $(VENV)/.cluster: $(INSTALLED)
 	$(call install,dev$(comma)cluster)
 
-# Has nothing of kernelnorm: the tests take it, with its C kernels, from this folder.
-# torchvision's packages need the PyTorch that they were built for. Those without dependencies name
-# an older timm and an OpenCV for desktops; the packages that they import are listed above them.
+# kernelnorm is not installed here: the tests import it, with its C kernels, from this folder.
+# torchvision's packages need the PyTorch that they were built for. The packages after --no-deps
+# require an older timm and an OpenCV for desktops; the packages that they import come before them.
 $(NEWEST)/.tests: constraints.txt Makefile
 	$(call create,$(NEWEST))
 	@grep -v '^\(torch\|triton\)==' constraints.txt > $(NEWEST)/constraints.txt
@@ -126,7 +126,7 @@ $(NEWEST)/.tests: constraints.txt Makefile
 		dynamic-network-architectures mmcv-lite mmengine-lite
 	@touch $@
 
-# Flower names the one Ray that it works with.
+# Flower requires one version of Ray, so the version in constraints.txt is left out.
 $(FEDERATED)/.app: $(INSTALLED) examples/federated/pyproject.toml
 	$(call create,$(FEDERATED))
 	@grep -v '^ray==' constraints.txt > $(FEDERATED)/constraints.txt
@@ -134,7 +134,7 @@ $(FEDERATED)/.app: $(INSTALLED) examples/federated/pyproject.toml
 		'flwr[simulation]==1.42.0' 'ray==2.55.1' hypothesis pytest pytest-xdist
 	@touch $@
 
-# Sees the packages of $(VENV), for the API pages and the notebook: a second PyTorch would be 1 GB.
+# Uses the packages of $(VENV), for the API pages and the notebook: a second PyTorch takes 1 GB.
 $(DOCS)/.docs: constraints.txt Makefile | $(DEV)
 	$(call create,$(DOCS))
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/..')" \

@@ -1,4 +1,4 @@
-"""Builds the C kernels as a plain shared library, which belongs to no version of Python.
+"""Builds the C kernels as a plain shared library, which works with any version of Python.
 
 The rest of the metadata is in pyproject.toml. Without a C compiler the installation succeeds, and
 the layers run in PyTorch operations.
@@ -40,7 +40,7 @@ class BuildLibrary(build_ext):
         """Builds the library, or says in one line that there is none."""
         try:
             super().build_extension(ext)
-        except Exception as error:  # a compiler that is missing or fails, in whichever way
+        except Exception as error:  # the compiler is missing or fails
             self._remove_older_library(ext)
             print(
                 f"kernelnorm: no C kernels, since no C compiler works here ({error}); "
@@ -49,7 +49,7 @@ class BuildLibrary(build_ext):
             )
 
     def _remove_older_library(self, ext: Extension) -> None:
-        """Removes what other versions of the sources became: it would not fit these."""
+        """Removes a library from an earlier build: the Python code may not match it."""
         files = [self.get_ext_fullpath(ext.name)]
         if self.editable_mode:
             files.append(self.get_ext_filename(ext.name))
@@ -59,7 +59,7 @@ class BuildLibrary(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel a platform: the library is called through ctypes, so any Python can load it."""
+    """One wheel per platform: the library is called through ctypes, so any Python can load it."""
 
     def finalize_options(self) -> None:
         """Marks the wheel as bound to its platform."""

@@ -1,6 +1,6 @@
 """Semantic segmentation on CamVid at batch sizes 1, 2 and 8: the study of docs/results/camvid.md.
 
-    python benchmarks/camvid.py run camvid.zip      trains what results.jsonl lacks, in order
+    python benchmarks/camvid.py run camvid.zip      trains the runs that results.jsonl lacks
     python benchmarks/camvid.py table               prints the tables
     python benchmarks/camvid.py cost                measures bytes and seconds of a training step
     python benchmarks/camvid.py picture camvid.zip  draws predictions
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=("run", "table", "cost", "picture"))
     parser.add_argument("archive", type=Path, nargs="?", help="default: generated images")
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"))
-    parser.add_argument("--limit", type=int, default=1000, help="runs, then stop")
-    parser.add_argument("--scale", type=int, default=1, help="of the images, for cost")
+    parser.add_argument("--limit", type=int, default=1000, help="maximum number of runs to train")
+    parser.add_argument("--scale", type=int, default=1, help="factor of the image size, for cost")
     parser.add_argument("--picture", type=Path, default=Path("camvid.png"), help="file to draw")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

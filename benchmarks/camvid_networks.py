@@ -26,7 +26,7 @@ NORMS = {
     "ws_group": "Weight Standardization, GroupNorm",
     "batch": "BatchNorm",
 }
-"""Names for the tables."""
+"""The norms, with their names in the tables."""
 
 
 class DenseLayer(nn.Module):
@@ -46,7 +46,7 @@ class FCDenseNet(nn.Module):
     """A small fully convolutional DenseNet: dense blocks down to a sixteenth, and up to a half.
 
     Source: S. Jegou et al., "The One Hundred Layers Tiramisu", CVPR workshops 2017; here with
-    nearest-neighbour upsampling, and a 1x1 convolution that narrows what goes up.
+    nearest-neighbour upsampling, and 1x1 convolutions that reduce the channels on the way up.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def build(network: str, norm: str) -> nn.Module:
-    """Returns a network; its convolutions depend on PyTorch's seed, not on the norm."""
+    """Returns a network; its first weights depend on PyTorch's seed, not on the norm."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     built = NETWORKS[network](group_norm if norm.endswith("group") else nn.BatchNorm2d)

@@ -1,4 +1,4 @@
-"""What came out of the study on CamVid: tables, costs, a picture."""
+"""The results of the study on CamVid: tables, costs, a picture."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def full_runs(results: Results, network: str, norm: str, batch_size: int) -> dic
 
 
 def print_tables(folder: Path) -> None:
-    """Prints what results.jsonl has, as Markdown."""
+    """Prints the results in results.jsonl as Markdown tables."""
     results = read_results(folder)
     cases = [(n, norm, size) for n in NETWORKS for norm in NORMS for size in (1, 2, 8)]
     print_accuracies(results, cases)
@@ -113,8 +113,8 @@ def print_costs(scale: int, rounds: int = 20) -> None:
     """Prints bytes kept for the backward pass and the CPU time of a step, in interleaved rounds.
 
     Args:
-        scale: the images are that many times as large as those of the runs
-        rounds: timings of each step; the first is left out, the table has the median
+        scale: the factor by which the images are higher and wider than those of the runs
+        rounds: number of timings of each step; the table has the median, without the first
     """
     height, width = scale * HEIGHT, scale * WIDTH
     print("| network | norm | batch size | kept [MB] | step [ms] | of BatchNorm |")
@@ -158,7 +158,7 @@ COLUMNS = {"batch": "BatchNorm", "group": "GroupNorm", "kernel": "kernel, conver
 
 
 def draw_picture(archive: Path | None, folder: Path, file: Path, batch_size: int = 1) -> None:
-    """Draws images of the test split with what networks of the first seed see in them."""
+    """Draws test images, their masks, and the predictions of networks of the first seed."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch

@@ -1,7 +1,7 @@
-"""The runs of the study on CamVid: which there are, and how each is trained.
+"""Plans and trains the runs of the study on CamVid.
 
-The learning rate is the best on the validation images of the first seed; the other seeds take it.
-The search begins with three rates, and goes on until the best has a worse one on either side.
+The learning rate is the best one on the validation images for the first seed; the other seeds use
+it. The search begins with three rates, and goes on until the best has a worse one on either side.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Names the checkpoint."""
+        """The name of the checkpoint, without its suffix."""
         return "-".join(map(str, asdict(self).values()))
 
 
@@ -67,14 +67,14 @@ def mean_iou(result: dict[str, list[float]], split: str) -> float:
 
 
 def tuning_runs(network: str, batch_size: int, norms: Iterable[str]) -> list[Run]:
-    """Returns the runs that can choose learning rates."""
+    """Returns the runs of the first seed at all rates, from which the best rate is chosen."""
     return [
         Run(network, norm, batch_size, rate, SEEDS[0], EPOCHS) for norm in norms for rate in RATES
     ]
 
 
 def scores(results: Results, network: str, norm: str, batch_size: int) -> dict[float, float]:
-    """Returns the mean IoU of the first seed's validation images, by learning rate."""
+    """Returns the mean IoU on the validation images for the first seed, by learning rate."""
     tried = [run for run in tuning_runs(network, batch_size, [norm]) if run in results]
     return {run.rate: mean_iou(results[run], "val") for run in tried}
 
@@ -117,7 +117,7 @@ def load(archive: Path | None) -> Data:
 def train(run: Run, data: Data, folder: Path) -> nn.Module:
     """Returns the trained network; resumes at the last epoch that is in the checkpoint.
 
-    An epoch is a function of the weights, the optimizer, the seed and its number.
+    An epoch depends only on the weights, the state of the optimizer, the seed and its number.
     """
     torch.manual_seed(run.seed)
     network = build(run.network, run.norm).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Trains networks of torchvision and timm at batch size 2, as they are and converted.
+"""Trains networks of torchvision and timm at batch size 2, with BatchNorm and converted.
 
     python benchmarks/convert.py IMAGENETTE_FOLDER
     python benchmarks/convert.py CIFAR10_FOLDER --image-size 32 --networks vgg16_bn
@@ -6,7 +6,7 @@
 
 The search for a learning rate begins with 0.001, 0.003 and 0.01, and goes on until the best has a
 worse one on either side. Each run is a line of RESULTS; runs that have a line are not repeated, so
-the same command continues after an interruption. Needs torchvision and timm beside
+the same command continues after an interruption. Needs torchvision and timm in addition to
 ``kernelnorm[experiments]``.
 """
 
@@ -45,8 +45,9 @@ def make_network(name: str, norm: str, image_size: int) -> nn.Module:
     """Returns a network with random weights; for ``kernel``, the same network converted.
 
     BatchNorm makes the scale of the weights before it irrelevant, so networks draw them in many
-    ways. In a KNConvNet it counts. VGG16 gets the head that is usual for small images, one linear
-    layer on the mean of the last map: its own three have 120 million weights.
+    ways. In a KNConvNet the scale matters, so the weights of its convolutions are drawn again.
+    VGG16 gets the head that is usual for small images, one linear layer on the mean of the last
+    map, since its own three linear layers have 120 million weights.
     """
     network: nn.Module
     if name in torchvision.models.list_models(module=torchvision.models):
@@ -127,7 +128,7 @@ def print_table(results: list[dict]) -> None:
 
 
 def main() -> None:
-    """Runs what RESULTS lacks."""
+    """Trains the runs that RESULTS lacks, or prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/data_path.py digits cifar10 imagenette --data-dir data
 
-Set beside the images per second that training prints, it shows whether data limits training.
+Compare it with the images per second of a training to see whether the data path limits training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernelnorm.experiments.data import Augment, Images, batches, load_images
 def images_per_second(
     images: Images, batch_size: int, augment: Augment | None, device: str, seconds: float
 ) -> float:
-    """Go through epochs until ``seconds`` have passed, after a batch to warm up."""
+    """Return the rate over epochs until ``seconds`` have passed, after a batch to warm up."""
     next(batches(images, batch_size, train=True, augment=augment, device=device))
     seen, epoch, start = 0, 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 32, 256])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each figure")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
     args = parser.parse_args()
 
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")

@@ -12,11 +12,13 @@
   (TF32) and bfloat16, eager, with CUDA graphs and compiled; peak memory.
 - ``train``: CIFAR-10, VGG8, as in the paper, at batch sizes 256 and 32, all runs at once.
 
-Each piece has a time limit. What a piece has printed and measured is in OUT/DEVICE as it goes, and
-README.md there sums it up. With ``--continue`` steps that have ended before are not repeated.
+Each piece has a time limit. A piece writes its output and measurements to OUT/DEVICE while it runs,
+and README.md in this folder sums them up. With ``--continue``, steps that succeeded before are not
+repeated.
 
 The machine needs PyTorch 2.11 or later with Triton, and the packages of ``kernelnorm[dev]``;
-kernelnorm itself is taken from this checkout. Without a network, carry what is missing as wheels:
+kernelnorm itself is taken from this checkout. If the machine has no internet access, download the
+missing packages as wheels on another machine, and bring them:
 
     pip download --only-binary :all: --no-deps -d wheels pytest pluggy iniconfig hypothesis ...
     python benchmarks/gpu_check.py --wheels wheels
@@ -50,7 +52,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = {"suite": 150, "primitives": 30, "bench": 220, "train": 160}
 """Time limit of each piece."""
 GRACE = 10
-"""Seconds in which a stopped program can write what it has."""
+"""Seconds that a stopped program has to write its results."""
 
 
 class Step(NamedTuple):
@@ -72,7 +74,7 @@ def suite(options: argparse.Namespace) -> list[Step]:
         files = [f"tests/{p.name}" for p in tests if not others.search(p.read_text())]
     workers = ["-n", "4"] if find_spec("xdist") and not options.dry else []
     pytest = ["-m", "pytest", "-vv", "--tb", "short", "-p", "no:cacheprovider", "-m", "not slow"]
-    pytest += ["-p", "no:benchmark"]  # a plugin that warns where there are workers
+    pytest += ["-p", "no:benchmark"]  # it warns if there are workers
     return [Step("suite", python(*pytest, *workers, "--device", options.device, *files))]
 
 
@@ -86,7 +88,7 @@ def primitives(options: argparse.Namespace) -> list[Step]:
 
 
 def bench(options: argparse.Namespace) -> list[Step]:
-    """Eager steps first, since compiling takes most of the time."""
+    """Returns the steps; the eager ones come first, since compiling takes most of the time."""
     networks, batches = ("vgg8", "resnet18", "densenet121"), ("2", "32", "256")
     cases = [(network, "eager", ",".join(batches)) for network in networks]
     cases += [
@@ -134,12 +136,12 @@ def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -
         try:
             return "failed" if process.wait(seconds) else "ok"
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # tests and sweeps then say what they have done
+            process.send_signal(signal.SIGINT)  # tests and sweeps print their results
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             return "out of time"
         finally:
-            with suppress(ProcessLookupError):  # of programs that it has started, too
+            with suppress(ProcessLookupError):  # also ends its child processes
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -161,7 +163,7 @@ def has_data(options: argparse.Namespace) -> bool:
 
 
 def keep_metrics(runs: Path, folder: Path) -> None:
-    """Copies what the page shows of the runs, without their checkpoints."""
+    """Copies the metrics and options of the runs, which the page shows, but no checkpoints."""
     for file in runs.glob("*/metrics.jsonl"):
         place = folder / "train" / file.parent.name
         place.mkdir(parents=True, exist_ok=True)
@@ -201,9 +203,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument("--seconds", type=float, help=f"time limit of each piece ({SECONDS})")
     parser.add_argument("--out", type=Path, help="default: docs/results/gpu; with --dry build/gpu")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels of missing packages")
+    parser.add_argument("--wheels", type=Path, help="folder with wheels of missing packages")
     parser.add_argument(
-        "--continue", action="store_true", dest="goes_on", help="leave out steps that ended before"
+        "--continue", action="store_true", dest="goes_on", help="skip steps that succeeded before"
     )
     options = parser.parse_args()
     for piece in options.pieces:
@@ -220,7 +222,7 @@ def main() -> None:
     options.title = f"{name}, PyTorch {torch.__version__}"
     options.data = options.data.expanduser().absolute()
     if not options.goes_on and "train" in (options.pieces or PIECES):
-        shutil.rmtree(options.runs, ignore_errors=True)  # a sweep leaves finished runs out
+        shutil.rmtree(options.runs, ignore_errors=True)  # a sweep would skip finished runs
         shutil.rmtree(options.folder / "train", ignore_errors=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.folder / "steps.json").exists():

@@ -1,4 +1,4 @@
-"""The page that sums up what gpu_check.py has found on a device."""
+"""Writes the page that sums up the results of gpu_check.py on a device."""
 
 from __future__ import annotations
 

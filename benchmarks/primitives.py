@@ -1,10 +1,10 @@
-"""The primitives of a KNConv beside its convolution, each against its floor.
+"""Times the primitives of a KNConv, except its convolution, against the time of a copy.
 
     python benchmarks/primitives.py
     python benchmarks/primitives.py --device cuda --dtype bfloat16 --batch-size 128
 
-The floor of a primitive is the time in which the machine copies as many bytes as the primitive
-reads and writes of its large tensors. Medians of interleaved rounds.
+The floor of a primitive is the time that a copy needs to read and write as many bytes as the
+primitive reads and writes of large tensors. All times are medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16")
-    parser.add_argument("--rounds", type=int, default=50, help="rounds of each (default: 50)")
-    parser.add_argument("--batch-size", type=int, help="of all layers (default: 32, 8, 8)")
+    parser.add_argument("--rounds", type=int, default=50, help="timing rounds (default: 50)")
+    parser.add_argument("--batch-size", type=int, help="for all layers (default: 32, 8, 8)")
     options = parser.parse_args()
     keep_freed_memory()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)

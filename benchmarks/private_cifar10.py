@@ -1,13 +1,13 @@
 """Accuracy against privacy on CIFAR-10: a study.
 
-    python benchmarks/private_cifar10.py run --data-dir data      trains what is missing
+    python benchmarks/private_cifar10.py run --data-dir data      trains the missing runs
     python benchmarks/private_cifar10.py dry-run                  lists the runs
     python benchmarks/private_cifar10.py table                    prints the accuracies
-    python benchmarks/private_cifar10.py picture private.png      draws them
+    python benchmarks/private_cifar10.py picture private.png      draws the accuracies
 
-For each norm and budget, seed 0 searches the learning rate, as ``kernelnorm reproduce`` does; for
-kernel, group and ws_group other seeds repeat the best one. Stop it at will, and run it again to
-resume.
+For each norm and budget, seed 0 searches the learning rate, as ``kernelnorm reproduce`` does. For
+kernel, group and ws_group, seeds 1 to 3 repeat the best rate. You can stop the study at any time;
+run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STANDARDISED = (
     *((epsilon, ("group",), (1, 2, 3)) for epsilon in (3.0, 1.0, 8.0)),
     (3.0, ("ws_group",), (1, 2, 3)),
 )
-"""Those of ``--standardise``."""
+"""The stages with ``--standardise``."""
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
 CHOICES: dict[str, Any] = {
     "batch_sizes": [1024],
@@ -69,7 +69,7 @@ def stage(
 
 
 def read(out: Path) -> Results:
-    """Returns accuracies at the best rate of the tuning seed: of the repetitions, else its own."""
+    """Returns the accuracies at the best rate; the tuning seed counts if there is no other."""
     found: defaultdict[tuple[str, float], dict[tuple[float, int], float]] = defaultdict(dict)
     for path in sorted(out.glob("*/config.yaml")):
         folder = RunFolder(path.parent)
@@ -118,7 +118,7 @@ def print_table(results: Results) -> None:
 
 
 def draw(results: Results, standardised: Results) -> Figure:
-    """Draws the accuracy against the budget, a curve for each norm and for GroupNorm on both."""
+    """Draws accuracy against budget: a curve for each norm, and for standardised GroupNorm."""
     norms, budgets = cells_of(results)
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -144,21 +144,22 @@ def draw(results: Results, standardised: Results) -> Figure:
 
 
 def main() -> None:
-    """Runs the stages one after the other, or shows what there is."""
+    """Runs or lists the stages one after the other, or prints or draws their results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=["run", "dry-run", "table", "picture"])
-    parser.add_argument("file", type=Path, nargs="?", default=Path("private.png"), help="a picture")
+    parser.add_argument("file", type=Path, nargs="?", default=Path("private.png"), help="PNG file")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/private-cifar10"))
     parser.add_argument(
         "--standardise",
         action="store_true",
-        help="subtract 0.5 from pixels and divide by 0.25: what KernelNorm does by itself, for\n"
-        "GroupNorm, and for WS + GroupNorm at epsilon 3; give another --out",
+        help="train GroupNorm, and WS + GroupNorm at epsilon 3, on pixels minus 0.5, divided by\n"
+        "0.25: KernelNorm standardises by itself. Give --out runs/private-cifar10/standardised,\n"
+        "where picture looks for these runs",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs (default: 2)")
     args = parser.parse_args()
     if args.what == "table":
         print_table(read(args.out))

@@ -7,7 +7,7 @@ import kernelnorm
 
 
 class Block(nn.Module):
-    """Two convolutions beside the identity, as torchvision writes them."""
+    """A residual block of two convolutions, written as in torchvision."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

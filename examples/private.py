@@ -1,4 +1,4 @@
-"""Differentially private training of a kernel network: Opacus' engine, one backward pass a step."""
+"""Differentially private training of a kernel network, with one backward pass per step."""
 
 import importlib.util
 import warnings

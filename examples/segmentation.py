@@ -1,4 +1,4 @@
-"""Segment street scenes with one image a batch: a U-Net with BatchNorm, converted to KNConvs.
+"""Segment street scenes with one image per batch: a U-Net with BatchNorm, converted to KNConvs.
 
     python examples/segmentation.py camvid.zip
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x):
-        """Returns maps of half the size, if the stride is 2."""
+        """Returns maps of the same size, or of half the size if the stride is 2."""
         return self.relu(self.body(x) + self.shortcut(x))
 
 
@@ -88,7 +88,7 @@ def load(archive, split):
 
 
 def train_epoch(network, optimizer, images, masks, batch_size, seed):
-    """Shows all images once, in random order, each mirrored or not."""
+    """Trains on each image once, in random order; mirrors each with probability 0.5."""
     random = torch.Generator().manual_seed(seed)
     network.train()
     for batch in torch.randperm(len(images), generator=random).split(batch_size):

@@ -1,4 +1,4 @@
-"""Run a network on a large image in tiles: exact, where all of its layers are local."""
+"""Run a network on a large image in tiles: the result is exact if all of its layers are local."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ def block(norm: str, in_channels: int, out_channels: int) -> nn.Module:
 
 
 def in_tiles(network: nn.Module, image: Tensor, tile: int, overlap: int) -> Tensor:
-    """Cuts the image, with ``overlap`` pixels around each tile, and joins the tiles' outputs."""
+    """Runs the network on each tile with ``overlap`` pixels around it, and joins the outputs."""
     rows: list[list[Tensor]] = []
     for top in range(0, image.shape[-2], tile):
         rows.append([])
@@ -23,7 +23,7 @@ def in_tiles(network: nn.Module, image: Tensor, tile: int, overlap: int) -> Tens
             y, x = max(top - overlap, 0), max(left - overlap, 0)
             crop = image[..., y : top + tile + overlap, x : left + tile + overlap]
             out = network(crop)
-            a, b = out.shape[-1], crop.shape[-1]  # so many output pixels for pixels of the image
+            a, b = out.shape[-1], crop.shape[-1]  # a output pixels for b image pixels
             out = out[..., (top - y) * a // b :, (left - x) * a // b :]  # without the overlap
             rows[-1].append(out[..., : tile * a // b, : tile * a // b])
     return torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)

@@ -59,9 +59,9 @@ _SOURCES = {
     "load": "experiments.trained",
     "set_evaluation": "modules",
 }
-"""The modules of the other public names."""
+"""The module of each public name that is not a submodule itself."""
 
-if not TYPE_CHECKING:  # type checkers would take every attribute for one that exists
+if not TYPE_CHECKING:  # else type checkers would accept every name as an attribute
 
     def __getattr__(name: str) -> Any:
         if name in _SUBMODULES:
@@ -76,7 +76,7 @@ if not TYPE_CHECKING:  # type checkers would take every attribute for one that e
             message = f"kernelnorm.load needs {error.name}: pip install '.[experiments]'"
             raise ModuleNotFoundError(message, name=error.name) from error
         value = getattr(module, name)
-        globals()[name] = value  # later uses do not come here
+        globals()[name] = value  # later uses skip this function
         return value
 
 

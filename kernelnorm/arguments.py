@@ -1,4 +1,4 @@
-"""Checks of what users pass: each error names the argument, its value and what was expected."""
+"""Checks the arguments of users: each error names the argument, its value and what is expected."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from kernelnorm.ops.windows import Geometry
 
 Evaluation = Literal["expected", "plain", "monte_carlo"]
-"""What stands in evaluation for the dropout on the statistics; see :class:`kernelnorm.KNConv2d`."""
+"""What replaces the dropout on the statistics in evaluation; see :class:`kernelnorm.KNConv2d`."""
 
 _EVALUATIONS = get_args(Evaluation)
 
-# The names that torch.nn gives, and those of torch.nn.functional.pad.
+# The padding modes of torch.nn, each with its name in torch.nn.functional.pad.
 PADDING_MODES = {
     "zeros": "constant",
     "reflect": "reflect",
@@ -32,7 +32,7 @@ def geometry(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
 ) -> Geometry:
-    """How the window slides over ``d`` dimensions; named paddings are left to :func:`pad_first`."""
+    """The checked geometry of the window; a named padding is 0 here, see :func:`pad_first`."""
     kernel_size = integers("kernel_size", kernel_size, d, at_least=1)
     stride = integers("stride", stride, d, at_least=1)
     dilation = integers("dilation", dilation, d, at_least=1)
@@ -51,12 +51,12 @@ def pad_first(
 ) -> tuple[tuple[int, ...], Geometry]:
     """How to pad the input before a convolution, and the geometry of that convolution.
 
-    A convolution pads with zeros, and opposite sides alike. For other paddings the input is padded
-    first.
+    A convolution pads with zeros only, and pads opposite sides alike. Any other padding is a step
+    of its own before the convolution.
 
     Returns:
-        The sides as :func:`torch.nn.functional.pad` takes them, empty if the convolution pads; and
-        the geometry with the padding that is left.
+        The padding of the input in the format of :func:`torch.nn.functional.pad`, empty if the
+        convolution pads; and the geometry with the padding that the convolution adds.
     """
     size, stride, before, dilation = geometry
     after = before
@@ -75,7 +75,7 @@ def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int)
     """One integer for each of ``d`` dimensions, from a number or a sequence."""
     several = isinstance(value, Iterable) and not isinstance(value, str)
     values: tuple[Any, ...] = tuple(value) if several else (value,) * d  # type: ignore[arg-type]
-    if not all(isinstance(v, int) for v in values):  # such as NumPy's integers
+    if not all(isinstance(v, int) for v in values):  # such as the integers of NumPy
         values = tuple(v.__index__() if hasattr(v, "__index__") else v for v in values)
     if len(values) == 1:
         values = values * d
@@ -87,7 +87,7 @@ def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int)
 
 
 def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
-    """The arguments that KernelNorm and KNConv share."""
+    """Checks the arguments that KernelNorm and KNConv share."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     if not 0 < eps < math.inf:
@@ -96,18 +96,19 @@ def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
         raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 
 
-_LEAST_SLOPE = 1e-3  # the output of a flatter LeakyReLU would tell too little about its input
+_LEAST_SLOPE = 1e-3  # the backward pass divides by the slope to get the input of a LeakyReLU
 
 
 def has_slope(negative_slope: float) -> bool:
-    """True if a KNConv can compute a LeakyReLU of this slope with its output."""
+    """True if a KNConv can fuse a LeakyReLU of this slope."""
     return _LEAST_SLOPE <= negative_slope <= 1
 
 
 def fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
-    """The name and negative slope of the activation that a KNConv computes with its output.
+    """The name and negative slope of the activation that a KNConv fuses.
 
-    The name is ``None`` for modules that are applied to the output afterwards.
+    The name is ``None`` without an activation, and for a module that the layer applies to its
+    output afterwards.
     """
     if type(activation) is nn.LeakyReLU and has_slope(activation.negative_slope):
         return "leaky_relu", activation.negative_slope
@@ -115,12 +116,12 @@ def fused(activation: str | nn.Module | None) -> tuple[str | None, float]:
 
 
 def slope(activation: str | None, negative_slope: float) -> float | None:
-    """The factor of negative outputs; ``None`` without an activation."""
+    """The slope of the activation for negative numbers; ``None`` without an activation."""
     return {None: None, "relu": 0.0, "leaky_relu": negative_slope}[activation]
 
 
 def check_convolution(activation: str | None, negative_slope: float, padding_mode: str) -> None:
-    """The arguments of KNConv about its activation and its padding."""
+    """Checks the activation and the padding mode of a KNConv."""
     if activation not in (None, "relu", "leaky_relu"):
         raise ValueError(
             f"activation must be None, 'relu', 'leaky_relu' or a layer's module, got {activation!r}"
@@ -132,7 +133,7 @@ def check_convolution(activation: str | None, negative_slope: float, padding_mod
 
 
 def check_input(shape: Sequence[int], dtype: torch.dtype, d: int) -> None:
-    """A floating-point tensor with ``d`` spatial dimensions, with or without a batch."""
+    """Checks for a floating-point input with ``d`` spatial dimensions, with or without a batch."""
     if not dtype.is_floating_point:
         raise TypeError(f"input must be a real floating-point tensor, got {dtype}")
     if len(shape) not in (d + 1, d + 2):
@@ -143,7 +144,7 @@ def check_input(shape: Sequence[int], dtype: torch.dtype, d: int) -> None:
 
 
 def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
-    """One, two or three spatial dimensions, as ``name`` has them."""
+    """Checks that the argument ``name`` is for one, two or three spatial dimensions."""
     if d not in (1, 2, 3):
         raise ValueError(
             f"{name} must be for 1, 2 or 3 spatial dimensions, not {d}, got {tuple(shape)}"
@@ -151,7 +152,7 @@ def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
 
 
 def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Channels that the groups share out evenly."""
+    """Checks that ``groups`` divides the numbers of channels."""
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must be positive and divide in_channels={in_channels} and "
@@ -166,7 +167,7 @@ def check_filters(
     bias: Sequence[int] | None,
     groups: int,
 ) -> None:
-    """Shapes of a weight and a bias that fit the input's and each other."""
+    """Checks that the shapes of input, weight and bias fit each other."""
     out_channels, in_channels, d = weight[0], weight[1] * groups, len(weight) - 2
     if not weight_dtype.is_floating_point:
         raise TypeError(f"weight must be a real floating-point tensor, got {weight_dtype}")
@@ -184,7 +185,7 @@ def check_filters(
 
 
 def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """One dtype for all."""
+    """Checks that input, weight and bias have one dtype."""
     dtype = input.dtype
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         others = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
@@ -192,13 +193,13 @@ def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
 
 def check_tensor(input: Tensor) -> None:
-    """A tensor, and not an array of NumPy, say."""
+    """Checks that the input is a tensor, not a NumPy array for example."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
 
 
 def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """One device for all."""
+    """Checks that input, weight and bias are on one device."""
     check_tensor(input)
     device = input.device
     if weight.device != device or (bias is not None and bias.device != device):
@@ -211,7 +212,7 @@ def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 
 def check_windows_fit(sizes: Sequence[int], geometry: Geometry) -> None:
-    """At least one window in an input of these spatial sizes, with its padding."""
+    """Checks that a window fits into the padded input; ``sizes`` are those without the padding."""
     for i, size in enumerate(sizes):
         padded = size + 2 * geometry.padding[i]
         if geometry.reach(i) > padded:

@@ -1,4 +1,4 @@
-"""What the layers of one, two and three dimensions share: arguments, forward and ``repr``."""
+"""The base classes of the layers: arguments, ``forward`` and ``repr``, for any dimension."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class KNConvNd(nn.Module):
     def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
         """See :meth:`torch.nn.Module.register_forward_hook`.
 
-        Those of Opacus also keep the dropout mask, see :mod:`kernelnorm.privacy`.
+        A hook of Opacus also keeps the dropout mask of the call, see :mod:`kernelnorm.privacy`.
         """
         owner = type(getattr(hook, "__self__", None))
         if any(base.__module__.startswith("opacus.") for base in owner.__mro__):
@@ -160,7 +160,7 @@ class KNConvNd(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as ``print(module)`` shows them."""
         convolution = super().extra_repr()
-        named = isinstance(self.activation, str)  # a module is shown below this line
+        named = isinstance(self.activation, str)  # print shows a module on a line of its own
         activation = f", activation={self.activation}" if named else ""
         return (
             f"{convolution}, dropout_p={self.dropout_p}, eps={self.eps}{activation}"

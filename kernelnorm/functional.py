@@ -34,12 +34,14 @@ def kernel_norm(
 ) -> Tensor:
     r"""Normalises each window of the input by its own mean and variance.
 
-    See :class:`~kernelnorm.KernelNorm2d` for the formula and the arguments. There are as many
-    spatial dimensions as numbers in ``kernel_size``; with a single number the input has a batch.
+    See :class:`~kernelnorm.KernelNorm2d` for the formula and the arguments. A sequence
+    ``kernel_size`` has one number for each spatial dimension. If it is one integer, the input must
+    have a batch.
 
     Shape:
-        - input: :math:`(N, C, L_1, ..., L_d)` with :math:`d` of 1, 2 or 3
-        - Output: :math:`(N, C, O_1, ..., O_d)`,
+        - input: :math:`(N, C, L_1, ..., L_d)` or :math:`(C, L_1, ..., L_d)` with :math:`d` of 1, 2
+          or 3
+        - Output: :math:`(N, C, O_1, ..., O_d)` or :math:`(C, O_1, ..., O_d)`,
           :math:`O_i = k_i \lfloor (L_i + 2 p_i - k_i) / s_i + 1 \rfloor`
 
     Raises:
@@ -92,7 +94,7 @@ def _normalize(x: Tensor, settings: Settings) -> Tensor:
 
 
 def _normalize_masked(x: Tensor, settings: Settings) -> Tensor:
-    """The same with a mask for each window, by Equations 1 to 3 over unfolded windows."""
+    """Unfolds the windows and computes Equations 1 to 3, with a mask for each window."""
     geometry, d = settings.geometry, x.dim() - 2
     # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
     u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
@@ -158,7 +160,7 @@ def kn_conv(
     x = input if plan.batched else input.unsqueeze(0)
     if plan.sides:
         x = F.pad(x, plan.sides, plan.mode)
-    x = _autocast(x, weight, bias)  # padding may have left autocast's dtype
+    x = _autocast(x, weight, bias)  # after F.pad, which may change the dtype
     keys = draw_keys(x.shape, x.device) if plan.settings.masked else None
     y = knconv.kn_conv(x, weight, bias, keys, plan.settings)
     return y if plan.batched else y.squeeze(0)
@@ -191,10 +193,10 @@ class _Plan(NamedTuple):
 
 
 def _plan_for(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> _Plan:
-    """Checks the arguments of :func:`kn_conv` and derives its plan; remembers both.
+    """Checks the arguments of :func:`kn_conv` and returns its plan, which is cached.
 
     Args:
-        options: the arguments that are not tensors, in their order
+        options: the arguments of :func:`kn_conv` after the tensors, in the same order
     """
     sizes = observers.sizes(input), observers.sizes(weight)
     shape_of_bias = None if bias is None else observers.sizes(bias)
@@ -248,7 +250,7 @@ _remembered_plan = functools.lru_cache(maxsize=4096)(_plan)
 
 
 def _hashable(key: tuple[Any, ...]) -> bool:
-    """False for lists and symbolic sizes."""
+    """False if the key has lists or symbolic sizes."""
     try:
         hash(key)
     except TypeError:

@@ -1,7 +1,8 @@
-"""Networks as folders of a configuration and safetensors, here or on the Hugging Face Hub.
+"""Saves networks as folders, and loads them from a folder or from the Hugging Face Hub.
 
-Nothing is unpickled. Folders need the package safetensors; repositories on the Hub need
-huggingface_hub, too. Both are imported when a function needs them.
+A folder has a configuration and the weights, as safetensors: nothing is unpickled. Folders need the
+package safetensors; repositories on the Hub need huggingface_hub, too. Both are imported when
+a function needs them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["from_pretrained", "save_pretrained"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-"""The names of the two files, those of Hugging Face's libraries."""
+"""The names of the two files, as in Hugging Face's libraries."""
 
 
 def save_pretrained(network: nn.Module, folder: str | Path) -> None:
@@ -35,14 +36,15 @@ def save_pretrained(network: nn.Module, folder: str | Path) -> None:
     ``hf upload NAME/REPOSITORY FOLDER`` puts the folder on the Hub.
 
     Args:
-        network: what :func:`kernelnorm.models.create_model` returned. Its weights may have
-            changed, its layers not
-        folder: is created if it does not exist; files of the two names are replaced
+        network: a network of :func:`kernelnorm.models.create_model`. Its weights may have changed
+            since, but not its layers
+        folder: the folder, which is created if it does not exist; existing files of the two names
+            are replaced
 
     Raises:
         ImportError: the package safetensors is not installed
-        ValueError: ``create_model`` did not make the network, the network has other layers than
-            ``create_model`` makes, or an option cannot be written as JSON
+        ValueError: ``create_model`` did not make the network, its layers have changed since, or an
+            option cannot be written as JSON
 
     Example::
 
@@ -65,15 +67,17 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
 
     Args:
         source: a folder, or the name of a repository on the Hub, ``user/name``
-        download: for a repository, what ``huggingface_hub.hf_hub_download`` takes: ``revision``,
+        download: for a repository, options of ``huggingface_hub.hf_hub_download``: ``revision``,
             ``token``, ``cache_dir``, ``local_files_only`` and others
 
     Raises:
-        FileNotFoundError: there is no such folder, or it lacks one of the two files
+        FileNotFoundError: the folder does not exist, or lacks one of the two files
         ImportError: a package that is needed is not installed
-        ValueError: a file is damaged, or the configuration has other fields than those that
-            ``save_pretrained`` writes, or describes no network
-        RuntimeError: the weights are not those of the configuration's network
+        ValueError: a file is damaged, the configuration has other fields than those that
+            ``save_pretrained`` writes or describes no network, or there are download options for a
+            folder
+        RuntimeError: the names or shapes of the weights are not those of the configuration's
+            network
     """
     safetensors = _needed("safetensors.torch", "safetensors")
     files = [_find(source, name, download) for name in (CONFIG, WEIGHTS)]
@@ -85,7 +89,7 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
         mapped = safetensors.load_file(files[1])
     except _needed("safetensors", "safetensors").SafetensorError as error:
         raise ValueError(f"{files[1]} is damaged: {error}") from error
-    # copied, since safetensors maps the file: a network must outlive it
+    # Copied: safetensors maps the file into memory, and the file may change or disappear.
     weights = {name: tensor.clone() for name, tensor in mapped.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval()
@@ -117,7 +121,7 @@ def _find(source: str | Path, name: str, download: Mapping[str, Any]) -> Path:
 
 
 def _config_of(network: nn.Module) -> dict[str, Any]:
-    """What create_model needs to make the network, with the options that have defaults."""
+    """The arguments of create_model that rebuild the network, including defaults of its options."""
     given = getattr(network, "kernelnorm_config", None)
     if given is None:
         raise ValueError(
@@ -168,7 +172,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _empty_network(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a configuration, without memory for its weights."""
+    """The network of a configuration, on the meta device: its weights take no memory."""
     options = {"norm": config["norm"], "rules": config["rules"], **config["options"]}
     with torch.device("meta"):
         return models.create_model(config["name"], **options)

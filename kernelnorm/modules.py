@@ -22,7 +22,7 @@ __all__ = [
 class KernelNorm1d(KernelNormNd):
     r"""Normalises each window of :math:`(N, C, L)` inputs by its own mean and variance.
 
-    See :class:`KernelNorm2d`, of which this is the form for one spatial dimension.
+    :class:`KernelNorm2d` for one spatial dimension: see there for the formula and the arguments.
 
     Shape:
         - Input: :math:`(N, C, L)` or :math:`(C, L)`
@@ -41,28 +41,29 @@ class KernelNorm1d(KernelNormNd):
 class KernelNorm2d(KernelNormNd):
     r"""Normalises each window of :math:`(N, C, H, W)` inputs by its own mean and variance.
 
-    A window :math:`u` has all channels and slides like a pooling window; the normalised windows are
-    laid side by side. There are no parameters and no running statistics, and samples do not see
-    each other. With :math:`m` a dropout mask of the window's own (0 with probability :math:`p`,
-    else :math:`1/(1-p)`):
+    A window :math:`u` has all channels and slides like a pooling window; the output has the
+    normalised windows side by side. There are no parameters and no running statistics, and samples
+    do not influence each other. Each window has its own dropout mask :math:`m` (0 with probability
+    :math:`p`, else :math:`1/(1-p)`):
 
     .. math::
         u' = m u \qquad
         \hat u = \frac{u - \text{mean}(u')}{\sqrt{\text{var}(u') + \epsilon}}
 
-    Mean and (biased) variance are those of the dropped-out window :math:`u'`, the elements that
-    they normalise are the original ones: a regularising effect. Padded zeros are elements of their
-    windows. Where windows overlap, elements appear in the output more than once; where the stride
-    is larger than the window, some do not appear.
+    The mean and the (biased) variance of the dropped-out window :math:`u'` normalise the original
+    elements :math:`u`, which has a regularising effect. Padded zeros are elements of their windows.
+    Where windows overlap, elements appear in the output more than once; where the stride is larger
+    than the window, some elements do not appear.
 
     Args:
         kernel_size: the window's height and width, in pixels
         stride: of the window, in pixels. Default: ``kernel_size``
-        padding: zeros added on each side of the input, in pixels
+        padding: zeros added on each side of the input, in pixels. Default: 0
         dropout_p: :math:`p`, in steps of 1/65536. Default: 0.1. The paper has 0.2 before the
             last pooling of a network
         eps: :math:`\epsilon`, added to the variance. Default: 1e-5
-        evaluation: the variance in evaluation, see :class:`KNConv2d`
+        evaluation: ``"expected"`` (the default), ``"plain"`` or ``"monte_carlo"``: the variance in
+            evaluation, see :class:`KNConv2d`
 
     Shape:
         - Input: :math:`(N, C, H, W)` or :math:`(C, H, W)`
@@ -74,7 +75,7 @@ class KernelNorm2d(KernelNormNd):
         ValueError: an argument is out of its range, the input has another number of dimensions, or
             no window fits into the padded input
 
-    Source: Section 3, Equations 1 to 3. That eps is inside the root is Equation 3's.
+    Source: Section 3, Equations 1 to 3. Equation 3 has eps inside the root.
 
     Example::
 
@@ -92,7 +93,7 @@ class KernelNorm2d(KernelNormNd):
 class KernelNorm3d(KernelNormNd):
     r"""Normalises each window of :math:`(N, C, D, H, W)` inputs by its own mean and variance.
 
-    See :class:`KernelNorm2d`, of which this is the form for three spatial dimensions.
+    :class:`KernelNorm2d` for three spatial dimensions: see there for the formula and the arguments.
 
     Shape:
         - Input: :math:`(N, C, D, H, W)` or :math:`(C, D, H, W)`
@@ -109,9 +110,9 @@ class KernelNorm3d(KernelNormNd):
 
 
 class KNConv1d(KNConvNd, nn.Conv1d):
-    r"""A convolution of windows that are normalised by their own statistics, for :math:`(N, C, L)`.
+    r"""A convolution of windows that are normalised by their own statistics, for sequences.
 
-    See :class:`KNConv2d`, of which this is the form for one spatial dimension.
+    :class:`KNConv2d` for one spatial dimension: see there for the formula and the arguments.
 
     Shape:
         - Input: :math:`(N, C_{in}, L)` or :math:`(C_{in}, L)`
@@ -131,8 +132,8 @@ class KNConv2d(KNConvNd, nn.Conv2d):
     r"""A convolution of windows that are normalised by their own mean and variance.
 
     A drop-in replacement for a convolution and its BatchNorm. The state dict is that of the
-    convolution, so its weights load. There are no running statistics, and samples do not see each
-    other: a network trains with two images a batch as with 256. With :math:`u` a window of the
+    convolution, so its weights load. There are no running statistics, and samples do not influence
+    each other: a network trains with 2 images per batch as with 256. With :math:`u` a window of the
     input (all channels), :math:`m` the dropout mask (0 with probability :math:`p`, else
     :math:`1/(1-p)`), and :math:`\star` the product with a filter:
 
@@ -141,18 +142,18 @@ class KNConv2d(KNConvNd, nn.Conv2d):
         \hat u = \frac{u - \text{mean}(u')}{\sqrt{\text{var}(u') + \epsilon}} \qquad
         y = \text{act}(\hat u \star W + b)
 
-    Nothing is unfolded: this is computed as
-    :math:`(u \star W - \text{mean}(u') \sum W) / \sqrt{\text{var}(u') + \epsilon} + b`, with the
-    statistics as sliding sums. For those, overlapping windows share one mask over the input;
-    :class:`KernelNorm2d`, which has each window on its own, has a mask for each. Padded zeros are
-    elements of their windows. With ``groups``, the statistics still run over all channels.
+    No window is copied: before the activation, :math:`y` is computed as
+    :math:`(u \star W - \text{mean}(u') \sum W) / \sqrt{\text{var}(u') + \epsilon} + b`. The
+    statistics are sliding sums. These need one mask over the input, which overlapping windows
+    share; in :class:`KernelNorm2d` each window has its own mask. Padded zeros are elements of their
+    windows. With ``groups``, the statistics still run over all channels.
 
-    In evaluation there is no dropout, but the variance that training saw had some in it:
+    Evaluation has no dropout, but in training the dropout raises the variance:
     :math:`\mathbb{E}[\text{var}(u')] = \text{var}(u) + \frac{p}{1-p}(1 - \frac1n) \text{mean}(u^2)`
-    for the :math:`n` elements of a window. ``evaluation`` says what is used:
+    for the :math:`n` elements of a window. ``evaluation`` selects the variance:
 
-    - ``"expected"``, that expectation: deterministic, and the match of training
-    - ``"plain"``, :math:`\text{var}(u)`: the paper as read; trained networks lose accuracy by it
+    - ``"expected"``: this expectation, which is deterministic and fits the variance in training
+    - ``"plain"``: :math:`\text{var}(u)`, as the paper reads; trained networks lose accuracy with it
     - ``"monte_carlo"``: dropout stays on, as in the authors' code; two evaluations differ
 
     Args:
@@ -160,10 +161,10 @@ class KNConv2d(KNConvNd, nn.Conv2d):
         dilation, groups, bias, padding_mode, device, dtype: those of :class:`torch.nn.Conv2d`
         dropout_p: :math:`p` of the dropout on the statistics, in steps of 1/65536. Default: 0.1
         eps: :math:`\epsilon`, added to the variance. Default: 1e-5
-        activation: ``"relu"``, ``"leaky_relu"`` or a module. A ReLU or LeakyReLU costs no pass over
-            the output and keeps nothing for the backward; its output must not be changed in place
-            before the backward, as that of :class:`torch.nn.ReLU`. Another module is applied to
-            the output as it is. Default: ``None``
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01) or a module. A ReLU, or a LeakyReLU
+            of a slope from 0.001 to 1, is fused: it needs no pass over the output and no memory for
+            the backward. As with :class:`torch.nn.ReLU`, its output must not be changed in place
+            before the backward. Any other module is called on the output. Default: ``None``
         evaluation: ``"expected"`` (the default), ``"plain"`` or ``"monte_carlo"``;
             :func:`set_evaluation` changes it in a whole network
 
@@ -175,11 +176,12 @@ class KNConv2d(KNConvNd, nn.Conv2d):
         TypeError: the input is not a floating-point tensor, or has another dtype than the weight
             outside of autocast
         ValueError: an argument is out of its range, the input has other dimensions or channels than
-            expected, or the window is larger than the padded input
+            expected or is on another device than the weight, or the window is larger than the
+            padded input
 
-    Low-rank adapters that add the output of convolutions of their own, as LoRA in peft does, are
-    wrong here: these would be kernel normalised, too, and merging them into the weight gives
-    another output. Register the adapter as a parametrization of ``weight`` instead
+    Do not use low-rank adapters that add the output of further convolutions, as LoRA in peft does:
+    those convolutions would be kernel normalised, too, and merging them into the weight would
+    change the output. Register the adapter as a parametrization of ``weight`` instead
     (:mod:`torch.nn.utils.parametrize`), which is exact.
 
     Source: Section 3, Equations 4 and 5, Algorithm 1.
@@ -198,7 +200,7 @@ class KNConv2d(KNConvNd, nn.Conv2d):
 class KNConv3d(KNConvNd, nn.Conv3d):
     r"""A convolution of windows that are normalised by their own statistics, for volumes.
 
-    See :class:`KNConv2d`, of which this is the form for three spatial dimensions.
+    :class:`KNConv2d` for three spatial dimensions: see there for the formula and the arguments.
 
     Shape:
         - Input: :math:`(N, C_{in}, D, H, W)` or :math:`(C_{in}, D, H, W)`
@@ -223,6 +225,9 @@ def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
 
     Returns:
         The module.
+
+    Raises:
+        ValueError: ``evaluation`` is none of the three
 
     Example::
 

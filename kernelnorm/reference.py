@@ -57,8 +57,8 @@ def kernel_norm(
     """KernelNorm: the normalised windows, laid side by side.
 
     Args:
-        mask: what each element of each window is multiplied by, in the shape that :func:`windows`
-            returns (zero where dropped, :math:`1/(1-p)` elsewhere); ``None`` for no dropout
+        mask: a factor for each element of each window, in the shape that :func:`windows` returns
+            (zero where dropped, :math:`1/(1-p)` elsewhere); ``None`` for no dropout
 
     Shape:
         - Input: :math:`(N, C, L_1, ..., L_d)`
@@ -85,8 +85,8 @@ def kn_conv(
     """KNConv by Equation 4: normalise each window, then take its product with each filter.
 
     Args:
-        mask: what each element of the input is multiplied by, in the input's shape (windows that
-            overlap share it); ``None`` for no dropout
+        mask: a factor for each element of the input, in the input's shape (overlapping windows
+            share it); ``None`` for no dropout
     """
     kernel_size = weight.shape[2:]
     d = len(kernel_size)

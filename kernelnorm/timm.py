@@ -8,8 +8,9 @@ Each name of :func:`kernelnorm.models.list_models` is registered as ``kernel_<na
     network = timm.create_model("kernel_resnet50", num_classes=10)
     backbone = timm.create_model("kernel_resnet50", features_only=True, out_indices=(1, 2, 3, 4))
 
-Libraries that build their encoders with timm find them too, such as segmentation_models_pytorch as
-``tu-kernel_resnet50``. There are no pretrained weights. timm loads weights of your own from a file:
+Libraries that build their encoders with timm can use these networks, too: in
+segmentation_models_pytorch the name is ``tu-kernel_resnet50``. There are no pretrained weights.
+timm loads your own weights from a file with
 ``pretrained=True, pretrained_cfg_overlay={"file": path}``; the state dict is that of the network
 in :mod:`kernelnorm.models`.
 """
@@ -38,11 +39,11 @@ from kernelnorm import models
 __all__ = ["KernelNetwork"]
 
 _POOL = "avgpool"
-"""The child of each network that ends its features; what follows is the classifier."""
+"""The child of each network that pools its features; the children after it are the classifier."""
 _SIZE = 1024
-"""Height and width in pixels of the image that :attr:`KernelNetwork.feature_info` is read from.
+"""Height and width in pixels of the image from which :attr:`KernelNetwork.feature_info` follows.
 
-Large, so that the padding within some networks hardly matters.
+Large, so that the padding in some networks hardly changes the ratios.
 """
 
 
@@ -55,10 +56,10 @@ class KernelNetwork(nn.Module):
         name: one of :func:`kernelnorm.models.list_models`
         num_classes: the size of the output, 0 for the pooled features. Default: the network's
         in_chans: the channels of the images
-        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, or ``""`` for features that are not pooled,
-            which have no classifier
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, or ``""`` for feature maps without pooling
+            and without a classifier
         drop_rate: probability of the dropout before the last linear layer
-        options: what else :func:`kernelnorm.models.create_model` takes, such as ``rules``
+        options: other options of :func:`kernelnorm.models.create_model`, such as ``rules``
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class KernelNetwork(nn.Module):
         return self.get_submodule(self._classifier)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new linear layer of ``num_classes`` outputs last, or an identity for 0."""
+        """Replaces the last linear layer by one of ``num_classes`` outputs, or an identity."""
         if global_pool is not None:
             self._set_pool(global_pool)
         if num_classes and not self.global_pool:
@@ -126,7 +127,7 @@ class KernelNetwork(nn.Module):
         self.num_classes = num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Returns the last feature maps, which the pooling takes."""
+        """Returns the last feature maps, the input of the pooling."""
         for name, child in self.named_children():
             if name == _POOL:
                 break
@@ -147,17 +148,17 @@ class KernelNetwork(nn.Module):
         return scores
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Returns the scores of the classes, ``(n, num_classes)``; features if there are none."""
         return self.forward_head(self.forward_features(x))
 
     @cached_property
     def feature_info(self) -> list[dict[str, Any]]:
         """The feature maps at each resolution: ``num_chs``, ``reduction`` and ``module``.
 
-        They are the last output of each resolution, before the layer that halves it. So the last
-        ones have passed the KernelNorm and the activation before the pooling, as those of timm's
-        DenseNets have passed the last BatchNorm. Read from one forward without data (device
-        ``meta``); ``reduction`` is rounded to a power of two.
+        Each is the last output of its resolution, before the layer that halves it. The last entry
+        therefore comes after the KernelNorm and the activation before the pooling, just as in
+        timm's DenseNets it comes after the last BatchNorm. One forward pass on the device ``meta``
+        gives the shapes; ``reduction`` is rounded to a power of two.
         """
         with torch.device("meta"):
             network = models.create_model(**self._arguments).eval()
@@ -176,7 +177,7 @@ class KernelNetwork(nn.Module):
 
 
 def _feature_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers before the pooling, in their order, with those inside of an ``nn.Sequential``."""
+    """Yields the layers before the pooling in order, for an ``nn.Sequential`` the layers in it."""
     for name, child in network.named_children():
         if name == _POOL:
             return
@@ -188,7 +189,7 @@ def _feature_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @cache
 def _ends_of(name: str) -> dict[str, str]:
-    """The names of a network's first convolution and of its last linear layer, as timm has them."""
+    """The names of a network's first convolution and last linear layer, by the keys of timm."""
     with torch.device("meta"):
         layers = [*models.create_model(name).named_modules()]
     convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
@@ -242,7 +243,7 @@ def _classes_of(name: str) -> int:
 default_cfgs = generate_default_cfgs(
     {f"kernel_{name}": {"num_classes": _classes_of(name)} for name in models.list_models()}
 )
-"""The preprocessing that timm assumes, which reads it under this name: that of ImageNet."""
+"""The configurations that timm reads under this name, with the preprocessing of ImageNet."""
 
 for _name in models.list_models():
     _create = _entrypoint(_name)

@@ -60,8 +60,9 @@ def test_sizes_follow_the_networks() -> None:
         ({"norms": ["batch", "weight"]}, "--norms: unknown 'weight', choose from: batch, group"),
         (
             {"norms": ["none", "kernel"]},
-            "--norms must have batch, which it compares with, got none,kernel",
+            "--norms must include batch, as times are ratios to it, got none,kernel",
         ),
+        ({"passes": []}, "--passes is empty, choose from: train, inference"),
         ({"passes": ["backward"]}, "--passes: unknown 'backward', choose from: train, inference"),
         ({"dtypes": ["float64"]}, "--dtypes: unknown 'float64', choose from: float32, bfloat16"),
         ({"dtypes": ["float16"]}, "--dtypes float16 needs a CUDA device, got --device cpu"),

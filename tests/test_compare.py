@@ -78,6 +78,11 @@ def test_it_goes_on_with_an_unfinished_run(tmp_path: Path) -> None:
     assert [metrics["epoch"] for metrics in row.history] == [1, 2]
 
 
+def test_a_comparison_trains_whole_runs(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="a comparison trains whole runs: leave out max_steps"):
+        compare([], tmp_path, Launch(max_steps=1))
+
+
 def test_a_run_that_diverges_is_a_row_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,19 @@ def test_a_shared_data_folder_whose_cache_another_user_has_made(
     assert not (tmp_path / "own").exists()
     load_images(classes, "test", data_dir=tmp_path)  # and makes the rest elsewhere
     assert len([*(tmp_path / "own").rglob("*.uint8")]) == 1
+
+
+def test_a_fingerprint_of_many_pixels_samples_them_unless_it_is_whole(
+    classes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images = load_images(classes, "train")
+    other = replace(images, pixels=images.pixels.clone())
+    other.pixels[1] += 1
+    monkeypatch.setattr(
+        "kernelnorm.experiments.data.images.FINGERPRINTED", images.pixels[0].numel()
+    )
+    assert other.fingerprint() == images.fingerprint()
+    assert other.fingerprint(whole=True) != images.fingerprint(whole=True)
 
 
 def test_a_fingerprint_tells_images_and_not_places(classes: Path):

@@ -80,9 +80,19 @@ def test_norms_of_which_a_seed_diverged_come_last(tmp_path: Path) -> None:
     assert row_of(tmp_path, "32", "-")[2:6] == [
         "FRN + TLU",
         "batch-independent",
-        "all 3 repetitions diverged",
+        "3 repetitions diverged",
         "-",
     ]
+
+
+def test_norms_without_an_accuracy_have_no_rank_and_come_last(tmp_path: Path) -> None:
+    nan = ("diverged", "the loss is nan")
+    write_run(tmp_path, [], norm="group", failure=nan)
+    write_run(tmp_path, [], norm="batch", failure=("failed", "too little memory"))
+    write_result(tmp_path, 80.0, norm="kernel", seed=1)
+    write_run(tmp_path, [], norm="kernel", seed=2, failure=nan)
+    standings = [(s["rank"], s["norm"], s["absence"]) for s in standings_of(tmp_path)]
+    assert standings == [(1, "kernel", ""), (None, "batch", "failed"), (None, "group", "diverged")]
 
 
 def test_equal_norms_have_one_rank(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_layer_that_is_trained_later_is_refused() -> None:
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     network(x).sum().backward()
-    with pytest.raises(RuntimeError, match=r"shape \(4, 300\) is trained that was not .*again"):
+    with pytest.raises(RuntimeError, match=r"shape \(4, 300\) is trained now but was not .*again"):
         optimizer.step()
 
 

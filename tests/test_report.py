@@ -127,7 +127,7 @@ def test_best_rates_stand_beside_the_papers(tmp_path: Path) -> None:
     write_run(tmp_path, [], lr=0.2, seed=0, failure=("diverged", "nan"))
     text = report(tmp_path).with_suffix(".md").read_text()
     assert "| 32 | 0.05 (the lowest tried)<br>paper 0.025 |" in text
-    assert "one beyond it may be better" in text
+    assert "a rate beyond it may be better" in text
     assert row_of(text, "32", "KernelNorm", "0.05")[3:] == ["85.00", "85.00", "1 done", "best"]
     assert row_of(text, "32", "KernelNorm", "0.2")[3:] == ["-", "-", "1 diverged", ""]
 

@@ -191,7 +191,7 @@ CHOICES = "dropout_p, head_dropout_p, residual_relu, head, evaluation"
         ),
         (
             {"head": False, "residual_relu": "both"},
-            "rule residual_relu='both' is 'branch' with head=False: say that",
+            "rule residual_relu='both' needs head=True: else use 'branch'",
         ),
     ],
 )

@@ -282,7 +282,7 @@ def test_dry_run_lists_and_trains_nothing(
     output = capsys.readouterr().out
     assert [line.split()[4] for line in output.splitlines()[1:3]] == ["done", "missing"]
     assert f"To be trained in {tmp_path}: 1 of 2 runs, 1 at a time." in output
-    assert "Time for them: 30 s, estimated from the runs that are there." in output
+    assert "Time for them: 30 s, estimated from the epochs trained so far." in output
     assert not (tmp_path / missing.name).exists()
 
 
@@ -359,7 +359,7 @@ def test_numbers_of_a_config_file(
     ("arguments", "message"),
     [
         (["reproduce", "digits-vgg8", "--scale=paper"], "digits-vgg8 is not in the paper"),
-        (["reproduce", "--seeds=0"], "seed 0 is that of the tuning"),
+        (["reproduce", "--seeds=0"], "seed 0 is the seed of the tuning"),
     ],
 )
 def test_problems_exit_with_1_and_one_line(

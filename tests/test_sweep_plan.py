@@ -240,7 +240,7 @@ def test_reproduction_at_the_small_scale_says_so(case: str) -> None:
     [
         (("mnist", "small"), {}, "unknown case 'mnist'"),
         (("digits-vgg8", "paper"), {}, "digits-vgg8 is not in the paper: take --scale small"),
-        (("digits-vgg8", "small"), {"seeds": [0, 1]}, "seed 0 is that of the tuning"),
+        (("digits-vgg8", "small"), {"seeds": [0, 1]}, "seed 0 is the seed of the tuning"),
     ],
 )
 def test_impossible_reproductions_are_errors(

@@ -102,7 +102,7 @@ class TestLoad:
         with pytest.raises(RunError, match="there is no folder"):
             kn.load(tmp_path / "runs")
         run(tmp_path / "runs" / "one")
-        with pytest.raises(RunError, match=r"no config\.yaml, but 1 of them in it, such as one"):
+        with pytest.raises(RunError, match=r"no config\.yaml, but .* \(1\), such as one"):
             kn.load(tmp_path / "runs")
 
     def test_weights_of_another_network(self, tmp_path: Path) -> None:
@@ -169,12 +169,16 @@ class TestPlaces:
         train(on(Path("photos"), epochs=2), Launch(out=Path("whole"), verbose=False))
         assert_same(weights(Path("run")), weights(Path("whole")))
         assert len(evaluate("run")) == 3
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert len(evaluate("~/run")) == 3
+        with pytest.raises(RunError, match="passes must be positive, got 0"):
+            evaluate("run", passes=0)
 
     def test_other_images_are_another_run(self, tmp_path: Path) -> None:
         train(on(photos(tmp_path / "a")), Launch(out=tmp_path / "run", verbose=False))
         (tmp_path / "a/train/cat/0.png").write_bytes((tmp_path / "a/train/cat/1.png").read_bytes())
         config = on(tmp_path / "a", epochs=2)
-        with pytest.raises(RunError, match=r"the training images are others, or in another order"):
+        with pytest.raises(RunError, match=r"the training images have changed, or their order"):
             train(config, Launch(out=tmp_path / "run", verbose=False))
 
     def test_the_name_of_a_run_does_not_tell_where_its_images_are(self) -> None:

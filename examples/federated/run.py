@@ -1,11 +1,11 @@
-"""Runs the app in Flower's simulation, on a SuperLink that ends with it.
+"""Runs the app in Flower's simulation, on its own SuperLink, and stops the SuperLink at the end.
 
     python examples/federated/run.py
     python examples/federated/run.py --run-config "norm='batch' partition='dirichlet' alpha=0.1"
     python examples/federated/run.py --federation-config "num-supernodes=4"
 
-The arguments are those of ``flwr run``, which by itself leaves a SuperLink running. Flower's files,
-and the run's state unless ``out`` is given, go to $FLWR_HOME, by default runs/federated.
+The arguments are those of ``flwr run``, which alone would leave a SuperLink running. Flower's files
+go to $FLWR_HOME, by default runs/federated, and so does the run's state unless ``out`` is given.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import tomllib
 
 APP = Path(__file__).parent
 MARKS = [f"KERNELNORM_FEDERATED_SUPERLINK_{i}" for i in range(8)]
-"""Variables of the environment that tell whose processes they are. Ray's agents write their names
-over a part of what can be read of their environment, so one might not be seen."""
+"""Environment variables that mark the processes of a SuperLink. There are several, since Ray's
+agents write their names over a part of their environment in /proc."""
 START_SECONDS = 60.0
 """Time that a SuperLink has to start."""
 END_SECONDS = 10.0
@@ -38,7 +38,7 @@ END_SECONDS = 10.0
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return the variables for Flower's processes, without telemetry and installations."""
+    """Return the environment of Flower's processes; it forbids telemetry and installations."""
     return {
         **os.environ,
         "FLWR_HOME": str(home),
@@ -46,7 +46,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore:Tip:FutureWarning",  # of Ray, about another default to come
+        "PYTHONWARNINGS": "ignore:Tip:FutureWarning",  # Ray warns of a new default
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
@@ -79,7 +79,7 @@ def started(
 
 
 def end(process: subprocess.Popen[bytes], first: signal.Signals = signal.SIGTERM) -> None:
-    """End the group of processes that ``process`` leads, by force if need be."""
+    """End the group of processes that ``process`` leads, with SIGKILL if they do not end."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, first)
     with suppress(subprocess.TimeoutExpired):
@@ -91,11 +91,11 @@ def end(process: subprocess.Popen[bytes], first: signal.Signals = signal.SIGTERM
 
 @contextmanager
 def ending(value: str) -> Iterator[None]:
-    """End all processes with a value in their environment after the block; on Linux only."""
+    """After the block, end all processes with a value in their environment; on Linux only."""
     try:
         yield
     finally:
-        # Processes may start others in the meantime, so they are asked again and again.
+        # Processes may start others in the meantime, so the search is repeated.
         for number in (signal.SIGTERM, signal.SIGKILL):
             limit = time.monotonic() + END_SECONDS
             while (left := having(value)) and time.monotonic() < limit:
@@ -106,7 +106,7 @@ def ending(value: str) -> Iterator[None]:
 
 
 def having(value: str) -> list[int]:
-    """Return the processes that were started with a variable of the environment of this value."""
+    """Return the processes that were started with an environment variable of this value."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
@@ -119,10 +119,10 @@ def having(value: str) -> list[int]:
 def superlink(env: Mapping[str, str], *options: str) -> Iterator[int]:
     """Start a SuperLink that listens on this machine only, and yield its port.
 
-    What it has started ends with it, too: a simulation would train on to its last round.
+    After the block its child processes end, too: a simulation would train until its last round.
 
     Raises:
-        RuntimeError: it does not start; the message has the end of its log.
+        RuntimeError: the SuperLink does not start; the message has the end of its log.
     """
     port = free_port()
     mark = str(uuid.uuid4())
@@ -157,7 +157,7 @@ def flwr(
 
 
 def status(env: Mapping[str, str]) -> str:
-    """Return how the last run of the SuperLink stands: ``"finished:completed"`` is what it says."""
+    """Return the status of the SuperLink's last run, such as ``"finished:completed"``."""
     answer = flwr(env, "list", "--format", "json", stdout=subprocess.PIPE).stdout
     return str(json.loads(answer)["runs"][0]["status"])
 
@@ -166,9 +166,9 @@ def check(arguments: Sequence[str]) -> None:
     """Check the run configuration here, as starting Flower takes a while.
 
     Raises:
-        OSError: its file cannot be read.
+        OSError: the file of the configuration cannot be read.
         ValueError: see :class:`kernelnorm_federated.settings.Settings`.
-        click.ClickException: Flower cannot read it.
+        click.ClickException: Flower cannot read the configuration.
     """
     from flwr.common.config import parse_config_args
     from kernelnorm_federated.settings import Settings
@@ -210,12 +210,12 @@ def main(arguments: Sequence[str]) -> None:
             env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
             flwr(env, "run", str(APP), "--stream", *arguments)
             result = status(env)
-    except subprocess.CalledProcessError as error:  # Flower has said why
+    except subprocess.CalledProcessError as error:  # Flower has printed the reason
         sys.exit(error.returncode)
     except KeyboardInterrupt:
         sys.exit("stopped: the same command resumes after the last finished round")
     if result != "finished:completed":
-        sys.exit(f"the run has not been completed: {result}. See above why")
+        sys.exit(f"the run has not been completed: {result}. The output above tells why")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Normalisations in federated training on CIFAR-10: a study.
 
-    python examples/federated/study.py run --data-dir data     trains what results.jsonl lacks
+    python examples/federated/study.py run --data-dir data     trains the missing runs
     python examples/federated/study.py table                   prints the accuracies
     python examples/federated/study.py picture                 draws accuracy per round
 
-The app's server and clients run in one process. Each run adds a line to results.jsonl; one that was
-interrupted resumes at its last round. Several processes may share the work by --batch-sizes.
+The app's server and clients run in one process. Each run adds a line to results.jsonl; an
+interrupted run resumes at its last round. Several processes may share the work, each with another
+value of --batch-sizes.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ PARTITIONS: dict[str, dict[str, Any]] = {
     "dirichlet-0.5": {"partition": "dirichlet", "alpha": 0.5},
     "2-classes": {"partition": "classes", "classes_per_client": 2},
 }
-"""In the order in which they are trained."""
+"""The partitions, in the order in which they are trained."""
 TUNED = "dirichlet-0.1"
 """The partition on which the learning rates are chosen; its runs have three seeds."""
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 FIRST_RATE = {8: 0.01, 32: 0.03}
 """Where the search begins, by batch size."""
 SEEDS = (1, 2, 3)
-"""Of the repetitions; the other partitions take the first of them."""
+"""Seeds of the repetitions; the other partitions have runs of the first seed only."""
 TEST_IMAGES = 2000
 """Images on which the server tests after each round."""
 LAST_ROUNDS = 3
@@ -73,7 +74,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Tell whether another version of this program makes the same run."""
+        """A hash of the settings, which shows whether they are those of the current program."""
         identity = self.settings(Path(), Path()).identity
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -104,11 +105,11 @@ class Run:
 
 
 Results = dict[Run, dict[str, Any]]
-"""What a line of results.jsonl says of each run."""
+"""The line of results.jsonl of each run."""
 
 
 def read_results(folder: Path) -> Results:
-    """Return the lines whose runs had the same settings as they would have now."""
+    """Return the lines of runs whose settings are those of the current program."""
     file = folder / "results.jsonl"
     entries = map(json.loads, file.read_text().splitlines() if file.exists() else [])
     found = {Run(**entry["run"]): entry for entry in entries}
@@ -126,7 +127,7 @@ def add_result(folder: Path, entry: dict[str, Any]) -> None:
 def score(entry: dict[str, Any]) -> float:
     """Return a run's result: its accuracy in the last rounds, minus infinity if it diverged.
 
-    It has diverged if a client has, in any round.
+    A run has diverged if a client diverged in any round.
     """
     last = entry["accuracy"][-LAST_ROUNDS:]
     return -math.inf if entry["diverged"] else sum(last) / len(last)
@@ -141,9 +142,9 @@ def scores(results: Results, run: Run) -> dict[float, float]:
 def planned(
     results: Results, batch_sizes: Sequence[int], rounds: int, images: int
 ) -> Iterator[Run]:
-    """Yield the runs that are wanted so far, in order.
+    """Yield the runs of the study that are known from the results so far, in order.
 
-    A seed of its own chooses the learning rate; the repetitions and the other partitions take it.
+    A separate seed chooses the learning rate; the repetitions and the other partitions use it.
     """
     tuned = []
     for batch_size, norm in itertools.product(batch_sizes, NORMS):
@@ -159,7 +160,7 @@ def planned(
 
 
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the run's line of results.jsonl."""
+    """Train a run and return its line of results.jsonl."""
     settings = run.settings(args.data_dir, args.out / "states")
     start = time.process_time()
     history: list[dict[str, Any]] = []
@@ -205,13 +206,13 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("run", "table", "picture"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="has cifar10")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="has results.jsonl")
-    parser.add_argument("--images", type=int, default=8000, help="of all clients together")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of cifar10")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results.jsonl")
+    parser.add_argument("--images", type=int, default=8000, help="training images of all clients")
     parser.add_argument("--rounds", type=int, default=30)
     sizes = [*FIRST_RATE]
     parser.add_argument("--batch-sizes", type=int, nargs="+", choices=sizes, default=sizes)
-    parser.add_argument("--limit", type=int, default=1000, help="runs, then stop")
+    parser.add_argument("--limit", type=int, default=1000, help="maximum number of runs to train")
     return parser
 
 
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = planned(results, args.batch_sizes, args.rounds, args.images)
     scored = [(run, results[run], score(results[run])) for run in wanted if run in results]
     if not scored:
-        parser.error(f"{args.out} has no results yet: {Path(__file__).name} run makes them")
+        parser.error(f"{args.out} has no results yet: make them with {Path(__file__).name} run")
     if args.command == "table":
         print_tables(scored)
     else:

@@ -1,4 +1,4 @@
-"""Tables and the picture of the study."""
+"""Prints the tables and draws the picture of the study."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The command line. Each command has a file, with the functions ``make_parser`` and ``run``.
 
-What a command needs is imported when it runs: the help of a command, and mistakes in its
-arguments, do not wait for PyTorch. This file imports little, so that Ctrl-C finds :func:`main`
-at work from the first moment on.
+A command imports its dependencies when it runs, so its help, and mistakes in its arguments, do not
+wait for PyTorch. This file imports little, so that :func:`main` handles Ctrl-C from the start.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """One of ``kernelnorm``'s commands; ``resumes``: a stopped one resumes if run again."""
+    """A command; ``resumes``: a stopped command resumes if the user runs it again."""
 
     summary: str
     resumes: bool = False
@@ -53,11 +52,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line, with ``argv`` in place of the process's own arguments.
 
-    Wrong arguments exit with code 2, other problems that the user can solve with code 1. Each
-    prints one line.
+    Wrong arguments exit with code 2, other problems that the user can solve with code 1, and Ctrl-C
+    with code 130. Each prints a short message.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of classes and files, on any console
+        if isinstance(stream, io.TextIOWrapper):  # prints any name on any console
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -78,12 +77,12 @@ def _main(name: str, *rest: str) -> None:
         return
     with _ctrl_c_ends_the_process(_stopped(name)):
         command = _file_of(name)
-        if name == "info" and not rest:  # shows what is missing, also if that is the parser
+        if name == "info" and not rest:  # works without a parser, if jsonargparse is missing
             command.run()
             return
         arguments = parser_of(name).parse_args(rest)
 
-        import torch  # noqa: F401, which imports NumPy
+        import torch  # noqa: F401, imported here since it imports NumPy
 
         from kernelnorm.experiments.errors import DataError, RunError
         from kernelnorm.experiments.heap import keep_freed_memory
@@ -96,7 +95,7 @@ def _main(name: str, *rest: str) -> None:
 
 
 def _stopped(name: str = "", *_: str) -> str:
-    """Return what a command that was stopped says."""
+    """Return the message of a stopped command."""
     resumes = name in COMMANDS and COMMANDS[name].resumes
     return f"Stopped.{' Run the same command to resume.' * resumes}"
 
@@ -105,8 +104,8 @@ def _stopped(name: str = "", *_: str) -> str:
 def _ctrl_c_ends_the_process(message: str) -> Iterator[None]:
     """Print the message and exit upon Ctrl-C while modules are imported.
 
-    An exception is not enough: PyTorch drops it while it imports NumPy, and goes on with half of
-    NumPy.
+    A KeyboardInterrupt is not enough: PyTorch catches it while it imports NumPy, and goes on with
+    a partly imported NumPy.
     """
 
     def stop(*_: object) -> None:
@@ -115,7 +114,7 @@ def _ctrl_c_ends_the_process(message: str) -> Iterator[None]:
 
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # Ctrl-C is for others, or is ignored as in the background of a shell
+        yield  # there is another handler, or a shell's background job ignores Ctrl-C
         return
     signal.signal(signal.SIGINT, stop)
     try:

@@ -25,9 +25,9 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="small cases and few rounds, under two minutes")
     private_help = (
-        "compare steps of private training: clipped gradients by bookkeeping and by the hooks and "
-        "the ghost norms of Opacus, with KernelNorm and with GroupNorm, as ratios to the ordinary "
-        "step with KernelNorm (networks: vgg8,knresnet13; batch size: 64)"
+        "measure steps of private training: by bookkeeping, and by the hooks and the ghost norms "
+        "of Opacus, with KernelNorm and with GroupNorm, as ratios to the ordinary step with "
+        "KernelNorm (default: --networks vgg8,knresnet13 --batch-sizes 64)"
     )
     add("--private", action="store_true", help=private_help)
     networks_help = "comma-separated (default: vgg8,resnet18,densenet121, the paper's case studies)"
@@ -35,7 +35,7 @@ def make_parser() -> ArgumentParser:
     sizes_help = "image size of each network, comma-separated (default: the case studies')"
     add("--sizes", type=values.integers, metavar="PIXELS", help=sizes_help)
     add("--batch-sizes", type=values.integers, help="comma-separated (default: 2,32)")
-    norms_help = "comma-separated (default: none,batch,group,layer,kernel); none: the floor"
+    norms_help = "comma-separated; none: no norm (default: none,batch,group,layer,kernel)"
     add("--norms", type=values.norms, help=norms_help)
     passes_help = "train: forward, backward and SGD; inference: forward alone (default: both)"
     add("--passes", type=values.passes, help=passes_help)
@@ -54,9 +54,9 @@ def make_parser() -> ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device_help)
     threads_help = "CPU threads of PyTorch (default: PyTorch's choice)"
     add("--threads", type=values.positive_int, help=threads_help)
-    rounds_help = "maximum number of rounds of a row of the table; with --quick 9"
+    rounds_help = "maximum number of rounds of a row of the table; with --quick at most 9"
     add("--rounds", type=values.positive_int, default=15, help=rounds_help)
-    seconds_help = "time limit of a row, which has at least 3 rounds; with --quick 4"
+    seconds_help = "time limit of a row, which has at least 3 rounds; with --quick at most 4"
     add("--seconds", type=values.number, default=20.0, help=seconds_help)
     out_help = "folder of bench.json and bench.png"
     add("--out", type=values.folder, default=Path("runs/bench"), metavar="DIR", help=out_help)

@@ -34,7 +34,7 @@ def make_parser() -> ArgumentParser:
 
 
 def add_evaluation_argument(parser: ArgumentParser) -> None:
-    """Add which behaviours of kernel layers are evaluated."""
+    """Add the option for the behaviours of kernel layers that are evaluated."""
     parser.add_argument(
         "--evaluation",
         choices=["all", "expected", "plain", "monte_carlo"],

@@ -30,8 +30,8 @@ def make_parser() -> ArgumentParser:
     add("images", type=values.path, metavar="IMAGES", help=images_help)
     add_evaluation_argument(parser)
     standardise_help = (
-        "mean and deviation of ImageNet, or only values from 0 to 1; it is not known how the "
-        "authors' images were standardised, so try both"
+        "imagenet: by the mean and standard deviation of ImageNet; none: values from 0 to 1. It is "
+        "not known how the authors standardised their images, so try both"
     )
     add("--standardise", choices=["imagenet", "none"], default="imagenet", help=standardise_help)
     subset_help = "number of images, for a trial (default: all)"

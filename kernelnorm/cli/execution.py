@@ -1,4 +1,4 @@
-"""How the runs of a plan are executed: what ``sweep`` and ``reproduce`` share."""
+"""Executes the runs of a plan, for ``sweep`` and ``reproduce``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def add_sweep_arguments(parser: ArgumentParser) -> None:
-    """Add where runs are executed, and how many in parallel."""
+    """Add the options for parallel runs, a Ray cluster and a dry run."""
     jobs_help = "parallel runs (default: one per core, or per 8 GiB of GPU memory)"
     add = parser.add_argument
     add("--jobs", type=values.positive_int, help=jobs_help)
     ray_help = "use a Ray cluster: auto (the one of this machine), local (start one) or HOST:PORT"
     add("--ray", type=values.text, nargs="?", const="auto", metavar="ADDRESS", help=ray_help)
-    gpus_help = "with --ray (default: 0.25 if there are GPUs)"
+    gpus_help = "GPUs of a run, with --ray (default: 0.25 if there are GPUs)"
     add("--gpus-per-run", type=values.number, help=gpus_help)
-    add("--cpus-per-run", type=values.positive_int, help="with --ray (default: 1)")
+    add("--cpus-per-run", type=values.positive_int, help="CPUs of a run, with --ray (default: 1)")
     add("--dry-run", action="store_true", help="only list the runs and estimate their time")
 
 
@@ -31,7 +31,7 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     """Train the runs of a plan, or list them with ``--dry-run``.
 
     Raises:
-        RunError: runs have failed.
+        RunError: runs have failed, or the options contradict each other.
     """
     from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.sweep import dry_run, sweep

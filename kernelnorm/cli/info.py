@@ -1,7 +1,7 @@
 """``kernelnorm info``: versions, devices and folders, for bug reports.
 
-A line that cannot be found out says why, so that the others are shown: of a PyTorch that cannot be
-imported, for example.
+If the value of a line cannot be determined, the line shows the error, and the other lines are
+printed as usual: for example, if PyTorch cannot be imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEATURES = (
     *("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "sve", "sve2"),
 )
-"""Instructions that PyTorch and the C kernels have code for, as Linux names them."""
+"""Instruction sets that PyTorch and the C kernels have code for, as Linux names them."""
 
 
 def make_parser() -> ArgumentParser:
@@ -102,7 +102,7 @@ def _cpu() -> str:
 
 
 def _describe_cpu() -> dict[str, str]:
-    """Return what Linux tells of the first core; elsewhere nothing."""
+    """Return the fields of the first core in /proc/cpuinfo; nothing if there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -173,7 +173,7 @@ def _data() -> str:
 
 
 def _cache() -> str:
-    """Return the user's cache folder, which stands in for a data folder that is read-only."""
+    """Return the user's cache folder, which is used if the data folder is read-only."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return _folder(home / "kernelnorm")
 

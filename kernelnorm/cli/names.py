@@ -1,4 +1,4 @@
-"""The names that options take, for help texts, mistakes and completion.
+"""The names that options take, for help texts, error messages and completion.
 
 They are written out because the tables that have them import PyTorch, which takes seconds; a test
 compares them with these tables.
@@ -45,12 +45,12 @@ NORMS = (
     "none",
     "kernel",
 )
-"""Those of :mod:`kernelnorm.norms`."""
+"""The norms of :mod:`kernelnorm.norms`."""
 
 PUBLISHED = ("knresnet18", "knresnet34", "knresnet50")
 """The keys of :data:`kernelnorm.models.published.PUBLISHED`."""
 
-# Of ``bench``, as in kernelnorm.experiments.bench.plan.
+# The values that options of ``bench`` take, as in kernelnorm.experiments.bench.plan.
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY_FORMATS = ("channels_last", "contiguous")
 MODES = ("eager", "compile", "reduce-overhead")

@@ -73,15 +73,15 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     augment_help = "random crops and flips, true or false (default: the case study's)"
     add("--augment", type=values.boolean, metavar="BOOL", help=augment_help)
     standardise_help = (
-        "subtract a mean and divide by a deviation per colour, true or false; never for the norm "
-        "kernel, which does it by itself (default: the case study's)"
+        "subtract a mean and divide by a standard deviation per colour, true or false; never for "
+        "the norm kernel, which standardises by itself (default: the case study's)"
     )
     add("--standardise", type=values.boolean, metavar="BOOL", help=standardise_help)
     optimizer_help = "sgd or adamw (default: the case study's)"
     add("--optimizer", choices=["sgd", "adamw"], help=optimizer_help)
     schedule_help = "steps: see --lr-milestones; cosine: to zero (default: the case study's)"
     add("--schedule", choices=["steps", "cosine"], help=schedule_help)
-    warmup_help = "epochs in which the learning rate rises (default: the case study's)"
+    warmup_help = "number of epochs in which the learning rate rises (default: the case study's)"
     add("--warmup-epochs", type=values.number, metavar="EPOCHS", help=warmup_help)
     decay_help = "weight decay (default: the case study's)"
     add("--weight-decay", type=values.number, help=decay_help)
@@ -102,10 +102,11 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
 
 
 def add_privacy_arguments(parser: ArgumentParser) -> None:
-    """Add the options of private training, which have no values without ``--private``."""
+    """Add ``--private`` and the options that need it."""
     add = parser.add_argument
     private_help = (
-        "train with differential privacy, see docs/private.md: --epsilon to --secure-mode"
+        "train with differential privacy, by the options --epsilon to --secure-mode; see "
+        "docs/private.md"
     )
     add("--private", action="store_true", help=private_help)
     epsilon_help = "privacy budget that all epochs spend together (default: 8)"
@@ -116,16 +117,16 @@ def add_privacy_arguments(parser: ArgumentParser) -> None:
     add("--max-grad-norm", type=values.positive, metavar="NORM", help=norm_help)
     views_help = "augmented views of a sample in a step, clipped as one (default: 1)"
     add("--augmentations", type=values.positive_int, metavar="VIEWS", help=views_help)
-    ema_help = "average the weights with this decay, such as 0.99, for tests and use"
+    ema_help = "test and save an average of the weights with this decay, such as 0.99"
     add("--ema", type=values.fraction, metavar="DECAY", help=ema_help)
-    micro_help = "views in one forward pass, if a batch needs too much memory (default: all)"
+    micro_help = "maximum number of views in one forward pass, to save memory (default: all)"
     add("--micro-batch-size", type=values.positive_int, metavar="VIEWS", help=micro_help)
-    secure_help = "draw noise and batches by torchcsprng, for a release; not repeatable"
+    secure_help = "draw noise and batches with torchcsprng, for a release; not repeatable"
     add("--secure-mode", action="store_true", help=secure_help)
 
 
 def add_case_argument(parser: ArgumentParser, default: str) -> None:
-    """Add the case study; a default value would replace the value of a YAML file."""
+    """Add the case study, without a default value: that would replace the value of a YAML file."""
     cases = f"{', '.join(CASES[:-1])} or {CASES[-1]}"
     text = f"case study: {cases} (default: {default})"
     parser.add_argument("case", nargs="?", type=values.case, help=text).default = SUPPRESS
@@ -139,7 +140,7 @@ def add_norms_argument(parser: ArgumentParser) -> None:
 
 
 def add_place_arguments(parser: ArgumentParser) -> None:
-    """Add where the data is and which device computes."""
+    """Add the options for the data folder, the device, the compilation and a YAML file."""
     from kernelnorm.cli.parser import ConfigFile
 
     add = parser.add_argument
@@ -152,13 +153,13 @@ def add_place_arguments(parser: ArgumentParser) -> None:
 
 
 def add_accelerator_argument(parser: ArgumentParser) -> None:
-    """Add the kind of device; ``gpu`` is CUDA or MPS."""
+    """Add the option for the kind of device; ``gpu`` is CUDA or MPS."""
     accelerators = ["auto", "cpu", "cuda", "mps", "gpu"]
     parser.add_argument("--accelerator", choices=accelerators, default="auto", help="device")
 
 
 def add_trained_arguments(parser: ArgumentParser, checkpoint: str) -> None:
-    """Add which checkpoint of a run is used, and on which device."""
+    """Add the options for the checkpoint of a run and for the device."""
     parser.add_argument(
         "--checkpoint",
         choices=["last", "best"],
@@ -233,7 +234,7 @@ def privacy(arguments: Namespace) -> Privacy | None:
     """Return the options of private training; ``None`` without ``--private``.
 
     Raises:
-        RunError: one of the others is given without ``--private``.
+        RunError: an option of private training is given without ``--private``.
     """
     from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.private_options import Privacy
@@ -249,7 +250,7 @@ def privacy(arguments: Namespace) -> Privacy | None:
 
 
 def where(arguments: Namespace) -> dict[str, Any]:
-    """Return where the data is and which device computes, as arguments of :class:`Launch`."""
+    """Return the data folder, device and compilation, as arguments of :class:`Launch`."""
     return {name: arguments[name] for name in ("data_dir", "accelerator", "compile")}
 
 

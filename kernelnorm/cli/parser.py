@@ -21,13 +21,13 @@ _PLAINER = {
     r'.*Key "(\w+)" is required .*': r"missing argument: \1",
     r"[Uu]nrecognized arguments: (\S+).*": r"unexpected argument '\1'",
 }
-"""Messages of argparse, as patterns, and what is printed in their place."""
+"""Patterns of argparse's and jsonargparse's messages, and the messages that replace them."""
 
 
 class Parser(ArgumentParser):
-    """Prints a mistake in one line, with the command that explains the options."""
+    """Prints a mistake in one line, then the command that explains the options."""
 
-    source = ""  # what a message begins with: the file that has the value
+    source = ""  # prefix of messages: the file that has the value
 
     def __init__(self, **options: Any) -> None:
         super().__init__(print_config=None, allow_abbrev=False, **options)

@@ -31,7 +31,9 @@ def make_parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add_case_argument(parser, "cifar10-vgg8")
-    scale_help = "paper: its epochs, images and batch sizes; small: fewer of each, for a CPU"
+    scale_help = (
+        "paper: the paper's epochs, images and batch sizes; small: fewer of each, for a CPU"
+    )
     add("--scale", choices=["small", "paper"], default="small", help=scale_help)
     add_norms_argument(parser)
     add("--batch-sizes", type=values.integers, help="comma-separated (default: the scale's)")

@@ -38,7 +38,7 @@ def make_parser() -> ArgumentParser:
     rates_help = "comma-separated learning rates; auto: the paper's Table 4"
     add("--lrs", type=values.rates, default="auto", help=rates_help)
     add("--seeds", type=values.seeds, default=[0], help="comma-separated random seeds")
-    rules_help = 'variants of kernel networks, such as [{"dropout_p": 0.0}, {}]'
+    rules_help = 'list of rules for kernel networks, such as [{"dropout_p": 0.0}, {}]'
     add("--rules", type=values.mappings, default=[{}], metavar="JSON", help=rules_help)
     add_recipe_arguments(parser)
     add_place_arguments(parser)

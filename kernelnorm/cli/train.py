@@ -39,13 +39,13 @@ def make_parser() -> ArgumentParser:
     add("--batch-size", type=values.positive_int, default=32, help=size_help)
     add_run_arguments(parser)
     out_help = "folder of the run (default: runs/CASE/..., from the options)"
-    init_help = "start from the weights of a run, or of a file of PyTorch or safetensors"
+    init_help = "start from the weights of a run, or of a PyTorch or safetensors file"
     add("--init-from", type=values.path, metavar="RUN|FILE", help=init_help)
     add("--out", type=values.folder, metavar="DIR", help=out_help)
     devices_help = "number of devices; under torchrun, its number of processes"
     add("--devices", type=values.positive_int, default=1, help=devices_help)
     add("--tensorboard", action="store_true", help="also write TensorBoard files")
-    minutes_help = "time between two checkpoints within an epoch"
+    minutes_help = "minutes between two checkpoints within an epoch"
     add("--checkpoint-minutes", type=values.number, default=10.0, help=minutes_help)
     steps_help = "pause after this number of steps, for a trial"
     add("--max-steps", type=values.positive_int, help=steps_help)

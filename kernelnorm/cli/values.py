@@ -5,7 +5,7 @@ Values that are not allowed raise an exception whose message the parser prints:
 
 - ``ValueError``: what is allowed, such as "must be a positive integer". The parser adds the option
   and the value.
-- ``LookupError``: the whole message, of an unknown name.
+- ``LookupError``: the whole message, for an unknown name.
 
 A value that was checked before passes unchanged, because jsonargparse checks values twice.
 """
@@ -37,7 +37,7 @@ def short(value: object) -> str:
 
 
 def closest(value: str, known: Iterable[str]) -> str:
-    """Return the known name that ``value`` resembles most, or nothing if none is close."""
+    """Return the known name that ``value`` resembles most, or ``""`` if none is close."""
     return next(iter(get_close_matches(value[:60].lower(), known, n=1)), "")
 
 
@@ -225,7 +225,7 @@ def mappings(value: Any) -> list[dict[str, Any]]:
 
 
 def _load(value: Any, expected: str) -> Any:
-    """Return what text holds as YAML, of which JSON is a part; other values unchanged."""
+    """Load text as YAML, which includes JSON; return other values unchanged."""
     from kernelnorm.cli.config import load
 
     try:

@@ -1,4 +1,4 @@
-"""Makes any convolutional network a KNConvNet; :func:`kernelnorm.convert` is the entry."""
+"""Converts convolutional networks to KNConvNets; the entry is :func:`kernelnorm.convert`."""
 
 from __future__ import annotations
 
@@ -32,47 +32,51 @@ def convert(
     norms: Collection[str] = ("batch",),
     inplace: bool = False,
 ) -> tuple[Network, Report]:
-    r"""Makes a network a KNConvNet: convolutions with a norm become KNConvs, and the norms go.
+    r"""Converts a network to a KNConvNet: a KNConv replaces each convolution and its norm.
 
     The network keeps its class, the names of its modules, its control flow and the weights of its
-    convolutions; KNConvs get a bias of zeros where there was none. The rules are those of
-    :class:`kernelnorm.models.Rules`, which are the paper's:
+    convolutions; a KNConv gets a bias of zeros if its convolution had none. The conversion follows
+    the rules in :class:`kernelnorm.models.Rules`, by default the paper's:
 
     - Convolutions that a norm belongs to, before or after them, become KNConvs of the same shape.
-      Others stay: gates of squeeze-and-excite, final classifiers, transposed convolutions.
-    - Norms of KNConvs go. A norm without a KNConv (after a transposed convolution, or without any
-      convolution) becomes a KernelNorm of single pixels.
-    - A ReLU moves into the KNConvs that make its input, also through sums, concatenations and
-      pooling. Other activations, and ReLUs that the network calls as functions, stay in their
-      place.
-    - Before the pooling that leads to the classifier comes a KernelNorm, unless a KNConv that took
-      over its ReLU is pooled.
+      Others stay: gates of squeeze-and-excite, final classifiers, transposed convolutions, and
+      convolutions whose windows have fewer than 8 elements.
+    - The norms of KNConvs are removed. A norm without a KNConv (after a convolution that stays, or
+      without any convolution) becomes a KernelNorm of single pixels.
+    - A ReLU moves into the KNConvs that compute its input, also through sums, concatenations and
+      pooling. A LeakyReLU moves into the KNConv directly before it. Other activations, and ReLUs
+      that the network calls as functions, stay in their place.
+    - A KernelNorm is added before the pooling that leads to the classifier, unless that pools the
+      output of a KNConv that took over its ReLU.
 
-    Train the network after that: normalisation by other statistics makes other numbers of the same
-    weights. Build the optimizer after converting. For training from scratch draw the weights anew
-    with :func:`kernelnorm.models.init_convolutions`.
+    Train the network after the conversion: KNConvs normalise by other statistics, so the same
+    weights give other outputs. Build the optimizer after converting. For training from scratch
+    draw new weights with :func:`kernelnorm.models.init_convolutions`.
 
     Args:
         model: the network; a copy is converted
         example_input: an input, the tuple of positional arguments, or the mapping of keyword
-            arguments for one call in evaluation, which shows what feeds what. Without it the order
-            of registration decides, no ReLU moves out of an :class:`torch.nn.Sequential`, no
-            KernelNorm is added before the pooling, and the report calls these decisions guesses
-        rules: other rules than the paper's; a mapping has fields of
-            :class:`kernelnorm.models.Rules`
+            arguments. The network runs on it once, in evaluation mode, to record which layer feeds
+            which. Without it the conversion follows the order in which layers are registered, only
+            ReLUs inside of an :class:`torch.nn.Sequential` move, no KernelNorm is added before the
+            pooling, and the report calls these decisions guesses
+        rules: the rules, or a mapping with fields of :class:`kernelnorm.models.Rules` (default: the
+            paper's rules)
         norms: the norms that are converted, any of ``"batch"`` (with its synchronised and frozen
             forms), ``"group"`` and ``"instance"``
-        inplace: converts ``model`` itself
+        inplace: converts ``model`` itself, not a copy
 
     Returns:
         The converted network, and a :class:`Report`: ``print(report)`` is a table of all layers,
-        and ``report.unconverted`` has what could not be converted, with the reasons.
+        and ``report.unconverted`` lists the layers that could not be converted, with the reasons.
 
     Raises:
-        TypeError: the model is no module, a scripted one, or wrapped for several processes
+        TypeError: the model is not a module, has a scripted module, or is a
+            DistributedDataParallel
         ValueError: the model has no such norms, has lazy modules without shapes, or cannot be
-            copied; ``rules`` or ``norms`` has a wrong value; or the model cannot run on
-            ``example_input``; or it needs one, to tell the dimensions of a norm's input
+            copied; ``rules`` or ``norms`` has a wrong value; the model cannot run on
+            ``example_input``; or only an ``example_input`` can tell the dimensions of a norm's
+            input
 
     Source: Section 3, rules I to IV.
 
@@ -163,7 +167,7 @@ def _recorded(network: nn.Module, example_input: Any) -> list[Call]:
 
 
 def _cloned(value: Any) -> Any:
-    """The same with copies of its tensors, which the network may change in place."""
+    """Returns the value with its tensors copied: the network may change its input in place."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):

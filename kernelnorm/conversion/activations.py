@@ -1,9 +1,9 @@
-"""Rule III: which activations move into the KNConvs that make their input.
+"""Rule III: which activations move into the KNConvs that compute their input.
 
-A ReLU moves to all KNConvs that make its input, through sums, concatenations and pooling, or it
-stays. Whatever else their outputs are used for must not see the difference: every way from such a
-KNConv leads to a ReLU, or through a sum to a norm. One module may be called in several places: it
-moves if all of its calls can.
+A ReLU moves to all KNConvs that compute its input, through sums, concatenations and pooling, or it
+stays. It stays if that would change another use of their outputs: every path from such a KNConv
+must lead to a ReLU, to a pooling that computes a gate, or through a sum to a norm that is not
+removed. A module that is called in several places moves if it can move from all of them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class Activations:
     """What becomes of the activations.
 
     Args:
-        taken: the activation that a KNConv takes over
+        taken: for each KNConv that takes over an activation, this activation
         removed: activations that are removed
         copied: norms and activations that become a :class:`~kernelnorm.conversion.layers.Copy`,
             since a later call changes their output in place
-        functions: the modules whose ``forward`` calls a ReLU as a function that could move
+        functions: the names of modules whose ``forward`` calls a ReLU as a function, where an
+            :class:`torch.nn.ReLU` could move
         why: the reason for each activation that has to do with a KNConv
     """
 
@@ -56,7 +57,7 @@ class _Origin:
     calls: list[Call] = field(default_factory=list)  # of KNConvs
     summed: bool = False
     gathered: bool = False
-    normalized: bool = False  # by a norm that goes
+    normalized: bool = False  # by a norm that is removed
     obstacle: str = ""
 
 
@@ -165,7 +166,7 @@ def _origin(
 
 
 def _gated(product: Call, value: Value) -> Value | None:
-    """The factor of a product that is a map, if the other is not negative."""
+    """The only factor that is a feature map, if all other factors are not negative."""
     maps = [part for part in product.inputs if part.shape == value.shape and not _positive(part)]
     others = [part for part in product.inputs if part not in maps]
     if len(maps) != 1 or not all(map(_positive, others)) or not _has_positive_numbers(product):
@@ -199,7 +200,7 @@ def _obstacle_of_module(module: nn.Module, origins: list[_Origin]) -> str:
     if not has_slope(module.negative_slope):
         return f"KNConvs have no LeakyReLU of slope {module.negative_slope}"
     gathered = any(origin.gathered for origin in origins)
-    return "a LeakyReLU of several outputs is another than theirs" if gathered else ""
+    return "a LeakyReLU moves only to one KNConv directly before it" if gathered else ""
 
 
 def _cannot_move(
@@ -208,7 +209,7 @@ def _cannot_move(
     removed_norms: Collection[nn.Module],
     head: Head | None,
 ) -> dict[nn.Module, str]:
-    """The activations that cannot move, as a KNConv has another use, with the reason."""
+    """The activations that cannot move, since a KNConv has another use, with the reason."""
     covered = {id(call) for origins in moving.values() for call in _calls(origins)}
     takers: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
     for module, origins in moving.items():
@@ -259,7 +260,7 @@ def _other_uses(
 
 
 def _is_gate(pooling: Call) -> bool:
-    """True if all that follows a pooling of whole maps are factors of products."""
+    """True if the output of a global pooling is only used as a factor of products."""
     waiting, seen = [pooling], {id(pooling)}
     while waiting:
         users = [user for value in waiting.pop().outputs for user in value.users]

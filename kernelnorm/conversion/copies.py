@@ -20,7 +20,7 @@ def is_changed(flow: Flow, convolution: Call, removed: Collection[nn.Module]) ->
     """True if a KNConv's output is changed in place, and no removed layer can make a copy of it."""
     (value, *_) = convolution.outputs
     others = [user for user in value.users if user.module not in removed]
-    if len(others) < len(value.users):  # the copies of removed layers leave the other users
+    if len(others) < len(value.users):  # removed layers can copy; the other users cannot
         return any(value.storage in user.changed for user in others)
     return _changes(flow, {value.storage}, removed)
 
@@ -28,7 +28,7 @@ def is_changed(flow: Flow, convolution: Call, removed: Collection[nn.Module]) ->
 def to_copy(
     flow: Flow, removed: Collection[nn.Module], taken: Collection[nn.Module]
 ) -> Iterator[nn.Module]:
-    """The removed layers that have to be copies of their input.
+    """The removed layers that have to copy their input.
 
     An identity returns its input itself. If the input or the output is changed in place afterwards,
     others would see the change: another use of the input, the caller of the network, and a layer
@@ -46,7 +46,7 @@ def to_copy(
 
 
 def _storages(call: Call, removed: Collection[nn.Module]) -> set[int]:
-    """The storages that become one with the output of a removed layer."""
+    """The storages that become one storage if this and the following removed layers go."""
     found = {value.storage for value in call.outputs}
     for user in (user for value in call.outputs for user in value.users):
         if user.module in removed and user is not call:
@@ -60,6 +60,6 @@ def _changes(
     removed: Collection[nn.Module],
     after: Call | None = None,
 ) -> bool:
-    """True if a call of something that is left changes one of the storages in place."""
+    """True if a call that is not removed changes one of the storages in place."""
     calls = flow.calls if after is None else flow.calls[flow.calls.index(after) + 1 :]
     return any(c.module not in removed and not c.changed.isdisjoint(storages) for c in calls)

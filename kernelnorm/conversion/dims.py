@@ -1,4 +1,4 @@
-"""The spatial dimensions of the maps that norms without a KNConv take."""
+"""The number of spatial dimensions of each new KernelNorm."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["spatial_dims"]
 
 
 def spatial_dims(plan: Plan, calls: Sequence[Call]) -> dict[nn.Module, int]:
-    """Returns the spatial dimensions for each layer that becomes a KernelNorm.
+    """Returns the number of spatial dimensions for each layer that becomes a KernelNorm.
 
-    They are told by the shape of its input, its name, or the layers around it. A KernelNorm of
-    other dimensions would take a batch of maps as one map, and mix its samples.
+    It follows from the name of the layer's class, from the shape of its input, or from the layers
+    around it. A KernelNorm of one more dimension would take a batch of maps as one map, and mix the
+    samples.
 
     Raises:
-        ValueError: nothing tells them
+        ValueError: the number is not known
     """
     convolutions = (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED)
     used = {_named(c.module) for c in calls if isinstance(c.module, convolutions)}
@@ -36,7 +37,7 @@ def spatial_dims(plan: Plan, calls: Sequence[Call]) -> dict[nn.Module, int]:
         found = _named(module) or (len(shape) - 2 if shape else _around(call) or everywhere)
         if not found:
             raise ValueError(
-                f"nothing tells the dimensions of the input of {call.name!r}, a "
+                f"cannot tell the number of dimensions of the input of {call.name!r}, a "
                 f"{type(module).__name__}: pass example_input"
             )
         dims[module] = found
@@ -44,12 +45,12 @@ def spatial_dims(plan: Plan, calls: Sequence[Call]) -> dict[nn.Module, int]:
 
 
 def _named(module: nn.Module | None) -> int | None:
-    """The dimensions in the name of a layer, such as ``Conv1d``."""
+    """The number of dimensions in the name of a layer's class, such as 1 for ``Conv1d``."""
     return next((d for d in (1, 2, 3) if f"{d}d" in type(module).__name__), None)
 
 
 def _around(call: Call) -> int | None:
-    """The dimensions of the nearest layer before a call, or after it, that has them in its name."""
+    """The number of dimensions of the nearest layer before or after a call whose name has it."""
     before = call.inputs[0].maker
     while before is not None and not _named(before.module):
         before = before.inputs[0].maker if before.inputs else None

@@ -14,7 +14,7 @@ from kernelnorm.conversion.record import Call, Value
 __all__ = ["COMBINING", "Flow", "is_global_pooling"]
 
 COMBINING = (Kind.SUM, Kind.CONCATENATION, Kind.POOLING, Kind.PRODUCT, Kind.PASSING)
-"""Calls behind which the use of an output is searched on."""
+"""Kinds of calls through which an output is followed to its uses."""
 
 
 class Flow:
@@ -43,9 +43,9 @@ class Flow:
     def normalised_convolutions(self) -> set[nn.Module]:
         """The convolutions that a norm belongs to.
 
-        A norm belongs to the convolutions before it. Those after it have one, too, if it is a
-        pre-activation: if no convolution is before it, or if the sums and concatenations that they
-        feed are normalised.
+        A norm belongs to the convolutions before it. It also belongs to a convolution after it, as
+        a pre-activation, in two cases: no convolution is before the norm, or the output of the
+        convolution reaches a norm, perhaps through sums and concatenations.
         """
         found = {module for modules in self.before.values() for module in modules}
         for norm, modules in self.after.items():
@@ -81,7 +81,7 @@ def is_global_pooling(call: Call) -> bool:
 
 
 def _makers(value: Value) -> list[nn.Module]:
-    """The convolutions whose output a value is, perhaps pooled or concatenated."""
+    """The convolutions that a value comes from, perhaps pooled or concatenated."""
     call = value.maker
     if call is None:
         return []

@@ -1,4 +1,4 @@
-"""Guesses the calls of layers that no forward pass has shown, from the order of registration."""
+"""Guesses the calls of layers that were not recorded, from the order of registration."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["guessed_calls"]
 
 
 def guessed_calls(network: nn.Module, recorded: Iterable[Call]) -> list[Call]:
-    """Returns one call for each layer that has none among those recorded.
+    """Returns one call for each layer without a recorded call.
 
     The layers of an :class:`torch.nn.Sequential` follow each other. In other modules only a
-    convolution and a norm of as many channels do, in either order: who calls the activation that
-    is registered next to them cannot be known.
+    convolution and a norm with the same number of channels do, in either order: where the module
+    calls an activation that is registered next to them is not known.
     """
     seen, calls = {call.module for call in recorded}, list[Call]()
     for name, parent in network.named_modules():
@@ -47,7 +47,7 @@ def _value(maker: Call | None) -> Value:
 
 
 def _fit(first: nn.Module | None, second: nn.Module) -> bool:
-    """True for a convolution and a norm of as many channels, in either order."""
+    """True for a convolution and a norm with the same number of channels, in either order."""
     if isinstance(first, (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED)):
         channels, norm = first.out_channels, second
     elif isinstance(second, (*kinds.CONVOLUTIONS, *kinds.TRANSPOSED)) and first is not None:

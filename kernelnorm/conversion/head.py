@@ -18,14 +18,14 @@ __all__ = ["Head", "plan_head"]
 
 @dataclass(frozen=True)
 class Head:
-    """The KernelNorm before the final pooling; it takes the place of a module.
+    """The KernelNorm before the final pooling, perhaps with a ReLU; it replaces a module.
 
     Args:
-        module: the module
+        module: the module that it replaces
         where: ``"norm"``: in place of that norm; ``"before"``: before that activation;
             ``"after"``: after that ReLU, with a ReLU of its own; ``"pooling"``: before that
             pooling, with a ReLU of its own
-        replaces: the call of a ReLU for which the head's own stands
+        replaces: the call of a ReLU that the head's own ReLU replaces
     """
 
     module: nn.Module
@@ -34,10 +34,11 @@ class Head:
 
 
 def plan_head(flow: Flow, rules: Rules) -> Head | None:
-    """Finds the place of the KernelNorm, where there is one.
+    """Finds the place of the KernelNorm, or returns ``None`` if the network gets none.
 
-    It stands before the pooling of a sum, of a concatenation, of a pre-activation, and of a KNConv
-    with another activation than a ReLU. A KNConv that takes over its ReLU gets none, as in VGG8.
+    The KernelNorm comes before the pooling of a sum, of a concatenation, of a pre-activation, or of
+    a KNConv with an activation other than a ReLU. After a KNConv that takes over its ReLU there is
+    none, as in VGG8.
     """
     pooling = _final_pooling(flow)
     if pooling is None:
@@ -69,13 +70,13 @@ def plan_head(flow: Flow, rules: Rules) -> Head | None:
 
 
 def _final_pooling(flow: Flow) -> Call | None:
-    """The last pooling of whole maps, after which there are none."""
+    """The last global pooling that is not followed by maps of more than one pixel."""
     poolings = (call for call in reversed(flow.calls) if is_global_pooling(call))
     return next((call for call in poolings if not _leads_to_maps(call)), None)
 
 
 def _leads_to_maps(pooling: Call) -> bool:
-    """True if anything that follows has more than one pixel, as after a squeeze-and-excite gate."""
+    """True if maps of several pixels follow, as after the pooling of a squeeze-and-excite gate."""
     dims, seen, waiting = len(pooling.inputs[0].shape), {id(pooling)}, [pooling]
     while waiting:
         users = [user for value in waiting.pop().outputs for user in value.users]

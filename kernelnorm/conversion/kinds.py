@@ -46,11 +46,11 @@ _KNOWN_NORMS = (
     *("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "BatchNormAct2d", "SyncBatchNormAct"),
     *("GroupNormAct", "GroupNorm1Act"),
 )
-"""Norms of torchvision and timm that have a forward of their own."""
+"""Norms of torchvision and timm whose own ``forward`` is known; see :func:`obstacle_of_norm`."""
 
 
 class Kind(Enum):
-    """The part that a call has in a network, with the classes and functions that have it."""
+    """The role of a call in a network; a value lists the classes and functions with that role."""
 
     RELU = "ReLU relu"
     LEAKY_RELU = "LeakyReLU leaky_relu"
@@ -82,7 +82,7 @@ class Kind(Enum):
         "transpose permute contiguous __getitem__ narrow roll flip expand expand_as pad to float "
         "half bfloat16 double type detach clone pixel_shuffle channel_shuffle"
     )
-    """Passes its elements on, in another order or with zeros between them."""
+    """Returns the elements of its input, perhaps reordered, repeated or with zeros added."""
     CONVOLUTION = "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d"
     NORM = " ".join(name for names in NORMS.values() for name in names)
     OTHER = ""
@@ -94,7 +94,7 @@ _KINDS = {name: kind for kind in Kind for name in kind.value.split()}
 
 
 def kind_of(call: Call) -> Kind:
-    """The part of a call."""
+    """The role of a call."""
     if call.module is not None:
         return kind_of_module(call.module)
     name = call.name if call.name.endswith("__") else call.name.removesuffix("_")
@@ -110,7 +110,7 @@ def kind_of(call: Call) -> Kind:
 
 
 def kind_of_module(module: nn.Module) -> Kind:
-    """The part of a layer: that of the nearest of its classes that has one."""
+    """The role of a layer: that of the first class in its MRO that has a role."""
     if isinstance(module, nn.Upsample) and module.mode == "bicubic":  # its output can be negative
         return Kind.OTHER
     names = (base.__name__ for base in type(module).__mro__)
@@ -118,7 +118,7 @@ def kind_of_module(module: nn.Module) -> Kind:
 
 
 def pools_any_size_to_one_pixel(call: Call) -> bool:
-    """True for a pooling that makes one pixel of a map of any size, not only of this one."""
+    """True for a pooling that reduces maps of any size to one pixel, not only maps of this size."""
     name = call.name if call.module is None else type(call.module).__name__
     one = bool(call.outputs) and all(size == 1 for size in call.outputs[0].shape[2:])
     return kind_of(call) is Kind.POOLING and one and ("daptive" in name or name in ("mean", "amax"))
@@ -131,11 +131,11 @@ def name_of_norm(module: nn.Module) -> str | None:
 
 
 def channels_of_norm(norm: nn.Module) -> int | None:
-    """The channels of the maps that a norm takes, if it says."""
+    """The number of channels of a norm, or ``None`` if no attribute tells it."""
     for name in ("num_features", "num_channels"):
         if isinstance(number := getattr(norm, name, None), int):
             return number
-    weight = getattr(norm, "weight", None)  # FrozenBatchNorm2d has no number
+    weight = getattr(norm, "weight", None)  # FrozenBatchNorm2d stores no number
     return None if weight is None else len(weight)
 
 
@@ -145,7 +145,7 @@ def is_convolution(module: nn.Module | None) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """True for modules whose call counts as one: convolutions, norms and PyTorch's own layers."""
+    """True for modules recorded as one call: convolutions, norms and PyTorch's own layers."""
     own = type(module).__module__.startswith("torch.nn.") and not [*module.children()]
     return own or is_convolution(module) or name_of_norm(module) is not None
 
@@ -172,7 +172,7 @@ def obstacle(convolution: nn.Module) -> str | None:
 
 
 def obstacle_of_norm(norm: nn.Module) -> str | None:
-    """Why it is not known what a norm does, or ``None`` if it is."""
+    """Why the conversion does not know what a norm computes, or ``None`` if it does."""
     if "forward" in vars(norm):
         return f"this {type(norm).__name__} has a forward of its own"
     for base in type(norm).__mro__:

@@ -11,9 +11,9 @@ __all__ = ["Copy", "KNConv2dSame"]
 
 
 class Copy(nn.Module):
-    """Returns a copy, which the network may change in place.
+    """Returns a copy of its input, so that the network can change the copy in place.
 
-    A KNConv with a ReLU keeps its output for the backward pass.
+    A KNConv with a ReLU needs its own output unchanged in the backward pass.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class Copy(nn.Module):
 
 
 class KNConv2dSame(KNConv2d):
-    """A KNConv padded like TensorFlow's "same": at the end first, as much as the input needs."""
+    """A KNConv with TensorFlow's "same" padding; the end gets the larger half of an odd padding."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Pads the input, and convolves its normalised windows."""

@@ -18,7 +18,7 @@ from kernelnorm.models.rules import Rules
 __all__ = ["Fate", "Plan", "make_plan"]
 
 LEAST_WINDOW = 8
-"""The variance of fewer elements says little: such a convolution stays as it is."""
+"""Convolutions with fewer elements in a window stay: the variance of so few is too noisy."""
 
 
 class Fate(Enum):
@@ -36,7 +36,7 @@ class Plan:
     """What becomes of the layers of a network.
 
     Args:
-        fates: of the convolutions and norms
+        fates: the fate of each convolution and norm
         activations: what becomes of the activations
         head: the KernelNorm before the final pooling
         why: the reason for each layer
@@ -85,7 +85,7 @@ def make_plan(calls: Sequence[Call], norms: Collection[str], rules: Rules) -> Pl
 
 
 def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
-    """Rule I, for the convolutions that a norm belongs to."""
+    """Rule I: the convolutions that a norm belongs to become KNConvs."""
     if not has_norm:
         return Fate.KEPT, "no norm belongs to it"
     if (obstacle := kinds.obstacle(module)) is not None:
@@ -100,7 +100,7 @@ def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
 def _fate_of_norm(
     norm: nn.Module, flow: Flow, reasons: dict[nn.Module, tuple[Fate, str]]
 ) -> tuple[Fate, str]:
-    """Rule II, and a KernelNorm of single pixels for norms without a KNConv."""
+    """Rule II: norms of KNConvs are removed; others become KernelNorms of single pixels."""
     neighbours = flow.before[norm] or flow.after[norm]
     others = [module for module in neighbours if reasons[module][0] is not Fate.KN_CONV]
     if neighbours and not others:

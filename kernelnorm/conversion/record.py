@@ -22,7 +22,7 @@ __all__ = ["Call", "Value", "record"]
 
 @dataclass(eq=False)
 class Value:
-    """A tensor as one call has made it; a change in place makes another value of the tensor."""
+    """A tensor as one call produced it; after a change in place the tensor has a new value."""
 
     maker: Call | None
     """The call that returned it; ``None`` for parameters and the input of the network."""
@@ -46,11 +46,11 @@ class Call:
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     changed: set[int] = field(default_factory=set)
-    """The storages of the inputs that the call changed in place, or does in training."""
+    """The storages of the inputs that the call changes in place, now or in training."""
 
     @property
     def end(self) -> bool:
-        """True for the network's return, which takes what the network gives."""
+        """True for the call that stands for the network's return: its inputs are the outputs."""
         return self.name == "return" and self.module is None
 
 
@@ -68,7 +68,8 @@ def record(
     Args:
         network: any module
         arguments, options: the arguments of its ``forward``
-        is_layer: true for modules whose call is recorded as one; what functions they call is not
+        is_layer: true for modules whose call is recorded as one call; the functions that these
+            modules call are not recorded
     """
     training = {module: module.training for module in network.modules()}
     recorder = _Recorder()
@@ -89,7 +90,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._values: dict[int, tuple[Tensor, Value]] = {}  # the tensor keeps its id taken
+        self._values: dict[int, tuple[Tensor, Value]] = {}  # tensors keep their ids taken
         self._running: list[tuple[Call, list[Tensor], list[int]]] = []
         self._owners = [""]
         self._at_work = False
@@ -138,7 +139,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def _own_work(self) -> Iterator[None]:
-        """Looking at a tensor is a function call, too; those of the recorder are not recorded."""
+        """Keeps the recorder's own function calls (such as a tensor's shape) out of the record."""
         self._at_work = True
         try:
             yield
@@ -165,7 +166,7 @@ class _Recorder(TorchFunctionMode):
         call.arguments, call.options = tuple(args), kwargs
         tensors = [*_tensors((args, kwargs))]
         call.inputs = [self._value(tensor) for tensor in tensors]
-        if getattr(call.module, "inplace", False) or kwargs.get("inplace"):  # such as a dropout
+        if getattr(call.module, "inplace", False) or kwargs.get("inplace"):  # perhaps in training
             call.changed.update(value.storage for value in call.inputs)
         self._running.append((call, tensors, [observers.version(tensor) for tensor in tensors]))
 
@@ -189,12 +190,12 @@ class _Recorder(TorchFunctionMode):
                 self._values[id(tensor)] = tensor, value
 
     def _sharing(self, storage: int) -> list[Tensor]:
-        """The tensors in the same memory: views of each other, which change together."""
+        """The recorded tensors in a storage: views of each other, which change together."""
         return [tensor for tensor, value in self._values.values() if value.storage == storage]
 
     def _value(self, tensor: Tensor) -> Value:
         if id(tensor) not in self._values:
-            maker = self._running[-1][0] if self._running else None  # a layer with layers inside
+            maker = self._running[-1][0] if self._running else None  # made inside of a layer
             value = Value(maker, tensor.shape, _storage(tensor))
             if maker is not None:
                 maker.outputs.append(value)
@@ -219,6 +220,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _storage(tensor: Tensor) -> int:
     try:
         storage = tensor.untyped_storage()
-        return storage.data_ptr() or id(storage)  # that of empty tensors and on "meta" is 0
+        return storage.data_ptr() or id(storage)  # 0 for empty and "meta" tensors
     except (NotImplementedError, RuntimeError):  # a tensor without memory, such as a sparse one
         return id(tensor)

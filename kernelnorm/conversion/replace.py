@@ -1,4 +1,4 @@
-"""Turns modules into others in place, so that all references to a module stay valid."""
+"""Changes the class of modules in place, so that all references to a module stay valid."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def carry_out(plan: Plan, dims: Mapping[nn.Module, int], rules: Rules) -> None:
     if plan.head is not None:
         norm = _pixel_norm(dims[plan.head.module], rules.head_dropout_p, rules)
         new[plan.head.module] = _head(plan.head, norm)
-    # All is ready: from here on nothing fails.
+    # All new layers are built: nothing below can fail and leave the network half converted.
     for module, fate in plan.fates.items():
         if fate is Fate.KN_CONV:
             _become_kn_conv(module, plan.activations.taken.get(module), rules)
@@ -91,7 +91,7 @@ def _become_kn_conv(convolution: nn.Module, activation: nn.Module | None, rules:
 
 
 def _with_rest(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """The layer, and what else a norm with layers inside of it does, such as its activation."""
+    """The layer, followed by the layers inside of the norm, such as its activation."""
     rest = OrderedDict(norm.named_children())
     name = "norm" if "norm" not in rest else "kernel_norm"
     return nn.Sequential(OrderedDict([(name, layer), *rest.items()])) if rest else layer
@@ -107,7 +107,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _become(module: nn.Module, new: nn.Module) -> None:
-    """Makes ``module`` an equal of ``new``, with its own hooks and mode."""
+    """Gives ``module`` the class and attributes of ``new``; its hooks and training mode stay."""
     hooks = {name: value for name, value in vars(module).items() if "hook" in name}
     new.training = module.training
     for layer in new.children():

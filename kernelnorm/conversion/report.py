@@ -14,9 +14,9 @@ class Row:
 
     Args:
         name: the qualified name of the module
-        before: its class before
-        after: its class now, or those of its parts, or ``"removed"``
-        why: the reason
+        before: its class before the conversion
+        after: its class after the conversion, or the classes of its parts, or ``"removed"``
+        why: the reason for it
     """
 
     name: str
@@ -30,10 +30,11 @@ class Report:
     """What :func:`kernelnorm.convert` did; ``print(report)`` shows it as a table.
 
     Args:
-        rows: the convolutions, norms and activations that a rule is about, in the network's order
+        rows: the convolutions, the norms to convert, and the activations after KNConvs, in the
+            order of the network's modules
         unconverted: the rows of norms that are left, and of convolutions that have a norm but
             could not become KNConvs
-        notes: what to know beside the table
+        notes: advice that is printed below the table
     """
 
     rows: Sequence[Row]

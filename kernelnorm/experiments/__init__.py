@@ -1,1 +1,1 @@
-"""The paper's case studies: recipes, data, training, and what comes out of it."""
+"""The paper's case studies: recipes, data, training, evaluation and reports."""

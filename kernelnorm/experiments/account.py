@@ -1,4 +1,4 @@
-"""Privacy accounting by Opacus: epsilon after some steps, and the noise for a budget."""
+"""Privacy accounting by Opacus: epsilon of a number of steps, noise multiplier of a budget."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from kernelnorm.experiments.private_options import Privacy
 __all__ = ["ORDERS", "Account", "noise_multiplier"]
 
 _SEARCHED = [1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5, 5.5, *range(2, 64)]
-"""The orders of divergence in the search for a noise: few fractions, which take long to compute."""
+"""Orders of the Renyi divergence in the noise search. Few are fractions: these are slow."""
 
 ORDERS = sorted({*RDPAccountant.DEFAULT_ALPHAS, *_SEARCHED})
-"""Each order gives a bound, and epsilon is the least: more of them than in the search can only
-lower it."""
+"""Orders for the reported epsilon, which is the smallest bound over all orders. More orders than
+in the search can only lower it."""
 
 
 class Account:
-    """Opacus' RDP accountant of a run whose steps are all alike, with a quick look at epsilon.
+    """Opacus' RDP accountant of a run whose steps all have the same noise and sampling rate.
 
     Args:
         noise: the noise multiplier.
         rate: the sampling rate.
-        delta: of the guarantee.
+        delta: the probability that the guarantee does not cover.
     """
 
     def __init__(self, noise: float, rate: float, delta: float) -> None:
@@ -44,10 +44,10 @@ class Account:
         return sum(steps for _, _, steps in self.accountant.history)
 
     def epsilon(self, more: int = 0) -> float:
-        """Return what the steps so far have spent, and ``more`` steps with them.
+        """Return the epsilon of the steps so far and ``more`` further steps.
 
-        Divergences of steps add up, so this is what the accountant's ``get_epsilon`` computes with
-        the orders here.
+        The divergences of steps add up, so the accountant's ``get_epsilon`` returns the same with
+        :data:`ORDERS`, but more slowly.
         """
         steps = self.steps + more
         if not steps:
@@ -60,10 +60,10 @@ class Account:
         return float(epsilon)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the accountant's state.
+        """Load the accountant's state.
 
         Raises:
-            ValueError: its steps were others than the run's.
+            ValueError: it has steps with another noise multiplier or sampling rate.
         """
         others = [step for *step, _ in state["history"] if step != [self.noise, self.rate]]
         if others:
@@ -76,10 +76,12 @@ class Account:
 
 @cache
 def noise_multiplier(privacy: Privacy, rate: float, steps: int) -> float:
-    """Return the least noise, up to Opacus' tolerance, with which the steps keep to the budget.
+    """Return the smallest noise multiplier that keeps the steps within the budget.
+
+    The epsilon of the result is below the budget by at most 0.01, or 1 % of the budget if less.
 
     Raises:
-        RunError: there is none.
+        RunError: no noise multiplier keeps to the budget.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is the")

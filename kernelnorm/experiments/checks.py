@@ -1,4 +1,4 @@
-"""Checks of a run's folder: it holds the same run, on the same images."""
+"""Checks that a run's folder holds the same run, on the same images."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ __all__ = ["check_config", "check_data"]
 
 _FILES = {"config.yaml", "metrics.jsonl", "last.ckpt", "best.ckpt", "failure.json", "output.txt"}
 _FILES |= {".lock", "tensorboard"}
-"""What a run's folder can hold."""
+"""The files and folders that a run's folder can hold."""
 
 _CHANGEABLE = ("dataset", "case", "epochs")
-"""What does not make it another run: images may move, which a fingerprint of them tells, and more
-epochs extend it."""
+"""Fields that may change when a run resumes: images may move (:func:`check_data` compares their
+fingerprint), and more epochs extend the run."""
 
 
 def check_config(folder: RunFolder, config: RunConfig) -> None:
-    """Check that nothing was trained in a folder, or the run with this configuration.
+    """Check that a folder is free, or holds the run with this configuration.
 
     Raises:
-        RunError: the folder holds another run, or a checkpoint without a configuration.
+        RunError: the folder holds another run, other files, or a checkpoint without a
+            configuration, or the run cannot be extended to that number of epochs.
     """
     path = folder.path
     if not (path / "last.ckpt").exists():
@@ -35,7 +36,7 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} has a checkpoint but no config.yaml: give another --out")
     record = config.as_dict()
-    there = {**config.defaults(), **folder.read_config()["run"]}  # it may be older than a field
+    there = {**config.defaults(), **folder.read_config()["run"]}  # old runs lack new fields
     before, now = _flat(there), _flat(record)
     differing = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
@@ -53,7 +54,7 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
 
 
 def _check_extension(path: Path, epochs: int, config: RunConfig) -> None:
-    """Check that a run of so many epochs can have as many as ``config`` says."""
+    """Check that a run of ``epochs`` epochs can be extended to ``config.epochs``."""
     more = config.epochs
     if more < epochs:
         raise RunError(
@@ -75,32 +76,32 @@ def _check_extension(path: Path, epochs: int, config: RunConfig) -> None:
 
 
 def check_data(folder: RunFolder, found: Mapping[str, Any]) -> None:
-    """Check that the images are of the kind and number that ``config.yaml`` tells.
+    """Check that the images match the description in ``config.yaml``.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         found: what :func:`.inputs.describe` returns for the images.
 
     Raises:
-        RunError: they have changed since the run was begun.
+        RunError: the images have changed since the run started.
     """
     there = folder.read_config()
     differing = [key for key, value in found.items() if there.get(key, value) != value]
     told = [key for key in differing if not key.endswith("_fingerprint")]
     changed = [f"{key} was {there[key]!r} and is {found[key]!r}" for key in told] or [
-        f"the {key.replace('train', 'training').removesuffix('_fingerprint')} images are "
-        "others, or in another order"
+        f"the {key.replace('train', 'training').removesuffix('_fingerprint')} images have "
+        "changed, or their order"
         for key in differing
     ]
     if changed:
         raise RunError(
             f"the data of {folder.path} has changed: {'; '.join(changed)}. "
-            "Restore it, or train on what is there now in another --out"
+            "Restore it, or train on the new images with another --out"
         )
 
 
 def _check_is_free(path: Path) -> None:
-    """Check that a folder holds nothing but what a run writes."""
+    """Check that a folder holds only files that a run writes."""
     if not path.is_dir():
         return
     strange = sorted(
@@ -116,7 +117,7 @@ def _check_is_free(path: Path) -> None:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields with the options of private training among them."""
+    """Return the fields; ``private`` is a bool, and its options are fields ``"private NAME"``."""
     private = record.get("private")
     options = private.items() if isinstance(private, dict) else ()
     whether = {"private": private is not None}

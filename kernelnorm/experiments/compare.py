@@ -83,8 +83,14 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
         configs: the runs, in the order of the table.
         out: the folder of the comparison and of its runs' folders.
         launch: how the runs are executed; its ``out`` is not used.
+
+    Raises:
+        DataError: images are missing or damaged.
+        RunError: the table or the picture cannot be written, or ``launch`` has ``max_steps``.
     """
     launch = launch or Launch()
+    if launch.max_steps is not None:
+        raise RunError("a comparison trains whole runs: leave out max_steps")
     widths = [
         max(len(LABELS[config.norm]) for config in configs),
         *(max(len(heading), 7) for heading in _HEADINGS[1:]),
@@ -106,7 +112,7 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
                     raise
                 row = Row(config, [], str(error))
             rows.append(row)
-            bar.update(end - bar.n)  # it may have converged, or failed
+            bar.update(end - bar.n)  # the run may have ended early
             _echo(_line(row.cells(), widths))
             if row.failure:
                 _echo(f"  {row.failure}")

@@ -24,7 +24,7 @@ AGC = 0.01
 """The default factor of adaptive gradient clipping, for norms that need it."""
 
 MAX_FLOAT = 3e38
-"""Above it float32 overflows."""
+"""The upper limit of learning rate, weight decay and warm-up: beyond it float32 overflows."""
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("steps", "cosine")
@@ -38,13 +38,13 @@ class RunConfig(Recipe):
 
     Args:
         norm: one of :data:`kernelnorm.norms.NORMS`.
-        batch_size: images a step, over all processes together.
+        batch_size: images per step, over all processes together.
         lr: the learning rate at the start.
         seed: of the initial weights, the order of the images, augmentation and dropout.
         subset: train and test on that many images only, the classes balanced; ``None`` is all.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         init_from: the fingerprint of the weights that training starts from; empty: random ones.
-        private: how it is trained with differential privacy, if it is.
+        private: the options of private training; ``None``: training is not private.
         agc: the factor of adaptive gradient clipping; ``None``: the norm does not need it.
     """
 
@@ -59,11 +59,11 @@ class RunConfig(Recipe):
     agc: float | None = None
 
     def lr_at(self, epoch: float, step: float = 0.0) -> float:
-        """Return the learning rate.
+        """Return the learning rate of a step.
 
         Args:
-            epoch: the time in epochs, from 0.
-            step: how much of an epoch the step takes that begins then.
+            epoch: the time at which the step begins, in epochs, from 0.
+            step: the length of the step, in epochs.
         """
         lr = self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.lr_milestones)
         if self.schedule == "cosine":
@@ -74,26 +74,27 @@ class RunConfig(Recipe):
         return lr
 
     def finished(self, history: Sequence[Metrics]) -> bool:
-        """Tell whether training ends here: all epochs done, or the paper's sign of convergence.
+        """Tell whether training ends: all epochs are done, or it has converged.
 
-        A private run does all its epochs: the training loss is not private, so it decides nothing.
+        As in the paper, a run has converged if the training loss of each of the last five epochs is
+        below 0.001. A private run does all its epochs, as its training loss is not private.
         """
         last = history[-5:] if self.private is None else ()
         converged = len(last) == 5 and all(metrics["train_loss"] < 1e-3 for metrics in last)
         return converged or len(history) >= self.epochs
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON and YAML know them."""
+        """Return the fields, with values of types that JSON and YAML have."""
         record: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RunConfig:
-        """Return the configuration whose :meth:`as_dict` this is.
+        """Return the configuration with these fields; the inverse of :meth:`as_dict`.
 
         Raises:
-            RunError: a field is missing that has no default value, there is an unknown one, or one
-                has a value of another type.
+            RunError: a field without a default value is missing, a field is unknown, or a value has
+                the wrong type.
         """
         try:
             values = {**cls.defaults(), **record}
@@ -111,17 +112,17 @@ class RunConfig(Recipe):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Return the part of :meth:`as_dict` that has a default value, with that."""
+        """Return the default values of the fields that have one, as in :meth:`as_dict`."""
         needed = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
         record = cls(**dict.fromkeys(needed)).as_dict()  # type: ignore[arg-type]
         return {name: value for name, value in record.items() if name not in needed}
 
     @property
     def name(self) -> str:
-        """The name of the run's folder: what people look for, and a hash of the fields.
+        """The name of the run's folder: norm, batch size, epsilon if private, seed, and a hash.
 
-        Fields with their default value are left out, so that one more field renames no folder. So
-        is the place of a folder of images: they may move.
+        The hash leaves out fields with their default value, so that a new field renames no folder.
+        It also leaves out the path of a folder of images, as images may move.
         """
         defaults = self.defaults().items()
         chosen = {
@@ -138,7 +139,7 @@ class RunConfig(Recipe):
 
     @property
     def variant(self) -> str:
-        """What the run changes of the paper's rules: ``"dropout_p=0, head=False"``, or nothing."""
+        """The rules that differ from the paper's: ``"dropout_p=0, head=False"``, or ``""``."""
         rules = self.model_options.get("rules")
         if not isinstance(rules, dict):
             return ""
@@ -168,10 +169,10 @@ def configure(
     Args:
         recipe: from :func:`recipe_for`.
         norm: one of :data:`kernelnorm.norms.NORMS`.
-        batch_size: images a step.
+        batch_size: images per step.
         lr: the learning rate; ``None`` takes :func:`auto_lr`.
-        choices: other fields of :class:`RunConfig`; those of the recipe that are given replace it.
-            ``agc`` counts for norms that need it, and is 0.01 there by default.
+        choices: other fields of :class:`RunConfig`; they replace values of the recipe. ``agc`` is
+            used for norms that need it only, where its default is 0.01.
 
     Raises:
         RunError: a value is out of its range, or the model does not have the norm.
@@ -190,7 +191,7 @@ def configure(
     values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
     values["dataset"] = plain_dataset(values["dataset"])
     if values["schedule"] == "cosine" and choices.get("lr_milestones"):
-        raise RunError("lr_milestones are those of the schedule 'steps', not of 'cosine'")
+        raise RunError("lr_milestones need the schedule 'steps', got 'cosine': leave one out")
     steps = values["schedule"] == "steps"
     values["lr_milestones"] = tuple(values["lr_milestones"]) if steps else ()
     for name in ("batch_size", "epochs", "image_size", "subset"):
@@ -227,7 +228,7 @@ def configure(
 
 
 def _agc(norm: str, factor: float | None, precision: str | None) -> float | None:
-    """Return the factor of adaptive gradient clipping, where the norm needs that."""
+    """Return the factor of adaptive gradient clipping; ``None`` if the norm does not need it."""
     if factor is not None and not 0 < factor < math.inf:
         raise RunError(f"agc must be positive, got {factor}")
     if "agc" not in describe(norm).needs:

@@ -1,4 +1,4 @@
-"""What a run prints: what is trained, a bar, a line for each epoch."""
+"""What a run prints: a start line, a progress bar, and a line for each epoch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Bar", "epoch_line", "pause_line", "start_line"]
 
 
 class Bar:
-    """The bar of a whole run, so that its time left is the run's.
+    """The progress bar of a whole run, over the steps of all its epochs.
 
     Args:
-        config: of the run.
-        per_epoch: the steps of an epoch.
+        config: the run's configuration.
+        per_epoch: the number of steps in an epoch.
         progress: how far the run has come.
         disable: hides the bar; ``None`` shows it on a terminal only.
     """
@@ -52,7 +52,7 @@ class Bar:
         )
 
     def show(self, steps: int, sums: Sums, metrics: Metrics) -> None:
-        """Show more steps, the sums of the epoch, and what else is to be told."""
+        """Advance by ``steps``, and show the epoch's loss and accuracy and further metrics."""
         images = max(1, sums.images)
         self.tqdm.update(steps)
         shown = {"loss": f"{sums.loss / images:.3f}", "accuracy": f"{sums.correct / images:.1%}"}
@@ -61,7 +61,7 @@ class Bar:
 
 
 def start_line(config: RunConfig, train: Images, test: Images) -> str:
-    """Return in a line what is trained."""
+    """Return the line that describes the network and the images before training."""
     channels, height, width = train.pixels.shape[1:]
     colour = "grey" if channels == 1 else "colour"
     clipping = "" if config.agc is None else f"; adaptive gradient clipping at {config.agc:g}"
@@ -76,7 +76,7 @@ def start_line(config: RunConfig, train: Images, test: Images) -> str:
 
 
 def epoch_line(config: RunConfig, metrics: Metrics) -> str:
-    """Return what is printed after an epoch."""
+    """Return the line that is printed after an epoch."""
     losses = "train loss {train_loss:.4f}, test loss {test_loss:.4f}"
     accuracies = "train accuracy {train_accuracy:.2%}, test accuracy {test_accuracy:.2%}"
     speed = "{seconds:.1f} s, {images_per_second:,.0f} images/s"
@@ -86,7 +86,7 @@ def epoch_line(config: RunConfig, metrics: Metrics) -> str:
 
 
 def pause_line(max_steps: int | None, sums: Sums) -> str:
-    """Return what is printed where a run pauses; at the end of an epoch the sums are empty."""
+    """Return the line that is printed when a run pauses; between two epochs it has no figures."""
     figures = ""
     if sums.images:
         figures = (

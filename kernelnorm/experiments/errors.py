@@ -18,7 +18,7 @@ class DivergedError(RunError):
 
 
 def error_message(error: Exception) -> str:
-    """Return the message of an error, with the error's class where it is none of this module."""
+    """Return an error's message, after the class's name if the class is not of this module."""
     if isinstance(error, (DataError, RunError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -17,7 +17,7 @@ from kernelnorm import set_evaluation
 from kernelnorm.arguments import Evaluation
 from kernelnorm.experiments.checks import check_data
 from kernelnorm.experiments.data import Images, Preprocess, batches
-from kernelnorm.experiments.errors import DataError
+from kernelnorm.experiments.errors import DataError, RunError
 from kernelnorm.experiments.inputs import describe, load_split
 from kernelnorm.experiments.launch import make_fabric, over_processes
 from kernelnorm.experiments.runs import RunFolder
@@ -31,7 +31,10 @@ TEST_BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class Score:
-    """The test loss and accuracy under one evaluation behaviour; spreads are over its passes."""
+    """The test loss and accuracy under one evaluation behaviour, as means over its passes.
+
+    ``accuracy_spread`` is the sample standard deviation over the passes; 0 for a single pass.
+    """
 
     evaluation: str
     loss: float
@@ -41,7 +44,7 @@ class Score:
 
     @classmethod
     def over_passes(cls, evaluation: str, results: Sequence[tuple[float, float]]) -> Score:
-        """Return the means over the loss and accuracy of each pass, and the spread."""
+        """Return the score of passes, each given as its loss and accuracy."""
         losses, accuracies = zip(*results, strict=True)
         spread = statistics.stdev(accuracies) if len(results) > 1 else 0.0
         loss, accuracy = statistics.fmean(losses), statistics.fmean(accuracies)
@@ -51,7 +54,7 @@ class Score:
 def measure(
     network: nn.Module, images: Images, preprocess: Preprocess, fabric: Fabric
 ) -> tuple[float, float]:
-    """Return the mean loss and the accuracy, the images shared out over the processes."""
+    """Return the mean loss and the accuracy; the processes share the images."""
     sums = torch.zeros(2, device=fabric.device)
     was_training = network.training
     network.eval()
@@ -87,18 +90,21 @@ def evaluate(
 
     Args:
         run: the run's folder.
-        data_dir: where the data is.
-        dataset: the folder of the images, if it is not where it was in training.
+        data_dir: the folder of the data.
+        dataset: the folder of the images, if it has moved since training.
         evaluations: behaviours of the kernel layers in evaluation, see
             :func:`kernelnorm.set_evaluation`; a network without such layers has one score, ``"-"``.
         checkpoint: ``"last"``, or ``"best"``, which was chosen on the same test images.
-        accelerator: as Lightning Fabric names them.
+        accelerator: one of Lightning Fabric's: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         passes: how many seeded passes ``"monte_carlo"`` averages.
 
     Raises:
-        RunError: the folder holds no such checkpoint, or a damaged one, or the images have changed.
+        RunError: the folder holds no such checkpoint, or a damaged one, the images have changed, or
+            ``passes`` is not positive.
         DataError: the test images are missing or damaged.
     """
+    if passes < 1:
+        raise RunError(f"passes must be positive, got {passes}")
     trained, fabric = _trained(run, checkpoint, accelerator)
     config, network = trained.config, trained.network.to(fabric.device)
     if dataset is not None:
@@ -108,7 +114,7 @@ def evaluate(
     except DataError as error:
         moved = dataset is None and "is not a folder" in str(error)
         raise DataError(f"{error}. If it has moved, give --dataset" if moved else error) from error
-    check_data(RunFolder(run), describe(test=images))
+    check_data(RunFolder(Path(run).expanduser()), describe(test=images))
     scores = []
     if config.norm != "kernel":
         return [Score("-", *measure(network, images, trained.to_input, fabric))]
@@ -135,15 +141,15 @@ def predict(
 
     Args:
         run: the run's folder.
-        images: image files; they are resized as the training images were. If those were not
-            square, they must have the same size.
+        images: image files. They are resized as the training images were; if the training images
+            were not square, the files must have their size.
         checkpoint: ``"best"`` or ``"last"``.
-        accelerator: as Lightning Fabric names them.
-        top: how many classes.
+        accelerator: one of Lightning Fabric's: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        top: the number of classes per image.
 
     Raises:
-        RunError: the folder holds no such checkpoint, or a damaged one, or an image has another
-            size than it must have.
+        RunError: the folder holds no such checkpoint, or a damaged one, or an image has the wrong
+            size.
         DataError: an image cannot be read.
     """
     trained, fabric = _trained(run, checkpoint, accelerator)

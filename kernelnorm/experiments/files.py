@@ -22,10 +22,10 @@ __all__ = ["Lock", "is_part", "remove_parts", "replacing", "write_atomically"]
 
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
-    """Write a file such that a reader sees the old content or the new one, whole.
+    """Write a file atomically: a reader sees either the old content or the new one, never a part.
 
     Raises:
-        RunError: the file cannot be written; what was there before is intact.
+        RunError: the file cannot be written; its old content is intact.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_atomically(file: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         raise RunError(
             f"cannot write {file}: {error.strerror}. What was saved before is intact: "
-            "solve that, then run the same command to resume"
+            "solve this problem, then run the same command to resume"
         ) from error
 
 
@@ -59,11 +59,11 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes have left of unfinished writes.
+    """Remove the unfinished files and folders that killed processes have left.
 
     Args:
-        folder: where they wrote.
-        name: of the file or folder that they wrote; ``None``: of all.
+        folder: the folder to clean.
+        name: removes only unfinished writes of the file or folder ``name``; ``None``: of all.
     """
     for part in folder.glob(".*.part"):
         if is_part(part.name, name):
@@ -71,7 +71,7 @@ def remove_parts(folder: Path, name: str | None = None) -> None:
 
 
 def is_part(found: str, name: str | None = None) -> bool:
-    """Tell whether a file's name is that of an unfinished write of ``name``, or of any file."""
+    """Tell whether ``found`` is the name of an unfinished write of ``name``, or of any file."""
     target = ".+" if name is None else re.escape(name)
     return bool(re.fullmatch(rf"\.{target}\.[0-9a-f]{{8}}\.part", found))
 
@@ -79,7 +79,7 @@ def is_part(found: str, name: str | None = None) -> bool:
 class Lock:
     """A lock file, which one process holds at a time.
 
-    Windows and some network file systems have no such locks: there nobody is kept out.
+    Windows and some network file systems have no such locks: there, it keeps no process out.
 
     Args:
         file: the lock file. It is created by :meth:`hold`; its holder may remove it.
@@ -93,8 +93,8 @@ class Lock:
         """Hold the lock during a block.
 
         Args:
-            on_wait: is called before waiting for the process that holds the lock; without it,
-                nobody waits.
+            on_wait: is called before waiting for the process that holds the lock; ``None``: raise
+                an error instead of waiting.
 
         Yields:
             whether the file system has locks.
@@ -109,7 +109,7 @@ class Lock:
             return
         with ExitStack() as stack:
             stream = stack.enter_context(self.file.open("ab"))
-            # The holder before may have removed the file, which is then nobody's lock any more.
+            # The previous holder may have removed the file: then lock the new one at its path.
             while (held := _take(stream, on_wait)) and not os.fstat(stream.fileno()).st_nlink:
                 stream = stack.enter_context(self.file.open("ab"))
             yield held
@@ -144,7 +144,7 @@ def _take(stream: IO[bytes], on_wait: Callable[[], object] | None) -> bool:
 
 
 def _sync(place: Path) -> None:
-    """Wait until a file or folder is on the disk: after a power cut its name has its content."""
+    """Wait until a file or folder is on the disk: after a power cut a renamed file is complete."""
     if place.is_file():
         with place.open("rb+") as stream:
             os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""The heap of a process that trains: memory that tensors have left is kept for the next ones.
+"""Keeps the freed memory of a training process for the next tensors.
 
-By default glibc gives large blocks back to the system as soon as they are free, and every step of a
-training on the CPU asks for them again, page by page, filled with zeros.
+By default glibc returns large blocks to the system as soon as they are freed. Every training step
+on the CPU then requests them again, and the system fills each page with zeros.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import platform
 
 __all__ = ["keep_freed_memory"]
 
-# Of mallopt, in glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep, for the rest of this process, the memory that is freed.
+    """Make glibc keep freed memory, for the rest of this process.
 
-    With another C library nothing is done.
+    Does nothing with another C library.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_MAX, 0)  # no blocks of their own, which are unmapped when they are freed
-    mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    mallopt(_M_MMAP_MAX, 0)  # no mapped blocks: these are unmapped when they are freed
+    mallopt(_M_TRIM_THRESHOLD, -1)  # never trim
     mallopt(_M_TOP_PAD, 2**26)

@@ -1,4 +1,4 @@
-"""The images of a run: loaded, described, checked, and what the network gets of them."""
+"""Loads, describes, checks and preprocesses the images of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def describe(**splits: Images) -> dict[str, Any]:
 
 
 def make_preprocess(config: RunConfig, images: Images) -> Preprocess:
-    """Return the preprocessing; a private run uses no statistics of its images."""
+    """Return the preprocessing.
+
+    A private run standardises with mean 0.5 and deviation 0.25: the statistics of its images are
+    not private.
+    """
     if not config.standardise or config.norm == "kernel":
         return Preprocess()
     if config.private is not None:

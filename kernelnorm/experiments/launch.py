@@ -32,17 +32,19 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Where and how a run is executed: nothing here is part of what the run is.
+    """Where and how a run is executed; none of this is part of the run's configuration.
 
     Args:
-        out: the run's folder; ``None`` is ``runs/CASE/`` and the configuration's name.
+        out: the run's folder; ``None`` is ``runs/CASE/NAME``, with the configuration's case and
+            name.
         data_dir: where datasets are looked for and downloaded to.
-        accelerator: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``: as Lightning Fabric names them.
-        devices: how many of them, on this machine; under ``torchrun`` it says how many.
+        accelerator: one of Lightning Fabric's: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        devices: the number of devices on this machine; ignored under ``torchrun``, which sets it.
         compile: run the network through :func:`torch.compile`, on one GPU with CUDA graphs.
         tensorboard: write TensorBoard's files too, in the run's folder.
         checkpoint_minutes: the longest time between two checkpoints within an epoch.
-        max_steps: pause after that many steps; without it the run goes on.
+        max_steps: pause after that many steps, counted from the start of the run; ``None``: do not
+            pause.
         init_from: a run's folder or a file with the weights that training starts from, whose
             fingerprint is the configuration's ``init_from``.
         verbose: print a line per epoch.
@@ -73,7 +75,7 @@ def make_fabric(accelerator: str, *, devices: int = 1, precision: str = "32-true
     """Make Lightning Fabric; under ``torchrun``, for the processes that it started.
 
     Raises:
-        RunError: there is no such device here, or not so many.
+        RunError: this machine has no such device, or too few of them.
     """
     nodes, strategy = 1, "auto"
     if torch.distributed.is_torchelastic_launched():
@@ -92,10 +94,11 @@ def make_fabric(accelerator: str, *, devices: int = 1, precision: str = "32-true
 
 
 def check_shares(fabric: Fabric, norm: str, batch_size: int) -> None:
-    """Check that a batch can be shared out over the processes.
+    """Check that the processes can share a batch.
 
     Raises:
-        RunError: it cannot.
+        RunError: the batch size is not a multiple of the number of processes, or the norm depends
+            on the batch; only BatchNorm on CUDA can be synchronised.
     """
     if batch_size % fabric.world_size:
         raise RunError(
@@ -113,12 +116,12 @@ def check_shares(fabric: Fabric, norm: str, batch_size: int) -> None:
 
 
 def share(fabric: Fabric, network: nn.Module, seed: int) -> nn.Module:
-    """Make a network, of the same weights in all processes, ready to be trained by them together.
+    """Prepare a network, which has the same weights in all processes, for training by all of them.
 
-    BatchNorm then normalises the batch of all of them, and each draws its own dropout masks.
+    BatchNorm becomes SyncBatchNorm, and each process draws its own dropout masks.
     """
     if fabric.global_rank > 0:
-        own = random.Random(f"{seed}, {fabric.global_rank}")  # not what rank 0 of any seed has
+        own = random.Random(f"{seed}, {fabric.global_rank}")  # seed + rank may be another's
         torch.manual_seed(own.getrandbits(63))
     if fabric.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -138,12 +141,15 @@ def environment(fabric: Fabric) -> dict[str, Any]:
 
 
 def over_processes(fabric: Fabric, x: Tensor) -> Tensor:
-    """Return the sum of the tensors that the processes have."""
+    """Return the sum of ``x`` over all processes."""
     return cast(Tensor, fabric.all_reduce(x, reduce_op="sum"))
 
 
 def leave() -> None:
-    """Part from the other processes: one that goes while another still talks to it aborts that."""
+    """Synchronise all processes, then tear down the process group.
+
+    A process that exits while another still communicates with it would abort the other one.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -22,7 +22,7 @@ __all__ = ["Weights", "build_network", "read_weights", "start_from"]
 
 
 def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Build the untrained network of a run, in the memory format that convolutions like.
+    """Build the untrained network of a run, in the memory format ``channels_last``.
 
     Raises:
         RunError: the model does not take the configuration's options.
@@ -42,13 +42,13 @@ def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> n
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights to begin from: tensors by the names of a network's, and their source."""
+    """Initial weights: tensors by their names in a state dict, and the file or folder read."""
 
     tensors: Mapping[str, Tensor]
     source: Path
 
     def fingerprint(self) -> str:
-        """Return a hash of names, shapes, types and values: equal weights have the same."""
+        """Return a hash of names, shapes, types and values."""
         digest = hashlib.blake2b(digest_size=8)
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -60,10 +60,10 @@ class Weights:
 def read_weights(source: str | Path) -> Weights:
     """Read weights from a run's folder (its ``best.ckpt``) or a file of PyTorch or safetensors.
 
-    A file may hold the tensors themselves, or under ``"model"`` or ``"state_dict"``.
+    A file holds a dictionary of tensors, or has it under ``"model"`` or ``"state_dict"``.
 
     Raises:
-        RunError: there are none, or they cannot be read.
+        RunError: there are no weights, or they cannot be read.
     """
     source = Path(source).expanduser()
     file = source / "best.ckpt" if source.is_dir() else source
@@ -100,12 +100,12 @@ def read_weights(source: str | Path) -> Weights:
 
 
 def start_from(weights: Weights, network: nn.Module, num_classes: int) -> list[str]:
-    """Copy weights into a network, and return the names of those that keep their own values.
+    """Copy weights into a network; return the names of the tensors that keep their initial values.
 
-    These are the last layer's, if it has another number of classes.
+    These are the tensors of the last layer, if the weights are for another number of classes.
 
     Raises:
-        RunError: other weights are missing, or have another shape; nothing is copied then.
+        RunError: other tensors are missing, unknown, or have another shape; nothing is copied.
     """
     own = network.state_dict()
     fresh, wrong = [], []
@@ -132,9 +132,9 @@ def start_from(weights: Weights, network: nn.Module, num_classes: int) -> list[s
 
 
 def _advice(source: Path) -> str:
-    """Return the options of a run whose weights do not fit; those of a file are not known."""
+    """Return advice for weights that do not fit; for a run's weights, the options of that run."""
     if not source.is_dir():
-        return "Give the --model, --norm and --model-options of theirs"
+        return "Give the --model, --norm and --model-options of that network"
     content = RunFolder(source).read_config()
     config = RunConfig.from_dict(content["run"])
     options = f"--model {config.model} --norm {config.norm}"

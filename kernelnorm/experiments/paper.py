@@ -53,7 +53,7 @@ def _row(case: str, table: str, batch_size: int) -> dict[str, Any]:
 
 
 class AutoLR(NamedTuple):
-    """A learning rate, and where it comes from; ``exact``: it is the paper's for this case."""
+    """A learning rate and its source; ``exact``: the paper has it for this case."""
 
     lr: float
     source: str
@@ -63,11 +63,11 @@ class AutoLR(NamedTuple):
 def auto_lr(recipe: Recipe, norm: str, batch_size: int, optimizer: str = "sgd") -> AutoLR:
     r"""Return the learning rate of ``--lr auto``: the paper's (Table 4), or one made from it.
 
-    A batch size that the table does not have takes the rate of the nearest one, in ratio, times
-    :math:`(\text{batch size} / \text{nearest})^{0.75}`: of the exponents 0.5, 0.75 and 1 the one
-    that is nearest to most columns of the table. A normalisation that it does not have takes the
-    column of GroupNorm, or of BatchNorm if it depends on the batch. AdamW takes PyTorch's default,
-    0.001.
+    For a batch size that is not in the table, the rate of the nearest one (by ratio) is multiplied
+    by :math:`(\text{batch size} / \text{nearest})^{0.75}` and rounded to two significant digits.
+    The exponent is the one of 0.5, 0.75 and 1 that fits most columns of the table best. For a
+    normalisation that is not in the table, the column is that of GroupNorm, or that of BatchNorm if
+    the normalisation depends on the batch. For AdamW the rate is PyTorch's default, 0.001.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""What all figures draw alike: curves, axes, legends, PNG files."""
+"""Functions that all figures share: curves, axes, legends, PNG files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def same_span(panels: Sequence[Axes]) -> None:
 
 
 def epoch_axes(panels: Sequence[Axes]) -> None:
-    """Number the epochs."""
+    """Label the horizontal axes with whole epochs, and tidy the panels."""
     for panel in panels:
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -106,13 +106,13 @@ def legend(figure: Figure, panels: Iterable[Axes], width: float = 2.0) -> None:
 
 
 def mean_line(axes: Axes, epochs: int, mean: float, style: dict[str, Any]) -> None:
-    """Draw the mean of the last five of these epochs, dashed, over those epochs."""
+    """Draw ``mean``, of the last five of ``epochs`` epochs, as a dashed line over these five."""
     ends = (max(1, epochs - 4) - 0.3, epochs + 0.3)
     axes.plot(ends, (mean, mean), color=style["color"], linestyle="--", linewidth=1.2)
 
 
 def plain_log(axis: Axis) -> None:
-    """Label a logarithmic axis, whose data are drawn, with plain decimals such as 0.5, 1, 2."""
+    """Label a logarithmic axis with plain decimals such as 0.5, 1, 2; call it after plotting."""
     low, high = axis.get_view_interval()
     steps = (1, 2, 5) if high / low < 30 else (1, 3) if high / low < 300 else (1,)
     even = MaxNLocator(5, steps=[1, 2, 5, 10])

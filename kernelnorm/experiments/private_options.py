@@ -1,4 +1,4 @@
-"""The options of private training: what a run may spend, and how its gradients are made."""
+"""The options of private training: the privacy budget, clipping, augmentation and averaging."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Privacy:
     """How a run is trained with differential privacy, by DP-SGD.
 
     Args:
-        epsilon: the budget: what all steps of the run spend together, at most.
+        epsilon: the budget, which is an upper bound for all steps of the run together.
         delta: the probability that the guarantee does not cover; below 1 / number of images.
         max_grad_norm: the norm to which the gradient of each sample is clipped.
         augmentations: augmented views of a sample in a step. Its gradient is their mean, and is
             clipped once (`De et al., 2022 <https://arxiv.org/abs/2204.13650>`_).
-        ema: decay of the exponential moving average of the weights, which is then tested and saved
-            for use; ``None`` takes the weights themselves.
+        ema: decay of an exponential moving average of the weights. The averaged weights are then
+            tested and saved for use; ``None``: no average.
         micro_batch_size: the most views in one forward pass; ``None``: the whole batch.
         secure_mode: draw noise and batches from a cryptographically secure generator in place of
             the seed; needs torchcsprng.
@@ -75,10 +75,10 @@ class Privacy:
         return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     def check(self, *, norm: str, precision: str, augment: bool) -> None:
-        """Check the rest of a run's options.
+        """Check that a run's other options allow private training.
 
         Raises:
-            RunError: they cannot be trained privately.
+            RunError: they do not.
         """
         if describe(norm).group == "batch-dependent":
             raise RunError(

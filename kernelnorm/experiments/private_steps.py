@@ -1,8 +1,8 @@
-"""Private steps: Poisson batches, clipped gradients, noise, and the account of what is spent.
+"""Private steps: Poisson batches, clipped gradients, noise and privacy accounting.
 
 Sampling, noise, optimizer and accountant are Opacus'; the clipped gradients are those of
-:mod:`kernelnorm.privacy`. Batches and noise are functions of the run and the step: a run that is
-resumed within an epoch takes again exactly the steps that were lost.
+:mod:`kernelnorm.privacy`. Except in secure mode, batches and noise are functions of the run and the
+step: a run that resumes within an epoch repeats exactly the steps after its last checkpoint.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def check(config: RunConfig, launch: Launch, network: nn.Module) -> None:
     """Check that a network can be trained privately, before anything is loaded or written.
 
     Args:
-        config: of the run.
-        launch: where and how.
-        network: like the run's; it may be on the device ``"meta"``.
+        config: the run's configuration.
+        launch: where and how the run is executed.
+        network: one with the run's layers; it may be on the device ``"meta"``.
 
     Raises:
-        RunError: it cannot.
+        RunError: it cannot be trained privately.
     """
     if launch.devices > 1 or torch.distributed.is_torchelastic_launched():
         raise RunError("private training runs in one process: leave out --devices and torchrun")
@@ -73,28 +73,29 @@ class Batch(NamedTuple):
 class Seeds:
     """Seeds of the batch and of the noise of each step, all of them different within a run.
 
-    They depend on the configuration (all but the names of case and data set), the images, the noise
-    and the versions. Runs that shared their noise would tell it, since it could be computed from
-    the difference of their weights. The noise of two runs of T steps overlaps with a probability of
-    about 2 T / 2**32.
+    They depend on the configuration (except the names of case and dataset), the images, the noise
+    multiplier and the versions of the packages. Two runs with the same noise would reveal it: the
+    difference of their weights would cancel it or allow to compute it. Two runs of T steps share
+    the noise of a step with a probability of about 2 T / 2**32.
     """
 
     def __init__(self, config: RunConfig, images: Images, per_epoch: int, noise: float) -> None:
         record = {k: v for k, v in config.as_dict().items() if k not in ("case", "dataset")}
         versions = kernelnorm.__version__, opacus.__version__, torch.__version__
-        text = f"{json.dumps(record, sort_keys=True)} {images.fingerprint()} {noise} {versions}"
+        pixels = images.fingerprint(whole=True)
+        text = f"{json.dumps(record, sort_keys=True)} {pixels} {noise} {versions}"
         self.first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
         self.per_epoch = per_epoch
 
     def of(self, what: Literal["batch", "noise"], epoch: int, step: int) -> int:
-        """Return a seed below 2**32: generators on CPUs take no more of it."""
+        """Return a seed below 2**32: generators on CPUs use only 32 bits of a seed."""
         number = 2 * (epoch * self.per_epoch + step) + (what == "noise")
         return (self.first + number) % (1 << 32)
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: TF32 would round a norm otherwise than what it clips."""
+    """Switch TF32 off: it would round a gradient's norm and the clipped gradient differently."""
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
@@ -110,7 +111,8 @@ class PrivateSteps:
     """Steps of DP-SGD; see :class:`kernelnorm.experiments.steps.Steps`.
 
     Raises:
-        RunError: the options do not fit the images or the device, or secure mode is not there.
+        RunError: the options do not fit the images or the device, no noise keeps to the budget, or
+            secure mode lacks torchcsprng.
     """
 
     def __init__(self, material: Material) -> None:
@@ -168,7 +170,7 @@ class PrivateSteps:
         """See :class:`kernelnorm.experiments.steps.Steps`.
 
         Raises:
-            RunError: the step would exceed the budget; nothing has changed then.
+            RunError: the step would exceed the budget; it is not taken.
         """
         self._check_budget()
         views = self.privacy.augmentations
@@ -257,10 +259,10 @@ def _check_images(config: RunConfig, privacy: Privacy, images: int, device: torc
 
 
 def _average(network: nn.Module, decay: float) -> AveragedModel:
-    """Return the moving average of a network's weights.
+    """Return a copy of a network whose weights are the moving average of the network's.
 
-    In step t, counted from 0, the decay is at most (1 + t) / (10 + t), so that the first weights,
-    which are random, are soon forgotten.
+    Step 0 copies the weights. In step t > 0 the decay is at most (1 + t) / (10 + t), so that the
+    average soon forgets the first weights, which are almost random.
     """
 
     def average(mean: Tensor, weight: Tensor, steps: Tensor | int) -> Tensor:

@@ -44,24 +44,28 @@ def evaluate_published(
 ) -> list[Score]:
     """Score published weights on a folder of images.
 
-    Each image is decoded once, resized to 256 pixels along the shorter side, and the central
-    224x224 pixels go through the network in all passes of all evaluations.
+    Each image is decoded once and resized to 256 pixels along the shorter side. All passes of all
+    evaluations use its central 224x224 pixels.
 
     Args:
-        network, file: those of :func:`kernelnorm.models.load_published`.
+        network, file: as for :func:`kernelnorm.models.load_published`.
         images: a folder with ``<class>/*``; the classes are numbered in the order of their names.
         evaluations: behaviours of the kernel layers, see :func:`kernelnorm.set_evaluation`.
         standardise: with :data:`IMAGENET`; otherwise only divide by 255.
         subset: the number of images, the classes balanced; default: all.
-        batch_size: images at a time; the scores of ``"monte_carlo"`` depend on it.
-        accelerator: as Lightning Fabric names them.
+        batch_size: images per batch; the scores of ``"monte_carlo"`` depend on it.
+        accelerator: one of Lightning Fabric's: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         passes: how many seeded passes ``"monte_carlo"`` averages.
 
     Raises:
-        RunError: the weights cannot be read, or are not those of such a network for ImageNet and
-            for so many classes.
+        RunError: the weights cannot be read, or are for another network, for images of another
+            kind than ImageNet's, or for another number of classes than the folder has; or a number
+            is not positive.
         DataError: the images are missing or damaged.
     """
+    for name, value in (("subset", subset), ("batch_size", batch_size), ("passes", passes)):
+        if value is not None and value < 1:
+            raise RunError(f"{name} must be positive, got {value}")
     found = all_images(Path(images))
     if subset is not None:
         chosen = balanced(found.labels, min(subset, len(found.files)))
@@ -109,7 +113,7 @@ def _load(name: str, file: Path, images: Files) -> KNResNet:
 
 
 def _batches(images: Files, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pixels and labels of some images at a time; the next ones are decoded meanwhile."""
+    """Iterate over batches of pixels and labels; the next batch is decoded meanwhile."""
     parts = [images.files[i : i + batch_size] for i in range(0, len(images.files), batch_size)]
     with ThreadPoolExecutor() as pool:
         ahead = pool.map(_read, parts[0])

@@ -17,15 +17,15 @@ __all__ = ["NAMED_DATASETS", "RECIPES", "Recipe", "plain_dataset", "recipe_for"]
 class Recipe:
     """How one network is trained on one dataset, whatever its normalisation and batch size.
 
-    The loss is cross-entropy for all of them.
+    The loss is always cross-entropy.
 
     Args:
         case: the name of the case study, for people and for folders.
         dataset: ``"digits"``, ``"cifar10"``, ``"imagenette"``, ``"imagewoof"``, or a folder: see
-            :func:`kernelnorm.experiments.data.load_images`. A case study has a named one.
+            :func:`kernelnorm.experiments.data.load_images`. A case study has a named dataset.
         model: one of :func:`kernelnorm.models.list_models`.
         model_options: further keyword arguments of the model.
-        image_size: height and width that images are brought to; ``None`` keeps the dataset's.
+        image_size: height and width that images are resized to; ``None`` keeps the dataset's size.
         epochs: the most epochs; training stops before when it has converged.
         augment: random crop and horizontal flip of the training images.
         standardise: subtract a mean and divide by a deviation per colour. It applies to every
@@ -35,9 +35,9 @@ class Recipe:
         weight_decay: of the optimizer.
         schedule: ``"steps"`` (the paper's, by ``lr_milestones``), or ``"cosine"``: the learning
             rate falls along half a cosine to zero at the last epoch.
-        lr_milestones: after that many epochs the learning rate is multiplied by 0.1.
-        warmup_epochs: in that many epochs at the start the learning rate rises linearly.
-        lr_table: the case study in whose part of Table 4 ``--lr auto`` looks.
+        lr_milestones: numbers of epochs after which the learning rate is multiplied by 0.1.
+        warmup_epochs: the number of epochs at the start in which the learning rate rises linearly.
+        lr_table: the case study whose part of Table 4 ``--lr auto`` uses.
     """
 
     case: str
@@ -91,7 +91,7 @@ NAMED_DATASETS = {"digits", *DATASETS}
 """The datasets that are not folders."""
 
 _FAMILIES = {"vgg": CIFAR10, "densenet": IMAGENETTE}
-"""The recipes of networks without a case; all others have that of Imagewoof."""
+"""The recipes for families of models; models of other families get Imagewoof's."""
 
 
 def recipe_for(
@@ -99,10 +99,11 @@ def recipe_for(
 ) -> Recipe:
     """Return the recipe of a case study, or one for any model and dataset.
 
-    A case study's model and dataset have its recipe. Another model is trained by the recipe of the
-    paper's case study with a network of its family: vgg by CIFAR-10-VGG8, densenet by
-    Imagenette-DenseNet121, all others by Imagewoof-ResNet18.
-    The images of a named dataset that is not the recipe's own keep their size.
+    Without arguments it is the recipe of the digits. The model and dataset of a case study get the
+    recipe of that case study. Another model gets the recipe of the paper's case study with a model
+    of its family: vgg that of CIFAR-10-VGG8, densenet that of Imagenette-DenseNet121, all others
+    that of Imagewoof-ResNet18. A dataset alone gets the model ``resnet18``. The images of a named
+    dataset that is not the recipe's own keep their size.
 
     Raises:
         RunError: the case or the model is unknown, or there is a model but no dataset.
@@ -138,6 +139,9 @@ def recipe_for(
 
 
 def plain_dataset(dataset: str | Path) -> str:
-    """Return ``photos/`` as ``photos``; but ``./digits`` is a folder and not ``digits``."""
+    """Return a dataset's name, or its path in one form: ``photos`` for ``photos/``.
+
+    ``./digits`` stays as it is: it is a folder, and ``digits`` a named dataset.
+    """
     plain = str(Path(dataset).expanduser())
     return str(dataset) if plain in NAMED_DATASETS else plain

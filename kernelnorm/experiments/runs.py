@@ -22,12 +22,12 @@ Metrics = dict[str, float]
 
 FailureKind = Literal["diverged", "failed"]
 
-_NEEDED = ("train_loss", "test_accuracy", "seconds")  # of every line, by what reads them
+_NEEDED = ("train_loss", "test_accuracy", "seconds")  # every line must have these
 
 
 def final_accuracy(history: Sequence[Metrics]) -> float:
-    """Return the accuracy to report: the mean over the last five epochs, or over fewer if there are
-    no more, and never the best one.
+    """Return the accuracy to report: the mean over the last five epochs, or over all if there are
+    fewer.
     """
     last = history[-5:]
     return sum(metrics["test_accuracy"] for metrics in last) / len(last)
@@ -37,20 +37,20 @@ class RunFolder:
     """The folder of one run.
 
     ``config.yaml``
-        the configuration under ``run``, then what was found: ``classes``, ``image_shape``,
-        ``standardise`` (mean and deviation of the training images, if used), ``environment``.
+        the configuration under ``run``, then facts about the images and the machine: ``classes``,
+        ``image_shape``, ``standardise`` (mean and deviation, if used), ``environment``, and others.
     ``metrics.jsonl``
         one line per finished epoch.
     ``last.ckpt``
-        the state of training, to go on from; its ``model`` is what :func:`evaluate` reports.
+        the state of training, from which the run resumes; :func:`evaluate` tests its ``model``.
     ``best.ckpt``
-        the weights with the best test accuracy, for use: having been chosen on the test images,
+        the weights with the best test accuracy, for use. They were chosen on the test images, so
         their accuracy is not a result.
     ``failure.json``
-        why the last attempt ended before its time: ``kind``, which is ``"diverged"`` or
-        ``"failed"``, and ``message``. It goes when the run is begun again.
+        why the last attempt ended early: ``kind``, which is ``"diverged"`` or ``"failed"``, and
+        ``message``. It is removed when the run starts again.
     ``.lock``
-        an empty file, which the process that trains holds.
+        an empty file, which the process that trains keeps locked.
 
     Args:
         path: the folder; it need not exist.
@@ -63,17 +63,17 @@ class RunFolder:
         return f"RunFolder({str(self.path)!r})"
 
     def read_config(self) -> dict[str, Any]:
-        """Return what ``config.yaml`` holds.
+        """Return the content of ``config.yaml``.
 
         Raises:
-            RunError: the file is not there, or is not a run's.
+            RunError: the file is missing, or is not a run's.
         """
         file = self.path / "config.yaml"
         if not self.path.is_dir():
             raise RunError(f"there is no folder {self.path}")
         if not file.exists():
             runs = sorted(place.parent.name for place in self.path.glob("*/config.yaml"))
-            within = f", but {len(runs)} of them in it, such as {runs[0]}" if runs else ""
+            within = f", but it has run folders ({len(runs)}), such as {runs[0]}" if runs else ""
             raise RunError(f"{self.path} is not the folder of a run: it has no config.yaml{within}")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ class RunFolder:
         """Keep other processes from training in the folder, on systems that have such locks.
 
         Raises:
-            RunError: another process does, or the folder cannot be written to.
+            RunError: another process trains in the folder, or the folder is not writable.
         """
         lock = Lock(self.path / ".lock")
         with ExitStack() as stack:
@@ -105,7 +105,7 @@ class RunFolder:
                 raise RunError(f"another process trains in {self.path}") from error
             except OSError as error:
                 raise RunError(f"cannot write {lock.file}: {error.strerror}") from error
-            if held:  # otherwise they may be of a process that still writes
+            if held:  # without a lock another process may still be writing them
                 remove_parts(self.path)
             yield
 
@@ -134,7 +134,7 @@ class RunFolder:
                 raise
 
     def read_failure(self) -> dict[str, str] | None:
-        """Return what ``failure.json`` holds; ``None`` where there is no such file.
+        """Return the content of ``failure.json``; ``None`` if there is no such file.
 
         Raises:
             RunError: it is damaged.
@@ -152,7 +152,7 @@ class RunFolder:
         return found
 
     def write_failure(self, kind: FailureKind, message: str, record: Mapping[str, Any]) -> None:
-        """Write ``failure.json``, and ``config.yaml`` if the run did not come to that.
+        """Write ``failure.json``, and ``config.yaml`` if the run ended before it wrote that.
 
         Args:
             kind: ``"diverged"``, which is a result, or ``"failed"``.
@@ -205,7 +205,7 @@ class RunFolder:
                     writer.add_scalar(name, value, epoch)
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint; its ``model`` in contiguous tensors, as other formats need them."""
+        """Write a checkpoint; makes the tensors of ``model`` contiguous, as other formats need."""
         state = {**state, "model": {name: x.contiguous() for name, x in state["model"].items()}}
         save_atomically(self.path / name, state)
 

@@ -1,4 +1,4 @@
-"""What ``torch.save`` wrote: replaced as a whole, read with its checksums compared."""
+"""Writes files of ``torch.save`` atomically, and verifies their checksums when reading them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["load_checked", "save_atomically"]
 
 
 def save_atomically(file: Path, value: Any) -> None:
-    """Write a file such that a reader sees the old value or the new one, whole.
+    """Write a value atomically: a reader sees either the old file or the new one, never a part.
 
     Raises:
-        RunError: the file cannot be written; what was there before is intact.
+        RunError: the file cannot be written; its old content is intact.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -26,12 +26,12 @@ def save_atomically(file: Path, value: Any) -> None:
 
 
 def load_checked(file: Path) -> Any:
-    """Return what a file holds, on the CPU.
+    """Return the value in a file, with its tensors on the CPU.
 
-    ``torch.load`` alone takes bits that have changed on the disk for numbers.
+    ``torch.load`` alone does not verify checksums: it would return damaged numbers.
 
     Raises:
-        Exception: the file is missing or damaged; it can fail in every layer of the reader.
+        Exception: the file is missing or damaged; the type depends on the damage.
     """
     with ZipFile(file) as archive:
         if damaged := archive.testzip():

@@ -1,4 +1,4 @@
-"""The state of training: all that a run needs to go on as if it had never stopped."""
+"""The state of training: all that a run needs to resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Sums:
     """Running sums over the images of an epoch, of all processes.
 
-    ``slow_images`` and ``slow_seconds`` are those of a process's first steps, in which it starts
+    ``slow_images`` and ``slow_seconds`` belong to the first steps of a process, in which it starts
     up, fills caches and compiles.
     """
 
@@ -35,7 +35,7 @@ class Sums:
 
     @property
     def images_per_second(self) -> float:
-        """The speed without the first steps, if there are others."""
+        """The speed without the first steps; with them if there are no others."""
         images, seconds = self.images - self.slow_images, self.seconds - self.slow_seconds
         return images / seconds if images and seconds > 0 else self.images / self.seconds
 
@@ -49,7 +49,7 @@ class Progress:
     sums: Sums = field(default_factory=Sums)
 
     def __bool__(self) -> bool:
-        """Tell whether there is any."""
+        """Tell whether the run has taken a step."""
         return bool(self.history or self.step)
 
     def __str__(self) -> str:
@@ -75,10 +75,11 @@ def save(folder: RunFolder, fabric: Fabric, steps: Steps[Any], progress: Progres
 
 
 def restore(folder: RunFolder, fabric: Fabric, steps: Steps[Any]) -> Progress:
-    """Take up the state in ``last.ckpt``, or none where there is no such file.
+    """Load the state in ``last.ckpt``, if there is one, and return the progress.
 
     Raises:
-        RunError: the file is damaged, or of another number of processes, or not all of them see it.
+        RunError: the file is damaged, does not fit the run, is of another number of processes, or
+            is not visible to all processes.
     """
     state = folder.load("last.ckpt")
     progress = Progress() if state is None else _take_up(state, folder, fabric, steps)
@@ -88,7 +89,7 @@ def restore(folder: RunFolder, fabric: Fabric, steps: Steps[Any]) -> Progress:
             f"the processes have found different states of the run in {folder.path}: "
             "it must be on a file system that all of them share"
         )
-    # A process may have been killed after writing the one file and before writing the other.
+    # A process may have been killed after writing last.ckpt and before writing metrics.jsonl.
     if fabric.is_global_zero and folder.read_metrics() != progress.history:
         folder.write_metrics(progress.history)
     fabric.barrier()
@@ -98,7 +99,7 @@ def restore(folder: RunFolder, fabric: Fabric, steps: Steps[Any]) -> Progress:
 def _take_up(
     state: dict[str, Any], folder: RunFolder, fabric: Fabric, steps: Steps[Any]
 ) -> Progress:
-    """Give each its part of the state of training."""
+    """Load the state into the steps, the precision and the random generators."""
     try:
         world_size = len(state["rng"])
         if world_size != fabric.world_size:
@@ -130,7 +131,7 @@ def _rng(fabric: Fabric) -> dict[str, Tensor]:
 
 
 def _of_all(fabric: Fabric, own: T) -> list[T]:
-    """Return what each process has."""
+    """Return the value ``own`` of each process, by rank."""
     if fabric.world_size == 1:
         return [own]
     every: list[Any] = [None] * fabric.world_size

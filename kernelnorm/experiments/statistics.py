@@ -14,7 +14,7 @@ __all__ = ["Difference", "Estimate", "difference", "estimate"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of some runs, their sample deviation (``None`` of a single run), their number."""
+    """The mean over runs, the sample deviation (``None`` for a single run), the number of runs."""
 
     mean: float
     deviation: float | None
@@ -23,7 +23,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, and its 95 % confidence interval, if there are two pairs."""
+    """The mean of paired differences, and its 95 % confidence interval (``None`` for one pair)."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -31,7 +31,7 @@ class Difference:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Return mean and sample deviation; ``None`` of nothing."""
+    """Return mean and sample deviation; ``None`` if there are no values."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -39,9 +39,10 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    r"""Return ``first`` minus ``second``, paired by the seeds that both have, with its interval.
+    r"""Return the mean of ``first`` minus ``second``, paired by seed, with its interval.
 
-    Of :math:`n` differences with mean :math:`\bar d` and sample deviation :math:`s`, it is
+    Only seeds that both have count; the result is ``None`` if there are none. The interval of
+    :math:`n` differences with mean :math:`\bar d` and sample deviation :math:`s` is
 
     .. math:: \bar d \pm t_{0.975, n-1} \frac{s}{\sqrt n}
 

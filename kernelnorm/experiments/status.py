@@ -1,4 +1,4 @@
-"""What has become of runs, from their folders alone."""
+"""The status of runs, read from their folders alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
 __all__ = ["State", "Status", "read_status", "seconds_left", "seconds_per_epoch"]
 
 State = Literal["done", "diverged", "failed", "running", "unfinished", "missing"]
-"""``"diverged"`` is a result; what is failed, unfinished or missing has to be run."""
+"""``"diverged"`` is a result; failed, unfinished and missing runs still have to be trained."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What has become of a run.
+    """The status of a run.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         state: one of :data:`State`.
         history: the metrics of its finished epochs.
-        message: why it has diverged or failed.
+        message: why the run has diverged or failed.
     """
 
     config: RunConfig
@@ -34,7 +34,7 @@ class Status:
 
     @property
     def result(self) -> float | None:
-        """The final accuracy, minus infinity where it has diverged; ``None`` before the end."""
+        """The final accuracy; minus infinity if the run has diverged, ``None`` before its end."""
         if self.state == "diverged":
             return -math.inf
         return final_accuracy(self.history) if self.state == "done" else None
@@ -46,11 +46,11 @@ class Status:
 
 
 def read_status(folder: RunFolder, config: RunConfig) -> Status:
-    """Tell what has become of a run.
+    """Read the status of a run.
 
     Args:
-        folder: where it is, or would be.
-        config: the run.
+        folder: the run's folder, which need not exist.
+        config: the run's configuration.
 
     Raises:
         RunError: a file is damaged.
@@ -67,8 +67,8 @@ def read_status(folder: RunFolder, config: RunConfig) -> Status:
 
 
 def seconds_per_epoch(statuses: Sequence[Status], config: RunConfig) -> float | None:
-    """Estimate a run's time from those of the same norm and batch size, else batch size; ``None``
-    where there are none.
+    """Estimate a run's seconds per epoch: the mean over the epochs of runs with the same norm and
+    batch size, or else with the same batch size; ``None`` if there are none.
     """
     same = [status for status in statuses if status.config.batch_size == config.batch_size]
     for runs in ([status for status in same if status.config.norm == config.norm], same):
@@ -79,14 +79,14 @@ def seconds_per_epoch(statuses: Sequence[Status], config: RunConfig) -> float | 
 
 
 def seconds_left(statuses: Sequence[Status], of: Sequence[Status]) -> tuple[float, int]:
-    """Estimate the time that some runs still need, one after the other, with that of starting.
+    """Estimate the time that runs still need one after the other, including their start-up.
 
     Args:
-        statuses: those that times are taken from.
-        of: those whose time it is.
+        statuses: the runs whose measured times are used.
+        of: the runs whose remaining time is estimated.
 
     Returns:
-        the seconds, and the number of runs whose time is unknown and not in them.
+        the seconds, and the number of runs whose time is unknown, which the seconds leave out.
     """
     total, unknown = 0.0, 0
     times: dict[tuple[str, int], float | None] = {}

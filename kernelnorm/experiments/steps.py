@@ -24,14 +24,14 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Material:
-    """What steps are made of.
+    """What the steps of a run need.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         fabric: the device and the processes.
-        network: to be trained.
+        network: the network to train.
         images: the training images.
-        preprocess: from bytes to what the network takes.
+        preprocess: converts ``uint8`` images to the network's input.
         compile: run the network through :func:`torch.compile`.
     """
 
@@ -44,7 +44,7 @@ class Material:
 
     @property
     def augment(self) -> Augment | None:
-        """What is done to each training image."""
+        """The augmentation of the training images; ``None``: none."""
         return Augment() if self.config.augment else None
 
 
@@ -73,16 +73,16 @@ class Steps(Protocol[B]):
         """
 
     def metrics(self) -> Metrics:
-        """Return what is to be told of the steps so far, besides loss and accuracy."""
+        """Return further metrics of the steps so far, besides loss and accuracy."""
 
     def record(self) -> dict[str, Any]:
-        """Return what ``config.yaml`` tells of the steps."""
+        """Return the steps' entries in ``config.yaml``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the weights of :attr:`evaluated`."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state, which holds the weights of :attr:`evaluated` as ``"model"``."""
+        """Load a state, which has the weights of :attr:`evaluated` under ``"model"``."""
 
 
 class PlainSteps:
@@ -101,7 +101,7 @@ class PlainSteps:
         if not self.per_epoch:
             raise RunError(f"{len(material.images)} training images are too few for a batch")
         if material.compile:
-            torch.compiler.reset()  # PyTorch does not compile the same function without end
+            torch.compiler.reset()  # PyTorch limits how often it compiles the same function
             graphs = fabric.device.type == "cuda" and fabric.world_size == 1
             # Batches have two sizes, the last being smaller.
             network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
@@ -127,7 +127,7 @@ class PlainSteps:
         """See :class:`Steps`."""
         x, y = batch
         if self.material.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors are done with
+            torch.compiler.cudagraph_mark_step_begin()  # its graphs may reuse the last tensors
         logits = forward(self.model, x, self.material.config)
         loss = F.cross_entropy(logits, y)
         self.material.fabric.backward(loss)

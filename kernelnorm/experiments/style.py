@@ -1,4 +1,4 @@
-"""Names of norms and networks for people; a colour and a marker for each norm."""
+"""Display names of norms and networks; a colour and a marker for each norm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABELS = {
     for name in NORMS
     if describe(name).group == group
 }
-"""The norms' names for people, in the order of tables and legends: group by group."""
+"""The norms' display names, in the order of tables and legends: group by group."""
 
 _NETWORKS = {
     "vgg": "VGG",
@@ -26,8 +26,8 @@ _NETWORKS = {
 }
 
 # The paper's four norms and a few others have Okabe and Ito's colours, which the colour-blind can
-# tell apart. There are more norms than such colours, so each norm has its marker, too.
-# Lines are solid, as a dashed one is the mean of the last epochs.
+# tell apart. There are more norms than such colours, so each norm has its own marker, too.
+# Lines are solid, as a dashed line is the mean of the last epochs.
 _STYLES = {
     "batch": ("#0072B2", "o"),
     "group": ("#E69F00", "s"),
@@ -56,6 +56,6 @@ def line_style(norm: str) -> dict[str, Any]:
 
 
 def network_label(network: str) -> str:
-    """Return the name of a network for people: ``"DenseNet-121"`` for ``"densenet121"``."""
+    """Return the display name of a network: ``"DenseNet-121"`` for ``"densenet121"``."""
     family = network.rstrip("0123456789")
     return _NETWORKS.get(family, family) + network[len(family) :]

@@ -28,11 +28,11 @@ class Trained:
     """The network of a run, and what is needed to use it.
 
     Args:
-        network: in evaluation, on the CPU.
+        network: the network in evaluation mode, on the CPU.
         classes: the names of the outputs.
-        image_shape: of the images that it was trained on: channels, height and width.
-        to_input: from bytes to what the network takes.
-        config: how it was trained.
+        image_shape: channels, height and width of the training images.
+        to_input: converts a batch of ``uint8`` images to the network's input.
+        config: the run's configuration.
     """
 
     network: nn.Module
@@ -42,11 +42,11 @@ class Trained:
     config: RunConfig
 
     def preprocess(self, image: str | Path | Image.Image | Tensor) -> Tensor:
-        """What the network takes for an image: a batch of one.
+        """Return the network's input for an image: a batch of one.
 
         Args:
-            image: a file, a picture of Pillow, or ``uint8`` of shape :math:`(C, H, W)`. Files and
-                pictures are resized as the training images were, if those were square.
+            image: a file, a Pillow image, or ``uint8`` of shape :math:`(C, H, W)`. Files and Pillow
+                images are resized as the training images were, if these were square.
 
         Returns:
             ``float32`` of shape :math:`(1, C, H, W)`.
@@ -84,6 +84,7 @@ def load(run: str | Path, checkpoint: Checkpoint = "best") -> Trained:
         checkpoint: ``"best"``, the weights with the best test accuracy, or ``"last"``.
 
     Raises:
+        ValueError: ``checkpoint`` is neither.
         RunError: the folder holds no such checkpoint, or a damaged one.
 
     Example::

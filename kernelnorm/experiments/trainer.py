@@ -37,28 +37,28 @@ from kernelnorm.experiments.steps import Material, PlainSteps, Steps
 __all__ = ["train"]
 
 _SLOW_LOOKS = 2
-"""The first readings of the loss include start-up and compiling; the speed leaves them out."""
+"""The number of first looks at the loss that the speed leaves out: they include start-up."""
 
 
 def train(
     config: RunConfig, launch: Launch | None = None, on_epoch: Callable[[], object] | None = None
 ) -> RunFolder:
-    """Train a network, or go on with its training, and return the run's folder.
+    """Train a network, or resume its training, and return the run's folder.
 
-    A stopped run resumes from its last checkpoint; on one CPU its weights are then bit for bit
-    those of a run that was not stopped. With more epochs than before a finished run is extended
-    likewise; otherwise it is left as it is.
+    A stopped run resumes from its last checkpoint; on one CPU it ends with the weights of an
+    uninterrupted run, bit for bit. A finished run is extended likewise if the configuration has
+    more epochs than before; otherwise it is left as it is.
 
     Args:
         config: what to train, from :func:`kernelnorm.experiments.config.configure`.
-        launch: where and how.
+        launch: where and how the run is executed.
         on_epoch: is called as each epoch ends.
 
     Raises:
         DivergedError: the loss or a weight is not finite.
         RunError: the folder holds another run, or another process trains in it, a checkpoint is
-            damaged, a file cannot be written, the device is not there, or the run cannot be
-            private.
+            damaged, a file cannot be written, the device is not available, or the options do not
+            fit each other or the images.
         DataError: images are missing or damaged.
     """
     launch = launch or Launch()
@@ -109,7 +109,7 @@ class _Training:
         private = config.private is not None
         self.steps: Steps[Any] = (_private().PrivateSteps if private else PlainSteps)(material)
         self.max_steps = math.inf if launch.max_steps is None else launch.max_steps
-        # A look at the loss waits for the device: free on a CPU, and rare elsewhere.
+        # A look at the loss waits for the device: free on a CPU, costly and so rare elsewhere.
         self.look_every = 1 if fabric.device.type == "cpu" else 32
         self.looks = 0
 
@@ -124,8 +124,8 @@ class _Training:
             raise RunError(f"the weights in {source} have changed since the run was configured")
         fresh = start_from(weights, self.network, len(self.train_images.classes))
         if self.launch.verbose:
-            names = f", but for {', '.join(fresh)}: another number of classes" if fresh else ""
-            self.fabric.print(f"begun from {source}{names}")
+            names = f", except {', '.join(fresh)}: another number of classes" if fresh else ""
+            self.fabric.print(f"started from {source}{names}")
 
     def run(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""
@@ -147,7 +147,7 @@ class _Training:
                     on_epoch()
 
     def _train_epoch(self) -> bool:
-        """Take the steps of one epoch; tell whether it was to its end."""
+        """Take the steps of one epoch; return whether it was completed."""
         progress, config = self.progress, self.config
         epoch = len(progress.history)
         self.bar.begin_epoch(epoch)
@@ -169,7 +169,7 @@ class _Training:
         return progress.step == self.steps.per_epoch
 
     def _look(self, pending: list[tuple[Tensor, int]]) -> None:
-        """Add the steps since the last look to the sums, and stop at a loss that is not finite."""
+        """Add the steps since the last look to the sums; raise if a loss is not finite."""
         if not pending:
             return
         sums, world_size = self.progress.sums, self.fabric.world_size
@@ -192,7 +192,7 @@ class _Training:
         pending.clear()
 
     def _check_weights(self) -> None:
-        """Stop at a weight that is not finite: the loss of a step is from before its update."""
+        """Raise if a weight is not finite; the loss of a step does not show what its update did."""
         finite = [parameter.isfinite().all() for parameter in self.network.parameters()]
         if not torch.stack(finite).all():
             raise self._diverged("a weight is not finite", self.progress.step)
@@ -209,7 +209,7 @@ class _Training:
         )
 
     def _end_epoch(self) -> None:
-        """Test the network, write down the epoch, and save."""
+        """Test the network, add the epoch's metrics to the history, and save."""
         history, sums = self.progress.history, self.progress.sums
         loss, accuracy = measure(
             self.steps.evaluated, self.test_images, self.preprocess, self.fabric
@@ -257,7 +257,7 @@ class _Training:
         self.last_saved = str(self.progress)
 
     def _write_config(self) -> None:
-        """Write what the run is, or what has changed of it since: the place of images, epochs."""
+        """Write ``config.yaml``, or update the images' folder and the number of epochs in it."""
         found = describe(train=self.train_images, test=self.test_images)
         content: dict[str, Any] = {}
         if (self.folder.path / "config.yaml").exists():

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 __all__ = ["TUNING_SEED", "best_rate", "rates_to_try"]
 
 TUNING_SEED = 0
-"""The seed of the runs that find the best learning rate; those that repeat it have others."""
+"""The seed of the runs that find the best learning rate; the repetitions have other seeds."""
 
 
 def best_rate(results: Mapping[float, float]) -> float | None:
-    """Return the learning rate with the best result, the lowest of several that differ by rounding
-    alone; ``None`` if all runs have diverged.
+    """Return the learning rate with the best result, or the lowest of them if results are equal to
+    nine digits; ``None`` if all runs have diverged.
 
     Example::
 
@@ -35,22 +35,22 @@ def _best(results: Mapping[float, float]) -> list[float]:
 def rates_to_try(
     rates: Sequence[float], start: float, results: Mapping[float, float], *, every: bool = False
 ) -> list[float]:
-    """Return the learning rates that have to be tried next; none are left where it is tuned.
+    """Return the learning rates that have to be tried next; none when the search has ended.
 
     The search begins with the rate that is nearest to ``start`` and its two neighbours, and goes
     uphill until the neighbours of the best rate are worse. The paper: "if the model gives higher
     accuracy with learning rate of 0.05 compared to 0.1 and 0.025 [...], then it is unlikely the
-    model will achieve better accuracy with much lower or higher learning rates". Where several
-    rates are equally good, as if none has learned anything, it goes on beside each of them. Where
-    all have diverged, uphill is down to the lower rates.
+    model will achieve better accuracy with much lower or higher learning rates". If several
+    rates are equally good, for instance because no run has learned anything, the search goes on at
+    the neighbours of each of them. If all runs have diverged, it goes on at the next lower rate.
 
-    What it returns depends on the results alone, so that a search that was stopped goes on.
+    The search has no state: it depends on the arguments alone, so a stopped search can resume.
 
     Args:
-        rates: the list of the case.
-        start: where the best rate is expected.
-        results: of the rates that have been tried.
-        every: try the whole list.
+        rates: the learning rates of the case.
+        start: the rate that is expected to be the best.
+        results: the results of the rates that have been tried.
+        every: try all rates.
 
     Example::
 

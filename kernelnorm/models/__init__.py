@@ -1,4 +1,4 @@
-"""Networks with any of ``kernelnorm.norms.NORMS``, and KNResNets, which have the kernel norm."""
+"""Networks with any of ``kernelnorm.norms.NORMS``, and KNResNets with the kernel norm."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -78,7 +78,7 @@ def list_models(norm: str = "kernel") -> list[str]:
         >>> sorted({*list_models()} - {*list_models("batch")})
         ['knresnet13', 'knresnet18', 'knresnet34', 'knresnet50']
     """
-    describe(norm)  # which refuses unknown names
+    describe(norm)  # raises for unknown names
     models = [*_MODELS, *(_KERNEL_MODELS if norm == "kernel" else ())]
     return [name for name in models if has_norm(name, norm)]
 
@@ -97,13 +97,15 @@ def create_model(
         norm: one of ``kernelnorm.norms.NORMS``
         rules: for the kernel norm, other rules than the paper's: a :class:`Rules`, or a mapping
             with fields of it
-        options: what else the constructor takes: ``num_classes``, ``in_channels``, and
-            ``small_images`` (ResNet, DenseNet, KNResNet) or ``width`` (VGG8, which is for small
-            images). KNResNets take ``dropout_p`` and ``evaluation`` in place of rules
+        options: other arguments of the network's function, such as :func:`resnet18`:
+            ``num_classes``, ``in_channels``, ``small_images`` (all networks except VGG8 and
+            KNResNet-13, which are for small images), ``width`` (VGG8), ``dropout`` (EfficientNet,
+            MobileNet) and ``stochastic_depth`` (EfficientNet). KNResNets take ``dropout_p`` and
+            ``evaluation`` in place of rules
 
     Raises:
-        ValueError: if there is no such network, norm or rule, the network does not have the norm,
-            or a rule does nothing there.
+        ValueError: if there is no such network, norm or rule, the network does not exist with the
+            norm, or a rule does nothing in the network.
 
     Example::
 
@@ -129,7 +131,7 @@ def _with_config(network: nn.Module, **config: Any) -> nn.Module:
 
 
 def _check_kernel_only(name: str, norm: str, rules: Rules | Mapping[str, Any] | None) -> None:
-    describe(norm)  # which refuses unknown names
+    describe(norm)  # raises for unknown names
     if norm != "kernel":
         raise ValueError(
             f"{name} exists with norm='kernel' only, got norm={norm!r}. "

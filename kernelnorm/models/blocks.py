@@ -1,7 +1,7 @@
 """The building blocks of networks: the layers of each norm, and those of a KNConvNet.
 
-A network is wired once, for every norm: it asks :func:`layers_for` for its layers in the order
-that the original network has them, and those that a norm has no use for are identities.
+A network is defined once for all norms: it gets its layers from :func:`layers_for`, in the order of
+the original network, and layers that a norm does not need are identities.
 :mod:`kernelnorm.models.rules` states the rules of KNConvNets.
 """
 
@@ -16,16 +16,16 @@ from kernelnorm.modules import KernelNorm2d, KNConv2d
 from kernelnorm.norms import Norm, Scale, describe
 
 Activation = Callable[[], nn.Module]
-"""What makes the activation that follows a norm: a class such as ``nn.SiLU``."""
+"""Makes the activation that follows a norm: a class such as ``nn.SiLU``."""
 
 
 @dataclass(frozen=True)
 class NormLayers:
     """The layers of a network whose convolutions are followed (or preceded) by a norm.
 
-    A norm with an activation of its own has it in :meth:`norm`, and no :meth:`relu` follows. Its
-    residual blocks are pre-activated: norm and activation stand before each convolution, and
-    neither after an addition.
+    For a norm with an activation of its own, :meth:`norm` includes the activation and :meth:`relu`
+    is an identity. Its residual blocks are pre-activated: norm and activation stand before each
+    convolution, and neither stands after an addition.
     """
 
     spec: Norm
@@ -55,8 +55,8 @@ class NormLayers:
     def norm(self, channels: int, *, in_stream: bool = False) -> nn.Module:
         """Returns the norm of a convolution's input or output.
 
-        ``in_stream`` says that the result goes to an addition or to a residual block, without or
-        before its activation: pre-activated blocks leave that as it is.
+        ``in_stream`` says that the result goes to an addition or into the first residual block. In
+        pre-activated networks there is no norm at these places.
         """
         pre_activated = in_stream and self.spec.has_activation
         return nn.Identity() if pre_activated else self.spec.layer(channels)
@@ -97,10 +97,10 @@ class NormLayers:
         return nn.Identity() if self.spec.has_activation else nn.ReLU()
 
     def preact(self, channels: int, additions: int) -> nn.Module:
-        """Returns what a residual block, or what follows the last, begins with.
+        """Returns the norm, activation and scale before a residual block, or after the last block.
 
-        ``additions`` says how many there were since the stem or the last shortcut that is a
-        convolution.
+        ``additions`` is the number of additions since the stem or the last shortcut that is a
+        convolution. The result is an identity if the norm has no activation of its own.
         """
         if not self.spec.has_activation:
             return nn.Identity()
@@ -118,7 +118,7 @@ class NormLayers:
         return self.relu()
 
     def head(self, activation: Activation = nn.ReLU) -> nn.Module:
-        """Returns what is added before the final average pooling, with that activation."""
+        """Returns an identity: these norms add no layer before the final average pooling."""
         return nn.Identity()
 
 
@@ -129,7 +129,7 @@ class KernelLayers:
     rules: Rules
     fan_of_group: ClassVar[bool] = True
     """The argument of :func:`~kernelnorm.models.init_convolutions`. ``False`` makes depthwise
-    weights so small that training makes the features of all images alike."""
+    weights so small that, in training, the features of all images become the same."""
 
     def conv(
         self,
@@ -142,7 +142,7 @@ class KernelLayers:
         before_sum: bool = False,
         before_head: bool = False,
     ) -> nn.Conv2d:
-        """Rule I, with the ReLU of rule III unless it is the sum's or a KernelNorm comes next."""
+        """Rule I, with the ReLU of rule III unless that follows the addition or the KernelNorm."""
         left_to_sum = before_sum and self.rules.residual_relu == "sum"
         followed_by_norm = before_head and self.rules.head
         return KNConv2d(
@@ -158,7 +158,7 @@ class KernelLayers:
         )
 
     def norm(self, channels: int, *, in_stream: bool = False) -> nn.Module:
-        """Rule II."""
+        """Rule II: an identity in place of the norm."""
         return nn.Identity()
 
     def conv_norm_activation(
@@ -174,7 +174,7 @@ class KernelLayers:
     ) -> nn.Sequential:
         """Rules I to III. A ReLU is a part of the KNConv, another activation follows it.
 
-        The windows of a depthwise KNConv have all channels, as those of any KNConv.
+        The windows of a depthwise KNConv have all channels, as in any KNConv.
         """
         if before_head and self.rules.head:
             activation = nn.Identity
@@ -194,23 +194,23 @@ class KernelLayers:
         return nn.Sequential(conv, self.norm(out_channels), *_activations(after))
 
     def relu(self) -> nn.Module:
-        """Rule III: the convolution has it."""
+        """Rule III: an identity, since the ReLU is part of the KNConv."""
         return nn.Identity()
 
     def preact(self, channels: int, additions: int) -> nn.Module:
-        """Returns nothing that changes its input: blocks begin with a KNConv."""
+        """Returns an identity: blocks begin with a KNConv."""
         return nn.Identity()
 
     def branch_scale(self) -> nn.Module:
-        """Returns nothing that changes its input: branches have no factor."""
+        """Returns an identity: branches have no factor."""
         return nn.Identity()
 
     def sum_relu(self) -> nn.Module:
-        """Rule III: the convolutions have it, unless :attr:`rules` vary that."""
+        """Rule III: an identity, unless :attr:`rules` put a ReLU after the addition."""
         return nn.Identity() if self.rules.residual_relu == "branch" else nn.ReLU()
 
     def head(self, activation: Activation = nn.ReLU) -> nn.Module:
-        """Rule IV."""
+        """Rule IV: the KernelNorm and the activation before the final average pooling."""
         if not self.rules.head:
             return nn.Identity()
         p, evaluation = self.rules.head_dropout_p, self.rules.evaluation
@@ -224,15 +224,15 @@ def _activations(activation: Activation | None) -> list[nn.Module]:
 Layers = NormLayers | KernelLayers
 
 FAMILIES = {"nf": ("vgg", "resnet")}
-"""The only families of networks that have a norm, by its name."""
+"""The families of networks that have a norm, for each norm that only some families have."""
 
 
 def has_norm(network: str, norm: str) -> bool:
     """Tells whether a network of that name or family exists with a norm.
 
-    A normalizer-free network follows the variance from layer to layer. Its authors do so for
-    residual networks; they publish no signal for concatenations, and report that depthwise
-    convolutions suffer from standardised weights.
+    A normalizer-free network needs the variance of the signal after each layer. Its authors derive
+    it for residual networks, but not for concatenations, and they report that standardised weights
+    harm depthwise convolutions.
 
     Example::
 
@@ -259,8 +259,9 @@ def layers_for(
         unused: the fields of :class:`Rules` that do nothing in this network, each with the reason
 
     Raises:
-        ValueError: the rules have an unknown field, a value out of its range, or one that does
-            nothing, or the norm is not ``"kernel"``; or the network does not have the norm.
+        ValueError: the rules have an unknown field, a value out of its range, or a value that does
+            nothing in this network; there are rules but the norm is not ``"kernel"``; or the
+            network does not exist with the norm.
     """
     spec = describe(norm)
     if not has_norm(family, norm):

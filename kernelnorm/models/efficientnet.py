@@ -34,7 +34,7 @@ STAGES = (
 class StochasticDepth(nn.Module):
     """Sets whole samples to 0 in training, and scales the others to keep the expectation.
 
-    Before the addition of a residual block, it leaves the block out for these samples.
+    Before the addition of a residual block, it makes these samples skip the block.
 
     Source: G. Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
 
@@ -76,11 +76,11 @@ class StochasticDepth(nn.Module):
 
 
 class MBConv(InvertedResidual):
-    """An inverted residual block with a gate of SiLUs, which training leaves out for some samples.
+    """An inverted residual block with SiLUs and a gate. In training, some samples skip the block.
 
     Args:
         expansion: the channels of the depthwise convolution, in multiples of ``in_channels``
-        drop: the probability of a sample to be left out
+        drop: the probability that a sample skips the block
         layers, in_channels, out_channels, kernel_size, stride: those of :class:`InvertedResidual`
     """
 
@@ -170,7 +170,7 @@ def efficientnet_b0(
 ) -> EfficientNet:
     """EfficientNet-B0.
 
-    With the kernel norm all convolutions are KNConvs, also the depthwise ones, but for those of the
+    With the kernel norm all convolutions are KNConvs, also the depthwise ones, except those of the
     squeeze-and-excite gates, which are the same under every norm. For the reasons, and learning
     rates to start from, see ``docs/results/depthwise.md``.
 
@@ -183,8 +183,8 @@ def efficientnet_b0(
         rules: for the kernel norm, other rules than the paper's: a
             :class:`~kernelnorm.models.Rules`, or a mapping with fields of it
         dropout: the dropout before the linear layer
-        stochastic_depth: the probability by which a residual block leaves a sample as it is; it
-            rises from 0 in the first block towards this
+        stochastic_depth: the probability that a sample skips a residual block; it rises linearly
+            from 0 in the first block, and the last block is one step below this value
 
     Shape:
         ``(n, in_channels, h, w)`` to ``(n, num_classes)``.

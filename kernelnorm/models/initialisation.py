@@ -1,4 +1,4 @@
-"""The first weights of convolutions."""
+"""Initialises the weights of convolutions."""
 
 from typing import Literal
 
@@ -14,9 +14,10 @@ def init_convolutions(
 
     Args:
         network: the module whose convolutions are initialised, in place
-        mode: ``"fan_in"`` keeps the variance of the activations, ``"fan_out"`` of the gradients
-        fan_of_group: of a convolution with groups, ``"fan_out"`` counts the connections inside a
-            group. By default it counts those of all groups, as in PyTorch
+        mode: ``"fan_in"`` keeps the variance of the activations, ``"fan_out"`` that of the
+            gradients
+        fan_of_group: if ``True``, ``"fan_out"`` counts the connections inside one group of a
+            convolution with groups. By default it counts those of all groups, as in PyTorch
 
     Example::
 
@@ -33,6 +34,6 @@ def init_convolutions(
                 with torch.no_grad():
                     weight.mul_(module.groups**0.5)
             if parametrize.is_parametrized(module, "weight"):
-                module.weight = weight  # computed from others, which this sets
+                module.weight = weight  # sets the parameters that it is computed from
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

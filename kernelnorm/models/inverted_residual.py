@@ -10,8 +10,8 @@ from kernelnorm.models.blocks import Activation, Layers
 class InvertedResidual(nn.Module):
     """1x1 convolution to more channels, depthwise convolution, gate, 1x1 convolution to fewer.
 
-    There is no first convolution where ``width`` is ``in_channels``, and no activation after the
-    last. The input is added where it has the shape of the output.
+    There is no first convolution if ``width`` is ``in_channels``, and no activation after the last
+    one. The input is added if it has the shape of the output.
 
     Args:
         layers: make the convolutions

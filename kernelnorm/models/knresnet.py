@@ -29,7 +29,7 @@ class KNResNet(nn.Module):
     Args:
         block: :func:`basic_block` or :func:`bottleneck`
         stages: the stages; the stem has the channels of the first
-        last: the channels of a KNConv after the stages, behind another max-pooling; 0 for none
+        last: the channels of a KNConv after the stages and another max-pooling; 0 for none
         dropout_p, num_classes, in_channels, small_images, evaluation: see :func:`knresnet18`
     """
 
@@ -102,8 +102,8 @@ def knresnet18(
             padding in the last transition and more in the last convolution
         dropout_p: the dropout of all KNConvs; the KernelNorm before the final average pooling has
             five times as much, at most 0.25
-        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`. The authors evaluated
-            with ``"monte_carlo"``
+        evaluation: the ``evaluation`` of all kernel layers, see :class:`kernelnorm.KNConv2d`. The
+            authors evaluated with ``"monte_carlo"``
 
     Shape:
         ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 93, or 16 with
@@ -222,13 +222,13 @@ def knresnet13(
 
     2,033,354 parameters for 10 classes.
 
-    From its description: 3x3 KNConvs, pre-activation by Mish, widths of 64, 64, 128 and 256, 2x2
-    pooling and a last KernelNorm with ``p = 0.5``. The description is short, and the rest is our
+    The authors' description states 3x3 KNConvs, pre-activation by Mish, widths of 64, 64, 128 and
+    256, 2x2 pooling and a last KernelNorm with ``p = 0.5``. It is short, and the rest is our
     reading of it; the authors' network may differ:
 
-    - 13 layers are 12 KNConvs and the linear layer: each of the four widths has a KNConv that comes
-      to it and a residual block of two KNConvs
-    - the pooling follows the KNConv that comes to the second, third and fourth width
+    - the 13 layers are 12 KNConvs and the linear layer: each of the four widths has a KNConv that
+      leads to it, and a residual block of two KNConvs
+    - in the second, third and fourth width, the pooling follows the KNConv that leads to it
     - max-pooling, the dropout of KNConvs, the KernelNorm of 1x1 windows with the activation after
       it, the global average pooling and the initialisation are as in :func:`knresnet18`
 
@@ -237,7 +237,7 @@ def knresnet13(
         in_channels: the channels of the images
         dropout_p: the dropout of all KNConvs
         head_dropout_p: the dropout of the KernelNorm before the final average pooling
-        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`
+        evaluation: the ``evaluation`` of all kernel layers, see :class:`kernelnorm.KNConv2d`
 
     Shape:
         ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 8.

@@ -10,12 +10,12 @@ from kernelnorm.modules import KernelNorm2d, KNConv2d
 
 
 class Layers(NamedTuple):
-    """What the layers of a network share.
+    """Makes the layers of a network, with the options that they share.
 
     Args:
-        dropout_p: of all KNConvs
-        evaluation: of all kernel layers, see :class:`kernelnorm.KNConv2d`
-        activation: stands before each KNConv but the stem
+        dropout_p: the dropout of all KNConvs
+        evaluation: the ``evaluation`` of all kernel layers, see :class:`kernelnorm.KNConv2d`
+        activation: makes the activation before each KNConv except the stem
     """
 
     dropout_p: float
@@ -32,7 +32,7 @@ class Layers(NamedTuple):
         *,
         activated: bool = False,
     ) -> KNConv2d:
-        """Returns a KNConv with a bias; ``activated``: with the activation after it fused in."""
+        """Returns a KNConv with a bias and, if ``activated``, with the activation on its output."""
         return KNConv2d(
             in_channels,
             out_channels,
@@ -45,16 +45,16 @@ class Layers(NamedTuple):
         )
 
     def head(self, dropout_p: float) -> nn.Sequential:
-        """Returns what stands before the final average pooling."""
+        """Returns the KernelNorm and the activation before the final average pooling."""
         norm = KernelNorm2d(1, 1, dropout_p=dropout_p, evaluation=self.evaluation)
         return nn.Sequential(norm, self.activation())
 
 
 class Residual(nn.Sequential):
-    """Layers beside the identity; nothing follows the addition."""
+    """Adds the input to the output of the layers; nothing follows the addition."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` plus the output of the layers for it."""
+        """Returns ``x`` plus the output of the layers."""
         y = x
         for layer in self:
             y = layer(y)
@@ -66,9 +66,10 @@ class Stage(NamedTuple):
 
     Args:
         depth: the number of blocks
-        channels: of their input and output
+        channels: the channels of their input and output
         inner: the channels between their KNConvs
-        kernel_size: of the KNConvs that change the channels, 2 or 1
+        kernel_size: the kernel size of the first and the last KNConv of a bottleneck and of the
+            transition to the stage, 2 or 1
     """
 
     depth: int
@@ -78,10 +79,11 @@ class Stage(NamedTuple):
 
 
 def basic_block(layers: Layers, stage: Stage) -> Residual:
-    """A 2x2 KNConv whose map is one pixel larger, and a 2x2 KNConv that undoes that.
+    """A residual block of two 2x2 KNConvs.
 
-    The activation between the two is part of the first KNConv. The one before them is a layer of
-    its own, since the identity takes the input as it is.
+    The first KNConv makes the map one pixel larger by its padding, and the second makes it one
+    pixel smaller. The activation between the two is part of the first KNConv. The activation before
+    them is a layer of its own, since the shortcut does not have it.
     """
     return Residual(
         OrderedDict[str, nn.Module](
@@ -93,7 +95,7 @@ def basic_block(layers: Layers, stage: Stage) -> Residual:
 
 
 def bottleneck(layers: Layers, stage: Stage) -> Residual:
-    """:func:`basic_block` with a 3x3 KNConv between; or 1x1, 3x3 and 1x1 KNConvs."""
+    """A residual block of 2x2, 3x3 and 2x2 KNConvs, or of 1x1, 3x3 and 1x1 KNConvs."""
     size = stage.kernel_size
     return Residual(
         OrderedDict[str, nn.Module](
@@ -111,7 +113,7 @@ def transition(
     """The activation, a KNConv to the channels of the next stage and 2x2 max-pooling.
 
     The padding (left, right, top, bottom) of a 2x2 KNConv is a layer of its own, since a
-    convolution pads opposite sides alike. Its zeros are elements of the windows in either place.
+    convolution pads opposite sides alike. Padded zeros are elements of the windows either way.
     """
     step = OrderedDict[str, nn.Module](act=layers.activation())
     if stage.kernel_size > 1:

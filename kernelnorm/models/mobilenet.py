@@ -36,7 +36,7 @@ activation, and the stride."""
 
 
 def _squeezed(width: int) -> int:
-    """Returns the multiple of 8 that is nearest to a quarter, or the next if below 90 % of it."""
+    """Returns the multiple of 8 nearest to a quarter; the next one if it is below 90 % of that."""
     quarter = width / 4
     nearest = max(8, int(quarter + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * quarter else nearest + 8
@@ -88,7 +88,7 @@ class MobileNetV3(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.BatchNorm2d):
-                module.eps, module.momentum = 1e-3, 0.01  # the paper's; its weights need the eps
+                module.eps, module.momentum = 1e-3, 0.01  # MobileNetV3's; trained weights need it
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the scores of the classes, shape ``(n, num_classes)``."""
@@ -107,7 +107,7 @@ def mobilenet_v3_small(
 ) -> MobileNetV3:
     """MobileNetV3-small.
 
-    With the kernel norm all convolutions are KNConvs, also the depthwise ones, but for those of the
+    With the kernel norm all convolutions are KNConvs, also the depthwise ones, except those of the
     squeeze-and-excite gates, which are the same under every norm. For the reasons, and learning
     rates to start from, see ``docs/results/depthwise.md``.
 

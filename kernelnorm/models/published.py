@@ -1,4 +1,4 @@
-"""The weights of KNResNets that the paper's authors have published."""
+"""Loads the weights of KNResNets that the paper's authors have published."""
 
 import argparse
 import pickle
@@ -27,19 +27,19 @@ def load_published(network: str | nn.Module, file: str | Path) -> KNResNet:
     authors' program, an :class:`argparse.Namespace`; nothing else is unpickled.
 
     Args:
-        network: ``"knresnet18"``, ``"knresnet34"`` or ``"knresnet50"``, which is built as the file
-            needs it: classes, channels of the images, and the stem for small images. Or such a
-            network, whose weights are replaced
+        network: ``"knresnet18"``, ``"knresnet34"`` or ``"knresnet50"``; the file then determines
+            the number of classes, the channels of the images, and whether the network is for small
+            images. Or such a network, whose weights are replaced
         file: a dictionary saved by PyTorch, with the state dict under ``"model"``
 
     Returns:
-        The network, in evaluation. It evaluates with ``"expected"`` if it was given by name. The
+        The network, in evaluation mode. A network given by name has ``evaluation="expected"``. The
         authors evaluated with ``"monte_carlo"``: see :func:`kernelnorm.set_evaluation`.
 
     Raises:
         FileNotFoundError: there is no such file
-        ValueError: the network is not one of these, the file holds no state dict or something that
-            is not safe to unpickle, or the state dict is that of another network
+        ValueError: the network is not one of these; the file has no state dict, or has an object
+            that is not safe to unpickle; or the state dict belongs to another network
 
     Example::
 
@@ -67,7 +67,8 @@ def load_published(network: str | nn.Module, file: str | Path) -> KNResNet:
 def published_names(network: KNResNet) -> dict[str, str]:
     """Returns the published name of each parameter with its name in ``network``.
 
-    Blocks are counted through all stages, and 1x1 convolutions lie one level deeper.
+    The published names number the blocks through all stages, and have one more level for 1x1
+    convolutions.
 
     Example::
 
@@ -126,7 +127,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 
 
 def _options(published: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
-    """The options of the network that a state dict is of."""
+    """The options of the network that a state dict belongs to."""
     stem, linear = published.get("block0.0.weight"), published.get("fc.weight")
     if stem is None or linear is None or stem.dim() != 4 or linear.dim() != 2:
         raise ValueError(
@@ -141,7 +142,7 @@ def _options(published: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
 
 
 def _differences(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
-    """What a state dict has else than expected, one phrase a tensor."""
+    """The differences between a state dict and the expected shapes, one phrase per tensor."""
     lacking = [f"{name} is missing" for name in expected if name not in found]
     shapes = [
         f"{name} has shape {tuple(x.shape)}, not {tuple(expected[name])}"

@@ -3,9 +3,9 @@
 With ``norm="batch"`` the parameters have the names, the order and the shapes of torchvision's.
 
 Norms with an activation of their own are published in networks of pre-activated blocks (K. He et
-al., "Identity Mappings in Deep Residual Networks", ECCV 2016), where they have these here, too: the
-norm stands before a block's first convolution, whose shortcut carries its input as it is, and once
-more before the average pooling.
+al., "Identity Mappings in Deep Residual Networks", ECCV 2016), and so the blocks are pre-activated
+here, too: the norm stands before a block's first convolution, while an identity shortcut carries
+the input of the block unchanged. One more norm stands before the average pooling.
 """
 
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ def _downsample(layers: Layers, in_channels: int, out_channels: int, stride: int
 
 
 def _shortcut(downsample: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-    """Returns the block's input ``x``, or the convolution of it as activated, ``a``."""
+    """Returns the block's input ``x``, or its convolution, which takes the activated ``a``."""
     shortcut: Tensor = x if isinstance(downsample, nn.Identity) else downsample(a)
     return shortcut
 

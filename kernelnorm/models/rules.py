@@ -2,19 +2,20 @@
 
 (I)   Each convolution becomes a KNConv of the same kernel size, stride and padding, with dropout
       0.1 and a bias.
-(II)  Batch normalisation goes.
+(II)  Batch normalisation is removed.
 (III) A ReLU follows each KNConv, except where a separate KernelNorm follows it.
 (IV)  A KernelNorm of kernel size and stride 1, padding 0 and dropout 0.2, and a ReLU, stand before
-      the final average pooling. (VGG8 does without.)
+      the final average pooling, except in VGG8.
 
 By rule III the ReLU is a part of the KNConv, so each branch of a residual block has its own and
 none follows the addition, and the pre-activations of DenseNet become post-activations. The
 exception is the last KNConv of ResNet and DenseNet: after the addition or the concatenation comes
-the KernelNorm of rule IV. :class:`Rules` has what ablations vary.
+the KernelNorm of rule IV. :class:`Rules` has the options of ablations.
 
 The paper has no networks with depthwise convolutions, gates or other activations than the ReLU. In
-those here, depthwise convolutions become KNConvs, too, the convolutions of gates stay, and other
-activations follow their KNConv. ``docs/results/depthwise.md`` has the measurements behind this.
+the networks here that have them, depthwise convolutions become KNConvs, too, the convolutions of
+gates stay, and other activations follow their KNConv. ``docs/results/depthwise.md`` has the
+measurements behind this.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ ResidualReLU = Literal["branch", "sum", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What an ablation varies of the rules for KNConvNets; the defaults are the paper's.
+    """The options of the rules for KNConvNets, for ablations; the defaults are the paper's.
 
     A rule that differs from its default but does nothing in a network is an error there.
 
@@ -38,20 +39,20 @@ class Rules:
         head_dropout_p: rule IV, the dropout of the KernelNorm before the final average pooling
         residual_relu: rule III in residual networks, which the paper states for each KNConv:
 
-            - ``"branch"``, as stated: in the last KNConv of each branch and in the shortcut's, and
-              none after the addition
+            - ``"branch"``, as stated: in the last KNConv of each branch and in the KNConv of the
+              shortcut, and none after the addition
             - ``"sum"``, as in the original networks: after the addition only
-            - ``"both"``: in those KNConvs and after the addition. What those let through is not
-              negative, so the second ReLU matters only in the last block, whose last KNConv has
-              none by the rule's exception
+            - ``"both"``: in those KNConvs and after the addition. The outputs of those KNConvs are
+              not negative, so the second ReLU matters only in the last block, whose last KNConv has
+              no ReLU by the exception to rule III
         head: rule IV, whether there is a KernelNorm and a ReLU before the final average pooling.
             Without them no KernelNorm follows the last KNConv, which then has its ReLU
-        evaluation: what all kernel layers do in evaluation, on which the paper is silent: see
+        evaluation: the ``evaluation`` of all kernel layers, which the paper does not state: see
             :class:`kernelnorm.KNConv2d`
 
     Raises:
-        ValueError: a value is out of its range, or does nothing without a head:
-            ``head_dropout_p``, and ``"both"``, which is ``"branch"`` then.
+        ValueError: a value is out of its range, or ``head=False`` comes with ``head_dropout_p`` or
+            with ``"both"``, which would then be the same as ``"branch"``.
 
     Source: Section 3, rules I, III and IV; Figure 5.
 
@@ -91,11 +92,11 @@ class Rules:
         if not self.head:
             check_unused(self, {"head_dropout_p": "head=False leaves the KernelNorm out"})
             if self.residual_relu == "both":
-                raise ValueError("rule residual_relu='both' is 'branch' with head=False: say that")
+                raise ValueError("rule residual_relu='both' needs head=True: else use 'branch'")
 
 
 def check_unused(rules: Rules, unused: Mapping[str, str]) -> None:
-    """Refuse rules that differ from the paper's to no effect, each with the reason."""
+    """Raises ``ValueError``, with the reason, for a rule in ``unused`` that is not its default."""
     for name, reason in unused.items():
         value = getattr(rules, name)
         if value != getattr(Rules, name):

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 class SqueezeExcite(nn.Module):
     """Scales each channel by a gate that depends on the means of all channels.
 
-    The gate is two 1x1 convolutions of the pooled input, ordinary ones with biases under every
-    norm: one position of a channel's means is nothing to normalise.
+    The gate has two 1x1 convolutions of the pooled input. They are ordinary convolutions with
+    biases under every norm, since their maps have a single position.
 
     Args:
         channels: the channels of the input and the output
         squeezed: the channels between the two convolutions
         activation: returns the module between them
-        scale: returns the module that maps the second one's output to factors, to about 0 to 1
+        scale: returns the module that maps the output of the second convolution to factors of about
+            0 to 1
 
     Shape:
         ``(n, channels, h, w)`` to the same.

@@ -14,7 +14,8 @@ def stem(
         conv: makes the convolution, from the first arguments of :class:`torch.nn.Conv2d`
         in_channels: the channels of the images
         channels: the channels of the convolution
-        small_images: a 3x3 convolution of stride 1 and an identity, for images of about 32x32
+        small_images: return a 3x3 convolution of stride 1 and an identity instead, for images of
+            about 32x32
     """
     if small_images:
         return conv(in_channels, channels, 3, 1, 1), nn.Identity()

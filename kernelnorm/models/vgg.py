@@ -48,7 +48,7 @@ class VGG8(nn.Module):
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
-        if describe(norm).bias:  # PyTorch's weights and biases would make the scores all alike
+        if describe(norm).bias:  # PyTorch's first weights would give all images the same scores
             init_convolutions(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ def vgg8(
     width: float = 1.0,
     rules: Rules | Mapping[str, Any] | None = None,
 ) -> VGG8:
-    """VGG8, of Table 3 of the paper.
+    """VGG8, as in Table 3 of the paper.
 
     Five 3x3 convolutions of 64, 128, 256, 512 and 512 channels, each with its norm and ReLU, the
     first three followed by 2x2 max-pooling; average pooling; a linear layer. The convolutions have
-    a bias only where there is no norm, or the kernel norm. Weights are drawn as PyTorch draws them,
-    or as He et al. (2015) do, for the norms without a shift (``none``, ``lrn``, ``weight_norm``,
-    ``nf``).
-    As in the paper, the kernel normalised network has no KernelNorm before the average pooling.
+    a bias with the kernel norm and with the norms that have no shift (``none``, ``lrn``,
+    ``weight_norm``, ``nf``). With the latter, weights are initialised as He et al. (2015) do; with
+    all other norms, as PyTorch does. As in the paper, the kernel normalised network has no
+    KernelNorm before the average pooling.
 
     Args:
         norm: one of ``kernelnorm.norms.NORMS``

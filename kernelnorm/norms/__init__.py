@@ -1,4 +1,4 @@
-"""The normalisations that KernelNorm is compared with, for 2-d feature maps, by name.
+"""KernelNorm and the normalisations that it is compared with, for 2-d feature maps, by name.
 
 Most are layers that follow a convolution. They differ in their *normalisation unit*, the elements
 that share one mean and one variance (Section 2 of the paper). For an input of shape
@@ -20,8 +20,8 @@ name                      layer                                      unit
 ``kernel``                a rule, see :mod:`kernelnorm.models`       ``(c, kh, kw)``, overlapping
 ========================= ========================================== ===========================
 
-Some have an activation of their own, which replaces the ReLU. Their authors' residual networks have
-pre-activation blocks, and so do ours:
+Some have an activation of their own, which replaces the ReLU. Their authors use them in residual
+networks with pre-activation blocks, and so do the networks here:
 
 ============== ============================== =====================
 name           layer                          unit
@@ -85,7 +85,7 @@ __all__ = [
 ]
 
 NormGroup = Literal["batch-dependent", "batch-independent", "weight-based"]
-"""What a norm takes its statistics from: several samples, one sample, or the weights."""
+"""The source of a norm's statistics: several samples, one sample, or the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +94,19 @@ class Norm:
 
     Args:
         label: its name for tables and figures
-        group: what it takes its statistics from
-        batch_one: whether it is meant for training with one image a batch
-        needs: what training needs beside the optimizer: ``"agc"``, adaptive gradient clipping by
+        group: the source of its statistics
+        batch_one: whether it is meant for training with one image per batch
+        needs: what training needs besides the optimizer: ``"agc"``, adaptive gradient clipping by
             :func:`adaptive_clip_grad_`
-        layer: makes what follows a convolution, from the number of channels, with the activation
-            where the norm has its own
+        layer: makes the layer that follows a convolution, from the number of channels; it includes
+            the norm's own activation, if there is one
         conv: makes a convolution, from the arguments of :class:`torch.nn.Conv2d`
         bias: true for a norm without a shift: the convolutions then have a bias. Kernel networks
             have KNConvs with a bias in place of ``layer`` and ``conv``
-        without_activation: makes ``layer`` without its activation. ``None``: it has none
-        alpha: the factor of the branches of residual blocks, whose input is then divided by the
-            deviation that follows from it. ``None``: there are no factors
+        without_activation: makes ``layer`` without its activation. ``None``: the norm has no
+            activation of its own
+        alpha: the factor of the branches of residual blocks; the input of a branch is divided by
+            its expected deviation, which follows from ``alpha``. ``None``: there are no factors
     """
 
     label: str
@@ -234,19 +235,19 @@ def make_norm(name: str, channels: int) -> nn.Module:
     """Returns the normalisation layer ``name`` for feature maps of ``channels`` channels.
 
     - ``group``, ``local_context``, ``local_context_sliding`` and ``evonorm_s0`` take groups of 32
-      channels, as the paper does, and where 32 does not divide ``channels`` the largest divisor
-      below it.
+      channels, as the paper does. If 32 does not divide ``channels``, the group size is the
+      largest divisor below 32.
     - ``local_context`` takes tiles, and ``local_context_sliding`` windows, of 8 x 8 positions.
     - ``instance`` has a scale and a shift, and no running statistics. It refuses maps of one
       position (PyTorch's "Expected more than 1 spatial element"), which it would make constant:
       give such a network larger images or another norm.
-    - ``lrn`` has PyTorch's defaults, over 5 channels. To activations of the size that trained
-      networks have it does next to nothing.
+    - ``lrn`` has PyTorch's defaults, over 5 channels. It hardly changes activations of the size
+      that is usual in trained networks.
     - ``evonorm_s0`` and ``frn`` are norm and activation in one.
 
     Args:
-        name: one of :data:`NORMS`, but none that is more than a layer to put after a convolution:
-            ``kernel``, ``ws_group``, ``batch_channel``, ``weight_norm`` and ``nf``
+        name: one of :data:`NORMS` except ``kernel``, ``ws_group``, ``batch_channel``,
+            ``weight_norm`` and ``nf``, which replace the convolution
         channels: the channels of the feature maps
 
     Raises:

@@ -14,8 +14,8 @@ class EvoNorm2dS0(AffineNorm2d):
     .. math::
         y = \frac{x \, \sigma(v_c x)}{\sqrt{\mathrm{var}_g(x) + \epsilon}} \gamma_c + \beta_c
 
-    with the logistic function :math:`\sigma` and the biased variance of the group :math:`g` of
-    channels that has channel :math:`c`, over all positions of a sample.
+    with the logistic function :math:`\sigma` and the biased variance over all positions of a sample
+    and over the group :math:`g` of channels that contains channel :math:`c`.
 
     Source: H. Liu et al., "Evolving Normalization-Activation Layers", NeurIPS 2020. Without the
     activation the layer only scales and shifts, as in the authors' code.
@@ -23,7 +23,7 @@ class EvoNorm2dS0(AffineNorm2d):
     Args:
         channels: the channels of the input
         group_size: the channels of a group, a divisor of ``channels``. The authors take 32 groups
-        activation: whether there is the fraction of the formula; otherwise
+        activation: ``False`` replaces the fraction by :math:`x`, so
             :math:`y = x \gamma_c + \beta_c`
         eps: added to the variance
         device, dtype: of the scale :math:`\gamma` (ones), the shift :math:`\beta` (zeros) and
@@ -66,12 +66,12 @@ class EvoNorm2dS0(AffineNorm2d):
             nn.init.ones_(self.v)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Applies the gate, and divides by the deviation of the group."""
+        """Returns the fraction of the formula, or ``x`` without the activation."""
         if self.v is None:
             return x
         groups = x.unflatten(1, (-1, self.group_size))
         mean = groups.mean(dim=(2, 3, 4), keepdim=True)
-        variance = (groups - mean).square().mean(dim=(2, 3, 4))  # var() warns of empty batches
+        variance = (groups - mean).square().mean(dim=(2, 3, 4))  # var() warns about empty batches
         scale = torch.rsqrt(variance + self.eps).repeat_interleave(self.group_size, dim=1)
         return x * torch.sigmoid(per_channel(self.v) * x) * scale[..., None, None]
 
@@ -96,7 +96,7 @@ class FilterResponseNorm2d(AffineNorm2d):
 
     Args:
         channels: the channels of the input
-        activation: whether there is the maximum; otherwise :math:`y` is its first argument
+        activation: ``False`` leaves out the maximum: :math:`y` is then its first argument
         eps: added to the mean square
         device, dtype: of the scale :math:`\gamma` (ones), the shift :math:`\beta` (zeros) and the
             threshold :math:`\tau` (zeros)

@@ -1,4 +1,4 @@
-"""The base of the norms: checks, float32, and a scale and a shift for each channel."""
+"""The base of the norms: checks, arithmetic in float32, a scale and a shift for each channel."""
 
 from abc import ABC, abstractmethod
 
@@ -11,11 +11,11 @@ __all__ = ["AffineNorm2d"]
 class AffineNorm2d(nn.Module, ABC):
     """Normalises feature maps, then scales and shifts each channel.
 
-    Half-precision inputs are normalised in float32. A subclass says how.
+    Half-precision inputs are normalised in float32. A subclass defines :meth:`normalise`.
 
     Args:
         channels: the channels of the input
-        eps: what keeps the divisor from 0
+        eps: a small number that keeps the divisor from 0
         device, dtype: of the scale (ones) and the shift (zeros)
 
     Shape:
@@ -62,11 +62,11 @@ class AffineNorm2d(nn.Module, ABC):
 
 
 def check_group_size(channels: int, group_size: int) -> None:
-    """Refuses groups that do not share out the channels evenly."""
+    """Raises ``ValueError`` if ``group_size`` does not divide ``channels``."""
     if group_size < 1 or channels % group_size:
         raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Returns one number a channel in a shape that broadcasts to feature maps."""
+    """Reshapes a vector with one number per channel so that it broadcasts to feature maps."""
     return x.view(-1, 1, 1)

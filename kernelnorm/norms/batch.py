@@ -20,17 +20,17 @@ class BatchRenorm2d(AffineNorm2d):
         d = \operatorname{clip}_{[-d_{max}, d_{max}]} \frac{\mu_B - \mu}{\sigma}
 
     for each channel, with the batch's mean :math:`\mu_B` and deviation
-    :math:`\sigma_B = \sqrt{\mathrm{var}_B + \epsilon}`; the gradient takes :math:`r` and :math:`d`
-    for constants. Afterwards the running statistics move by a hundredth,
+    :math:`\sigma_B = \sqrt{\mathrm{var}_B + \epsilon}`; the gradient treats :math:`r` and :math:`d`
+    as constants. Afterwards the running statistics move by 1 %,
     :math:`\mu \leftarrow \mu + 0.01 (\mu_B - \mu)`, and likewise :math:`\sigma`. In the first 100
-    steps they are the means of all batches so far, so that no first value is left. In evaluation
-    :math:`y = \frac{x - \mu}{\sigma} \gamma + \beta`.
+    steps they are the means of all batches so far, independent of their initial values. In
+    evaluation :math:`y = \frac{x - \mu}{\sigma} \gamma + \beta`.
 
     The limits follow the published schedule. In the first 5000 steps :math:`r_{max} = 1` and
     :math:`d_{max} = 0`, which is BatchNorm; then they rise linearly, :math:`r_{max}` to 3 at step
     40000 and :math:`d_{max}` to 5 at step 25000. So a run of fewer than 5000 steps trains as
     BatchNorm does. The output depends on the running statistics, which move in each forward pass:
-    activation checkpointing, which repeats it, gives other gradients.
+    activation checkpointing, which repeats the forward pass, changes the gradients.
 
     Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", NeurIPS 2017.
@@ -46,8 +46,8 @@ class BatchRenorm2d(AffineNorm2d):
         ``(n, channels, h, w)`` to the same.
 
     Raises:
-        ValueError: if ``channels`` is not positive, an input has another shape, or one in training
-            has one value a channel.
+        ValueError: if ``channels`` is not positive, an input has another shape, or in training an
+            input has only one value per channel.
 
     Example::
 
@@ -75,14 +75,14 @@ class BatchRenorm2d(AffineNorm2d):
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device).long())
 
     def reset_parameters(self) -> None:
-        """Makes scale and shift, and what was seen of batches, as in a new layer."""
+        """Resets scale, shift, running statistics and number of steps to those of a new layer."""
         super().reset_parameters()
         self.running_mean.zero_()
         self.running_std.fill_(1)
         self.num_batches_tracked.zero_()
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """Returns the limits of ``r`` and of ``d`` at the step that comes next."""
+        """Returns the limits of ``r`` and of ``d`` for the next step."""
         steps = (self.num_batches_tracked - 5000).clamp(min=0)
         return 1 + 2 * (steps / 35000).clamp(max=1), 5 * (steps / 20000).clamp(max=1)
 
@@ -117,12 +117,13 @@ class BatchChannelNorm2d(nn.Module):
 
     In training the running statistics move first, and have no gradient:
     :math:`\hat\sigma_c^2 \leftarrow \hat\sigma_c^2 + r (E_B[(x - \hat\mu_c)^2] - \hat\sigma_c^2)`,
-    with the mean as it was, and :math:`\hat\mu_c \leftarrow \hat\mu_c + r (E_B[x] - \hat\mu_c)`.
+    with the mean before its update, and
+    :math:`\hat\mu_c \leftarrow \hat\mu_c + r (E_B[x] - \hat\mu_c)`.
     Since they average over steps, the layer trains with one image a batch. Activation
-    checkpointing, which repeats the forward pass, moves them twice and gives other gradients.
+    checkpointing, which repeats the forward pass, moves them twice and changes the gradients.
 
     Source: S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
-    Standardization", 2019: micro-batch BCN, which is theirs for small batches. Their networks
+    Standardization", 2019: micro-batch BCN, the authors' variant for small batches. Their networks
     standardise the weights, too: :class:`WSConv2d`.
 
     Args:
@@ -186,7 +187,7 @@ class _RunningNorm2d(AffineNorm2d):
         self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Makes scale and shift, and the running statistics, as in a new layer."""
+        """Resets scale, shift and running statistics to those of a new layer."""
         super().reset_parameters()
         self.running_mean.zero_()
         self.running_var.fill_(1)

@@ -20,20 +20,21 @@ def adaptive_clip_grad_(
         G \leftarrow \lambda \frac{\max(\|W\|, \epsilon)}{\|G\|} G \quad \text{where} \quad
         \|G\| > \lambda \max(\|W\|, \epsilon)
 
-    A unit is the weights of one output of a linear layer or a convolution; of biases, gains and
-    other parameters that are vectors or numbers, all of it. Call it after the backward pass and
-    before the step of the optimizer, with gradients that are summed over all processes and not
-    scaled.
+    The weights of each output of a linear layer or a convolution are one unit. A bias, a gain or
+    another parameter with at most one dimension larger than 1 is one unit as a whole. Call it after
+    the backward pass and before the step of the optimizer, on gradients that are reduced over all
+    processes and not scaled.
 
     Source: A. Brock et al., "High-Performance Large-Scale Image Recognition Without
     Normalization", ICML 2021.
 
     Args:
-        parameters: those whose gradients are clipped; the authors leave out the last linear layer:
-            :func:`clipped_parameters`
+        parameters: the parameters whose gradients are clipped. The authors leave out the last
+            linear layer, as :func:`clipped_parameters` does
         clip_factor: :math:`\lambda`. The authors' 0.01 is for batches of 4096 images; smaller
             batches allow larger factors
-        eps: the least norm of a unit, so that parameters which start as zeros can grow
+        eps: smaller norms :math:`\|W\|` count as this, so that parameters that start as zeros can
+            grow
 
     Raises:
         ValueError: if ``clip_factor`` or ``eps`` is not a positive number.
@@ -55,7 +56,7 @@ def adaptive_clip_grad_(
                 continue
             largest = clip_factor * _unit_norm(parameter).clamp(min=eps)
             norm = _unit_norm(parameter.grad)
-            # Where both are 0 the factor is 1.
+            # Where the norm is 0, the factor is 1.
             factor = torch.where(norm > largest, largest / norm, torch.ones_like(norm))
             parameter.grad.mul_(factor.to(parameter.grad.dtype))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 __all__ = ["RELU_GAIN", "Scale", "ScaledReLU"]
 
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
-"""Makes the variance of a ReLU 1, for inputs that are normal with mean 0 and variance 1."""
+"""Factor that makes the variance of a ReLU 1, for normal inputs with mean 0 and variance 1."""
 
 
 class Scale(nn.Module):

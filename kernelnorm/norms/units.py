@@ -34,8 +34,8 @@ class PositionalNorm2d(_UnitNorm2d):
     where :math:`\mu_{nij}` and :math:`\sigma_{nij}^2` are the mean and the biased variance of the
     :math:`c` elements at position :math:`(i, j)` of sample :math:`n`.
 
-    Source: B. Li et al., "Positional Normalization", NeurIPS 2019; here as in Section 2 of the
-    paper, without the moment shortcut.
+    Source: B. Li et al., "Positional Normalization", NeurIPS 2019; here without the moment
+    shortcut, as in Section 2 of the KernelNorm paper.
 
     Args:
         channels: the channels of the input
@@ -103,12 +103,12 @@ class LocalContextNorm2d(_LocalContextNorm2d, _UnitNorm2d):
     .. math::
         y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma_c + \beta_c
 
-    Where the window does not divide the map, the last tiles are smaller, and their mean and
-    variance are those of the elements that they have. A window larger than the map makes the layer
+    If the window does not divide the map, the last tiles are smaller; their mean and variance are
+    over the elements that they have. With a window larger than the map, the layer is a
     :class:`torch.nn.GroupNorm`.
 
-    Source: A. Ortiz et al., "Local Context Normalization", CVPR 2020; here with the units that
-    Section 2 of the paper gives, tiles instead of a window that slides.
+    Source: A. Ortiz et al., "Local Context Normalization", CVPR 2020; here with tiles instead of a
+    sliding window, as in Section 2 of the KernelNorm paper.
 
     Args:
         channels: the channels of the input
@@ -135,7 +135,7 @@ class LocalContextNorm2d(_LocalContextNorm2d, _UnitNorm2d):
         """Returns the mean over each tile, at each of its elements."""
         height, width = x.shape[2:]
         rows, columns = min(self.window[0], height), min(self.window[1], width)
-        # Not by ceil_mode, whose backward pass Inductor gets wrong where tiles are smaller.
+        # Not by ceil_mode: Inductor computes its backward pass wrongly for the smaller tiles.
         whole = F.pad(self.group_mean(x), (0, -width % columns, 0, -height % rows))
         positions = (
             (size - torch.arange(0, size, step, device=x.device)).clamp(max=step)
@@ -155,9 +155,10 @@ class SlidingLocalContextNorm2d(_LocalContextNorm2d):
             + \beta_c
 
     :math:`\mu_{ngij}` and :math:`\sigma_{ngij}^2` are the mean and the biased variance of the
-    ``group_size`` channels of the group :math:`g` that has channel :math:`c`, in the ``window``
-    around position :math:`(i, j)`. Windows do not leave the map: near a border an element takes the
-    statistics of the nearest window, and a window larger than the map is cut to its size.
+    ``group_size`` channels of the group :math:`g` that contains channel :math:`c`, in the
+    ``window`` around position :math:`(i, j)`. Windows do not leave the map: near a border an
+    element takes the statistics of the nearest window, and a window larger than the map is cut to
+    its size.
 
     Source: A. Ortiz et al., "Local Context Normalization: Revisiting Local Normalization", CVPR
     2020; the borders as in the authors' code, without their integral image, whose sums lose digits.
@@ -188,8 +189,9 @@ class SlidingLocalContextNorm2d(_LocalContextNorm2d):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Subtracts the mean of the window around each element and divides by its deviation."""
-        # A window's variance is that within pixels plus that of their means. The latter is a
-        # difference of squares: without the mean of the map it loses few digits.
+        # A window's variance is the mean of the variances within pixels, plus the variance of the
+        # pixels' means. The latter is a difference of squares, which loses few digits once the mean
+        # of the map is subtracted.
         x = x - self.spread(self.group_mean(x).mean(dim=(2, 3), keepdim=True))
         means = self.group_mean(x)
         within = self.group_mean((x - self.spread(means)).square())

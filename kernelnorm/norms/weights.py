@@ -30,7 +30,7 @@ class WSConv2d(nn.Conv2d):
         device, dtype: of the parameters
 
     Shape:
-        Those of :class:`torch.nn.Conv2d`, whose ``state_dict`` the layer loads.
+        Those of :class:`torch.nn.Conv2d`. The layer loads the ``state_dict`` of a ``Conv2d``.
 
     Example::
 
@@ -80,7 +80,7 @@ class WSConv2d(nn.Conv2d):
         return ((weight - mean) * self.scale_of(variance)).to(filters.dtype)
 
     def scale_of(self, variance: Tensor) -> Tensor:
-        """Returns the factor of the centred filters with this variance."""
+        """Returns the factor of centred filters, given their variance."""
         return torch.rsqrt(variance + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,16 +140,16 @@ class ScaledWSConv2d(WSConv2d):
             nn.init.ones_(self.gain)
 
     def scale_of(self, variance: Tensor) -> Tensor:
-        """Returns the factor of the centred filters with this variance."""
+        """Returns the factor of centred filters, given their variance."""
         return self.gain * torch.rsqrt((variance * self.weight[0].numel()).clamp(min=self.eps))
 
 
 def weight_norm_conv(*args: Any, **options: Any) -> nn.Conv2d:
-    r"""Returns a convolution with Weight Normalization, PyTorch's.
+    r"""Returns a :class:`torch.nn.Conv2d` with PyTorch's Weight Normalization.
 
     The filter of each output channel is :math:`g_c V / \|V\|`, with the direction :math:`V` and the
-    length :math:`g_c` as parameters. The first weights are those of :class:`torch.nn.Conv2d`:
-    there is no initialisation that depends on data.
+    length :math:`g_c` as parameters. The first weights are those of
+    :class:`torch.nn.Conv2d`: no initialisation depends on data.
 
     Source: T. Salimans and D. Kingma, "Weight Normalization", NeurIPS 2016;
     :func:`torch.nn.utils.parametrizations.weight_norm`.

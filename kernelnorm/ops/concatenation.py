@@ -1,8 +1,8 @@
 """Concatenations that remember their parts, so that a dense block keeps each channel once.
 
 The layers of a dense block each see all channels before them. Keeping every concatenation for the
-backward pass would take memory that grows with the square of the depth. The parts are kept anyway,
-by the layers that made them; a KNConv that is given a concatenation keeps these, and concatenates
+backward pass would take memory that grows with the square of the depth. The layers that made the
+parts keep them anyway. So a KNConv whose input is a concatenation keeps the parts, and concatenates
 them again in its backward pass.
 """
 
@@ -23,25 +23,25 @@ class _Parts(NamedTuple):
 
 
 _PARTS = WeakTensorKeyDictionary()
-"""The parts of each concatenation. As an attribute they would be saved and loaded with it."""
+"""The parts of each concatenation. An attribute would be saved and loaded with the tensor."""
 
 
 def concatenate(x: Tensor, y: Tensor) -> Tensor:
-    """``torch.cat([x, y], 1)``, remembering the parts of ``x`` and ``y`` where autograd is on."""
+    """``torch.cat([x, y], 1)``; remembers the parts if the result requires a gradient."""
     result = torch.cat([x, y], 1)
     if torch.compiler.is_compiling() or not isinstance(result, Tensor):  # a proxy of torch.fx
         return result
     if result.requires_grad:
         tensors = (*parts_of(x), *parts_of(y))
-        if not any(part.is_inference() for part in tensors):  # which no backward may keep
+        if not any(part.is_inference() for part in tensors):  # those are not allowed in a backward
             _PARTS[result] = _Parts(tensors, _versions(result, tensors))
     return result
 
 
 def parts_of(x: Tensor) -> tuple[Tensor, ...]:
-    """The tensors whose concatenation ``x`` is, or ``x`` itself.
+    """The tensors that :func:`concatenate` made ``x`` of; ``x`` itself if it did not.
 
-    After an in-place change of the concatenation or of a part, ``x`` is not that any more.
+    Also ``x`` itself after an in-place change of the concatenation or of a part.
     """
     parts: _Parts | None = _PARTS.get(x)
     if parts is None or parts.versions != _versions(x, parts.tensors):

@@ -1,7 +1,7 @@
 """One call of a KNConv: as PyTorch operations, as one operator, or as an autograd function.
 
 Functional transforms and exporters get PyTorch operations. Compilers and dispatch modes get one
-operator, ``kernelnorm::kn_conv``. Everyone else gets an autograd function that calls the backend
+operator, ``kernelnorm::kn_conv``. All other calls get an autograd function that calls the backend
 directly.
 """
 
@@ -41,7 +41,7 @@ def kn_conv(
 
 
 class Call(NamedTuple):
-    """What a call keeps for its backward pass.
+    """The tensors and settings that a call keeps for its backward pass.
 
     ``kept`` is the numerator or, with an activation, the output; the input is the concatenation of
     ``parts``.
@@ -55,12 +55,12 @@ class Call(NamedTuple):
 
 
 def node_behind(y: Tensor, *parameters: Tensor | None) -> Any:
-    """The node of autograd's graph at which a KNConv with one of these parameters left ``y``.
+    """The autograd node of the KNConv that has one of these parameters and led to ``y``.
 
-    ``None`` if there is none: compiled calls and functional transforms leave other nodes. Between
-    the node and ``y`` may be others, as of an activation. Until the backward pass,
-    :func:`call_at` tells what the node keeps, and its attribute ``receive`` can be set to a
-    :data:`~kernelnorm.ops.passes.Receiver`: then the parameters get no gradients.
+    ``None`` if there is none: compiled calls and functional transforms have other nodes. Further
+    nodes may lie between this node and ``y``, such as that of an activation. Until the backward
+    pass, :func:`call_at` returns the tensors of the node, and its attribute ``receive`` can be set
+    to a :data:`~kernelnorm.ops.passes.Receiver`: then the parameters get no gradients.
     """
     found, nodes = {y.grad_fn}, [y.grad_fn]
     for node in nodes:  # in breadth-first order: the list grows
@@ -75,16 +75,16 @@ def node_behind(y: Tensor, *parameters: Tensor | None) -> Any:
 
 
 def call_at(node: Any) -> Call:
-    """The call that left a node, see :func:`node_behind`."""
+    """The call that made a node, see :func:`node_behind`."""
     _, _, _, *tensors = node.saved_tensors
     kept, mu, rstd, _, *parts = (tensor.detach() for tensor in tensors)
     return Call(kept, mu, rstd, tuple(parts), node.settings)
 
 
 class _KNConv(torch.autograd.Function):
-    """Keeps the input, the output or numerator, and two one-channel maps.
+    """For the backward, keeps the input, the output or numerator, and two one-channel maps.
 
-    An input that was concatenated is kept as its parts, which other layers keep, too.
+    A concatenated input is kept as its parts, which other layers keep, too.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class _KNConv(torch.autograd.Function):
             if torch.is_grad_enabled() and ctx.receive is None:
                 concatenation = ctx.concatenation and ctx.concatenation()
                 if concatenation is not None and len(parts_of(concatenation)) > 1:
-                    x = concatenation  # with respect to which it may be differentiated
+                    x = concatenation  # a second derivative may be with respect to this tensor
                 gradients = _differentiable_backward(grad, x, weight, bias, keys, ctx.settings)
                 gradients = tuple(g if n else None for g, n in zip(gradients, needs, strict=True))
             else:
@@ -133,7 +133,7 @@ def _differentiable_backward(
     keys: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients, from operations that autograd can differentiate."""
+    """The gradients of the backward pass, by operations that autograd can differentiate."""
     inputs = [x, weight] if bias is None else [x, weight, bias]
 
     def output(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Dropout masks from random keys: the same keys give the same mask, so no mask is ever stored.
 
-Each sample and row of pixels, each column and each channel has a random 32-bit key. An element is
-dropped if a hash of its keys falls below a threshold. The backward pass rebuilds the mask of the
+Each row of each sample, each column and each channel has a random 32-bit key. An element is dropped
+if a hash of its keys falls below a threshold. The backward pass rebuilds the mask of the
 forward pass from the keys, and so does every backend, bit for bit and in any memory format. The
 keys come from PyTorch's generator, so ``torch.manual_seed``, activation checkpointing and CUDA
 graphs treat them as any other random numbers.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 HASH_MULTIPLIER = 0x7FEB352D
-"""Odd, with well-mixed bits."""
+"""The multiplier of the hash: an odd number with well-mixed bits."""
 
 _RESOLUTION = 1 << 16
 
@@ -34,7 +34,10 @@ class Keys(NamedTuple):
 
 
 def rounded_p(p: float) -> float:
-    """The dropout probability in steps of 1/65536, the probability of a mask to within 1e-8."""
+    """The dropout probability, rounded to steps of 1/65536 and below 1.
+
+    A mask drops elements with this probability to within 1e-8.
+    """
     return min(round(p * _RESOLUTION), _RESOLUTION - 1) / _RESOLUTION
 
 
@@ -87,8 +90,9 @@ def expand_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
 def keep(keys: Keys, dtype: torch.dtype) -> Tensor:
     """The mask: one for kept elements, zero with probability :func:`rounded_p`.
 
-    The product with an odd random key is a universal hash: two elements of a row or column are as
-    good as independent. The shift and second product do the same for the corners of a rectangle.
+    The product with an odd random key is a universal hash: two elements of a row or column are
+    practically independent. After the shift and the second product, so are the four corners of a
+    rectangle.
 
     Shape:
         - Output: :math:`(N, C, *)`, with the strides of ``channels_last``

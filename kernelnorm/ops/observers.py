@@ -1,4 +1,4 @@
-"""How a call is computed, by what observes it: compilers, exporters, transforms, modes, autocast.
+"""Detects what observes a call: compilers, exporters, transforms, dispatch modes, autocast.
 
 Private functions of PyTorch are called in this file only; docs/design.md lists all private names
 with their reasons.
@@ -24,7 +24,7 @@ def needs_plain_operations(*tensors: Tensor | None) -> bool:
     """True if the call has to consist of PyTorch's own operations.
 
     Functional transforms (``vmap``, ``grad``, ...), tensor subclasses and counters of FLOPs have
-    rules for these alone, and what is exported runs without this library.
+    rules for these only, and an exported program runs without this library.
     """
     return (
         torch._C._are_functorch_transforms_active()
@@ -41,7 +41,7 @@ def is_observed() -> bool:
 
 
 def _is_exporting() -> bool:
-    """``torch.compiler.is_exporting()``, which older compilers always take for true."""
+    """The flag of ``torch.compiler.is_exporting()``, which older compilers replace by True."""
     return torch.compiler._is_exporting_flag
 
 
@@ -51,7 +51,7 @@ def _is_tracing() -> bool:
 
 
 def _counts_flops() -> bool:
-    """True under ``torch.utils.flop_counter``, which takes long to import."""
+    """True under ``torch.utils.flop_counter``. Compares names: the import takes long."""
     if torch.compiler.is_compiling():
         return False
     modes = map(type, _get_current_dispatch_mode_stack())
@@ -104,7 +104,7 @@ def version(x: Tensor) -> int:
 def called_as_leaf(module: torch.nn.Module, input: object) -> Any:
     """Records a call of the module for ``torch.fx``, as it records those of ``torch.nn``.
 
-    Returns ``None`` if ``input`` is a tensor, so that nothing is being traced.
+    Returns ``None`` if ``input`` is no proxy of ``torch.fx``: then nothing is being traced.
     """
     if not isinstance(input, torch.fx.Proxy):
         return None

@@ -33,7 +33,7 @@ _OPTIONS = (
 
 
 def _flat(settings: Settings) -> tuple[Any, ...]:
-    """The settings as the schema of an operator has them."""
+    """The settings as arguments of an operator, in the order of ``_OPTIONS``."""
     geometry, *options, slope = settings
     return *map(list, geometry), *options, slope is not None, slope or 0.0
 

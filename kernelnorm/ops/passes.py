@@ -32,8 +32,8 @@ r"""The smallest dropout probability for which float32 filters need no centring:
 class Forward(NamedTuple):
     """The output of a forward pass, and what its backward pass needs.
 
-    ``numerator`` is ``None`` with an activation, since the backward pass can tell it from ``y``.
-    Without one the caller may change ``y`` in place, as a residual addition does.
+    With an activation, ``numerator`` is ``None``, since the backward pass can compute it from
+    ``y``. Without an activation, the caller may change ``y`` in place, as a residual addition does.
     """
 
     y: Tensor
@@ -51,16 +51,16 @@ def forward(
     settings: Settings,
     backend: Backend | None = None,
 ) -> Forward:
-    """The forward pass, by default in the primitives of the backend for ``x``."""
+    """The forward pass, by default with the primitives of the backend for ``x``."""
     if backend is None:
         backend = backend_for(x)
     dtype = compute_dtype(x)
-    # A mask moves mu by far more than rounding does, and the variance that stands for it in
-    # evaluation keeps |mu| rstd small. Otherwise <u, W> - mu S can be the difference of two large
-    # numbers, unless the filters are centred; what rounding leaves of their sums is subtracted.
-    # In these cases the filters need not be centred:
+    # <u, W> - mu S can be the difference of two large numbers, unless the filters are centred; the
+    # small sums that rounding leaves of centred filters are then subtracted. In float32 and float64
+    # there are two cases that need no centring: a mask moves mu by far more than rounding does, and
+    # the expected variance in evaluation keeps |mu| rstd small.
     harmless = x.dtype == dtype and (settings.masked or settings.p >= _LEAST_P)
-    # A centred filter needs two terms where the plain mean of what it meets is not mu.
+    # A centred filter needs two terms if the plain mean of the elements under it is not mu.
     apart = settings.masked or settings.groups > 1
     centred = not harmless or (backend.centres_filters and not apart)
     statistics = backend.window_statistics(x, keys, settings, centred and apart)
@@ -81,7 +81,7 @@ def forward(
 
 
 Receiver = Callable[[Tensor, Tensor, Tensor, Tensor, Settings], None]
-r"""Takes the input, the numerator's gradient, mu, rstd and the settings of a call in its backward.
+r"""Gets the input, the numerator's gradient, mu, rstd and the settings of a call in its backward.
 
 The weight's gradient is the sum over all windows :math:`u` of
 :math:`\text{grad\_z}_k (u - \mu)`, that of the bias the sum of
@@ -104,7 +104,7 @@ def backward(
 
     Args:
         saved: the numerator or, with an activation, the output; then mu, rstd and filter sums
-        receive: called with what the gradients of the parameters are formed from, in their stead
+        receive: called instead of computing the gradients of the weight and the bias
     """
     kept, mu, rstd, sums = saved
     needs_x, needs_weight, needs_bias = needs

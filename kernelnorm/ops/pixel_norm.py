@@ -1,4 +1,4 @@
-r"""KernelNorm of single pixels, in the primitives of a KNConv.
+r"""KernelNorm of single pixels, with the primitives of a KNConv.
 
 With :math:`u` the channels of a pixel, :math:`y = (u - \mu) \, \text{rstd}`. That is a KNConv whose
 convolution is the identity, so the statistics and the gradients are the backend's primitives.
@@ -36,7 +36,7 @@ def _plain(x: Tensor, keys: Tensor | None, settings: Settings) -> Tensor:
 
 
 class _PixelNorm(torch.autograd.Function):
-    """Keeps the input and two one-channel maps."""
+    """For the backward, keeps the input, the keys and two one-channel maps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keys: Tensor | None, settings: Settings) -> Tensor:
@@ -53,7 +53,7 @@ class _PixelNorm(torch.autograd.Function):
             return gradient(grad)[0], None, None
         backend = backend_for(x) if observers.has_storage(grad) else eager
         factors = constants(ctx.settings, x.shape[1])
-        sums = mu.new_ones(x.shape[1])  # of the filters of an identity
+        sums = mu.new_ones(x.shape[1])  # the sums of the filters of an identity
         grad_x, pair, _, _ = backend.epilogue_backward(
             grad, x - mu, Statistics(mu, rstd), sums, None, None,
             (factors.grad_mean, factors.grad_var),

@@ -15,9 +15,9 @@ from kernelnorm.ops.windows import Geometry
 class Settings(NamedTuple):
     """The options of a KNConv.
 
-    Without a mask (``masked=False``) the statistics are those that masks with probability ``p``
-    give on average, which are the plain ones for ``p = 0``. ``slope`` is that of the activation for
-    negative numbers: 0 for a ReLU, more for a LeakyReLU, ``None`` without one.
+    Without a mask (``masked=False``) the variance is the average over masks of probability ``p``:
+    with ``p = 0`` it is the plain variance. ``slope`` is the slope of the activation for negative
+    numbers: 0 for a ReLU, more for a LeakyReLU, ``None`` without an activation.
     """
 
     geometry: Geometry
@@ -31,15 +31,17 @@ class Settings(NamedTuple):
 class Constants(NamedTuple):
     r"""The factors of the statistics and of their gradients.
 
-    With :math:`a` and :math:`b` the sums over a window of the mean and of the mean square of each
-    pixel's channels after the mask of zeros and ones:
+    A mask of zeros and ones is applied to the channels of each pixel. :math:`a` is the sum over a
+    window of the pixels' means, and :math:`b` that of their mean squares:
 
     .. math::
         \mu = \text{mean} \cdot a \qquad V = \text{square} \cdot b - \mu^2 \qquad
         \text{var}(u') = V + \kappa (V + \mu^2)
 
-    The gradient of each unmasked element :math:`x` is
-    :math:`\text{grad\_mean} \, d\mu + \text{grad\_var} \, x \, d\text{var}(u')`.
+    The gradient of each element :math:`x` that the mask keeps is
+    :math:`\text{grad\_mean} \, d\mu + \text{grad\_var} \, x \, d\text{var}(u')`, where :math:`d\mu`
+    includes the gradient through :math:`-\mu^2` in
+    :math:`\text{var}(u') = (1 + \kappa) \, \text{square} \cdot b - \mu^2`.
     """
 
     mean: float
@@ -50,10 +52,10 @@ class Constants(NamedTuple):
 
 
 def constants(settings: Settings, channels: int) -> Constants:
-    """The constants of a KNConv on an input with that many channels."""
-    if torch.compiler.is_compiling():  # compilers see no caches
+    """The constants of a KNConv whose input has this number of channels."""
+    if torch.compiler.is_compiling():  # compilers bypass caches
         return _constants(settings, channels)
-    return _remembered_constants(settings, int(channels))  # tracers have symbols for integers
+    return _remembered_constants(settings, int(channels))  # a tracer's integers are tensors
 
 
 def _constants(settings: Settings, channels: int) -> Constants:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Strides(NamedTuple):
-    """Strides in elements; any memory format, slices and expanded tensors have these three."""
+    """Strides in elements, for any memory format, also of slices and expanded tensors."""
 
     sample: int
     pixel: int
@@ -39,7 +39,7 @@ def single_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 
 def with_pixel_stride(x: Tensor) -> Tensor:
     """``x``, or a contiguous copy if no single stride leads through its pixels."""
-    x = x.resolve_neg()  # a flag of views such as the imaginary part of a conjugate
+    x = x.resolve_neg()  # a lazy negation, as of the imaginary part of a conjugate
     return x if strides_of(x.shape, x.stride()) is not None else x.contiguous()
 
 
@@ -52,7 +52,7 @@ def without_overlap(x: Tensor) -> Tensor:
 def _has_no_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
     if strides_of(shape, stride) is None:
         return False
-    reach = 0  # of the elements along the dimensions with smaller strides
+    reach = 0  # largest offset along the dimensions with smaller strides
     for step, size in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n > 1):
         if step <= reach:
             return False

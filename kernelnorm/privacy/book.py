@@ -1,8 +1,8 @@
 """The book of a private step: the gradients of all layers, from the backward pass to the step.
 
-Each layer enters the norms of its gradients in the backward pass, one per sample. When all norms
-are known, so are the factors that clip the samples, and each layer forms the sum of its clipped
-gradients.
+In the backward pass each layer enters the norms of its gradients, one per sample. From the norms
+of all layers follow the factors that clip the samples. With these factors the book computes the sum
+of the clipped gradients of each layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Entry(Protocol):
 
 
 class Vectors:
-    """Gradients that are formed for each sample, since they are small.
+    """Gradients that are stored for each sample, since they are small.
 
     Shape:
         - each gradient: :math:`(N, *)`, with the shape of its parameter after the first dimension
@@ -49,7 +49,7 @@ class Vectors:
 
 
 class Weight:
-    """The gradient of a weight, as a product: the gradients of the samples are not kept."""
+    """The gradient of a weight, stored as the two factors of its :class:`Product`."""
 
     def __init__(
         self, parameter: nn.Parameter, product: Product, standardised: Standardisation | None
@@ -79,10 +79,10 @@ def _versions(product: Product) -> tuple[int, int]:
 def weight_entry(
     parameter: nn.Parameter, product: Product, standardised: Standardisation | None = None
 ) -> Entry:
-    """The entry of a convolution's weight, in the way that takes less time and memory.
+    """The entry of a weight, of the kind that takes less time and memory.
 
     Args:
-        standardised: the way back from the filters to the weight, if they are not the same
+        standardised: the standardisation, if the filters are not the weight itself
     """
     if gradients.is_kept(product):
         return Vectors({parameter: gradients.per_sample(product, standardised)})
@@ -93,12 +93,13 @@ class Book:
     """The entries of all layers of a network in one step.
 
     Args:
-        names: the name of each layer with parameters that are trained
-        mean: the loss is the mean over the batch, not the sum
+        names: the name of each layer with trained parameters
+        mean: True if the loss is the mean over the batch, False if it is the sum
 
     Attributes:
-        augmentations: consecutive rows of a batch that make a sample. Its gradient is that of the
-            mean of their losses (of the sum, if the loss is the sum over the batch)
+        augmentations: the number of consecutive rows of a batch that make a sample (default: 1).
+            The gradient of a sample is that of the mean of their losses (of their sum, if the loss
+            is the sum over the batch)
     """
 
     def __init__(self, names: dict[nn.Module, str], mean: bool) -> None:
@@ -124,7 +125,7 @@ class Book:
         self._rows = rows
 
     def call(self, layer: nn.Module, input: Tensor) -> None:
-        """Notes a call of a layer, which may be the only one of its forward pass."""
+        """Records a call of a layer, and raises if it is the second one in a forward pass."""
         if len(input) % self.augmentations:
             raise ValueError(
                 f"layer {self._names[layer]!r} got a batch of {len(input)} rows, expected a "
@@ -139,7 +140,7 @@ class Book:
         self._called.add(layer)
 
     def enter(self, layer: nn.Module, entries: list[Entry]) -> None:
-        """Takes the entries of a layer in the backward pass; there are none if it is frozen."""
+        """Stores the entries of a layer in the backward pass; a frozen layer has none."""
         if torch.is_grad_enabled():
             raise NotImplementedError("private training takes no backward(create_graph=True)")
         if layer in self._entries:
@@ -165,8 +166,8 @@ class Book:
         if self._rows and samples * self.augmentations not in self._rows:
             raise RuntimeError(
                 f"the network got batches of {sorted(self._rows)}, and its layers batches of "
-                f"{samples * self.augmentations}: a row of its input is not a row of theirs, so it "
-                "cannot be clipped"
+                f"{samples * self.augmentations}: their rows are not the rows of its input, so "
+                "samples cannot be clipped"
             )
         norms = [entry.squared_norms for entries in self._entries.values() for entry in entries]
         total = torch.stack([norm.to(norms[0]) for norm in norms]).sum(0).sqrt()
@@ -175,7 +176,7 @@ class Book:
     def clipped_sums(self, max_norm: float) -> dict[nn.Parameter, Tensor]:
         """The sum over the samples of their gradients, clipped to ``max_norm``; empties the book.
 
-        Each gradient of a sample is multiplied by
+        The gradient of each sample is multiplied by
         :math:`\\min(1, \\text{max\\_norm} / (\\text{norm} + 10^{-6}))`, as Opacus does it.
         """
         norms = self.norms()
@@ -183,7 +184,7 @@ class Book:
         if self._mean:
             weights = weights * len(weights)
         sums: dict[nn.Parameter, Tensor] = {}
-        while self._entries:  # each entry is released before the next sum is formed
+        while self._entries:  # releases each entry before the next sum
             _, entries = self._entries.popitem()
             with without_autocast(weights):  # which would round the clipped gradients
                 for entry in entries:

@@ -1,7 +1,7 @@
-"""Opacus' PrivacyEngine with one more way to the clipped gradients: bookkeeping.
+"""Opacus' PrivacyEngine with one more way to compute clipped gradients: bookkeeping.
 
-The accountant, the noise and the Poisson sampling are Opacus' own. Opacus has no public place for
-another way to the gradients, so two of its methods with an underscore are overridden.
+The accountant, the noise and the Poisson sampling are Opacus' own. Opacus has no public way to add
+a mode, so two of its private methods are overridden.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ MODE = "bookkeeping"
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
-    """A network whose backward pass fills a book, from which clipped gradients are formed.
+    """Wraps a network: its backward pass fills a book, from which clipped gradients are computed.
 
-    It calls the network; :meth:`to_standard_module` gives the network back as it was.
+    :meth:`to_standard_module` returns the network without the changes.
 
     Args:
-        m: the network; the forward passes of its layers are replaced
+        m: the network; the forward methods of its layers are replaced
         batch_first: must be ``True``
-        loss_reduction: of the loss over the batch, ``"mean"`` or ``"sum"``
+        loss_reduction: the reduction of the loss over the batch, ``"mean"`` or ``"sum"``
 
     Raises:
-        NotImplementedError: a layer with parameters that are trained has a type that is not known,
-            or shares a parameter
+        NotImplementedError: a layer with trained parameters has an unsupported type, or shares a
+            parameter; or a norm mixes samples
         RuntimeError: a norm takes statistics of the batch
+        ValueError: ``batch_first`` or ``loss_reduction`` has a wrong value
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         self._refuse_other_gradients()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Gives a copy the hooks of its parameters, which are not copied with them."""
+        """Registers the hooks of the parameters on a copy, since copied parameters have none."""
         super().__setstate__(state)
         self._refuse_other_gradients()
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Begins a forward pass of the network."""
+        """Begins a forward pass of the network, if it computes gradients."""
         if torch.is_grad_enabled():
             check_statistics(self._norms)
             tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()]
@@ -84,7 +85,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
                 self._handles.append(parameter.register_hook(hook))
 
     def remove_hooks(self) -> None:
-        """Gives the layers their own forward passes back."""
+        """Removes all hooks and restores the forward methods of the layers."""
         self.book.clear()
         while self._handles:
             self._handles.pop().remove()
@@ -93,12 +94,12 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
 
 
 class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """Opacus' optimizer, which forms the sum of the clipped gradients when it steps."""
+    """Opacus' optimizer; it computes the sum of the clipped gradients when it steps."""
 
     book: Book
 
     def accumulate(self) -> None:
-        """Adds the clipped gradients of the last backward pass to those of the step."""
+        """Adds the clipped gradients of the last backward pass to the sums of the step."""
         sums = self.book.clipped_sums(self.max_grad_norm)
         unknown = [tuple(p.shape) for p in sums.keys() - {*self.params}]
         if unknown:
@@ -110,8 +111,8 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
         for parameter in self.params:
             if not hasattr(parameter, "summed_grad"):
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(parameter.shape)} is trained that was not when "
-                    "the network was made private: call make_private again"
+                    f"a parameter of shape {tuple(parameter.shape)} is trained now but was not "
+                    "when the network was made private: call make_private again"
                 )
             gradient = sums.get(parameter)
             if gradient is None:  # the layer was not called
@@ -131,23 +132,23 @@ class DistributedBookkeepingOptimizer(
     BookkeepingOptimizer,
     DistributedDPOptimizerFastGradientClipping,  # type: ignore[misc]
 ):
-    """The same in several processes, whose sums Opacus adds; the first adds the noise."""
+    """The optimizer for several processes: Opacus adds their sums, and rank 0 adds the noise."""
 
 
 class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
     """Opacus' PrivacyEngine, by default with ``grad_sample_mode="bookkeeping"``.
 
-    The other arguments, the other modes and what is returned are those of
+    The other arguments, the other modes and the returned objects are those of
     :class:`opacus.PrivacyEngine`. Bookkeeping gives the gradients of ``"hooks"``, up to rounding,
-    in about the time of an ordinary step. It takes flat clipping, and networks whose trained
-    parameters are those of KNConv, Conv, Linear, GroupNorm and
-    :class:`~kernelnorm.norms.WSConv2d` layers, each called once in a forward pass; others are
-    refused by name. In several processes, wrap the network in
+    in about the time of an ordinary step. It needs flat clipping. All trained parameters must
+    belong to KNConv, Conv, Linear, GroupNorm or :class:`~kernelnorm.norms.WSConv2d` layers, and
+    each of these is called once in a forward pass. For other layers it raises an error with their
+    names. In several processes, wrap the network in
     :class:`opacus.distributed.DifferentiallyPrivateDistributedDataParallel`.
 
-    With ``augmentations=K``, each sample is ``K`` consecutive rows of the batch that the network
-    gets, and the gradient of the mean of their losses is clipped once (of the sum, with
-    ``loss_reduction="sum"``). The loader's batches still count samples.
+    With ``augmentations=K``, ``K`` consecutive rows of the network's input are one sample. The
+    gradient of the mean of their losses is clipped once (of their sum, with
+    ``loss_reduction="sum"``). The batch size of the loader still counts samples.
 
     Example::
 
@@ -194,7 +195,7 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
                 **options,
             )
         except Exception:
-            if self._prepared is not None:  # the network is given back as it was
+            if self._prepared is not None:  # so the network stays as it was
                 self._prepared.to_standard_module()
             raise
         finally:
@@ -240,7 +241,7 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
 
 
 class _NoGradient:
-    """A hook that refuses gradients of a parameter by autograd, which are not in the book."""
+    """A hook that raises if autograd computes a gradient of a parameter: the book lacks that."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,13 +1,13 @@
-r"""Ghost norms: the norms of the samples' gradients, without forming the gradients.
+r"""Ghost norms: the norms of the samples' gradients, computed without the gradients.
 
 .. math::
     \|G_i\|^2 = \sum_{k,j} (G_i)_{kj}^2
         = \sum_{t,s} (z_t \cdot z_s) (u_t - \mu_t) \cdot (u_s - \mu_s)
 
 for the gradients :math:`G_i` of :mod:`kernelnorm.privacy.product`. The second sum takes less time
-where positions are few. The products of windows are sums of products of pixels,
+if there are few positions. The products of windows are sums of products of pixels,
 :math:`u_t \cdot u_s = \sum_o x_{t+o} \cdot x_{s+o}` over the offsets :math:`o` of a window, so
-windows need not be unfolded for it.
+the windows are not unfolded.
 
 Source: Li et al., `Large language models can be strong differentially private learners
 <https://arxiv.org/abs/2110.05679>`_, and for convolutions Bu et al., `Scalable and efficient
@@ -31,19 +31,20 @@ from kernelnorm.privacy.standardised import Standardisation
 
 _GHOST = 4
 _WEIGHT = 256
-"""Time of an operation of a ghost norm, and of writing and reading one weight of a sample's
-gradient, in operations of a convolution. Measured on a CPU."""
+"""Time of one operation of a ghost norm, and of writing and reading one element of a sample's
+gradient. The unit is one operation of a convolution. Measured on a CPU."""
 
 _CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 26
-"""Elements of intermediate results that are formed at a time: on CPUs they stay in the cache."""
+"""Maximum number of elements of an intermediate result; on CPUs it stays in the cache."""
 
 
 def ghost_is_faster(product: Product, kept: bool) -> bool:
     """True if ghost norms are expected to take less time than the gradients of the samples.
 
     Args:
-        kept: the gradients are kept, and save the convolution that forms their weighted sum
+        kept: the gradients of the samples would be kept, which saves the convolution that computes
+            their weighted sum
     """
     filters, *window = product.filter_shape
     groups, channels = product.settings.groups, product.x.shape[1]
@@ -55,9 +56,10 @@ def ghost_is_faster(product: Product, kept: bool) -> bool:
 
 
 def ghost_norms(product: Product, standardised: Standardisation | None = None) -> list[Tensor]:
-    """The squared norms of the samples' gradients, of some samples at a time.
+    """The squared norms of the samples' gradients, one tensor for each chunk of samples.
 
-    Those of the filters, or of the weight that ``standardised`` filters are computed from.
+    The gradients are those of the filters, or with ``standardised`` those of the weight from which
+    the filters are computed.
     """
     most = _CHUNK.get(product.x.device.type, _CHUNK_ELSEWHERE)
     samples = max(1, most // max(1, product.pixels**2))
@@ -67,8 +69,9 @@ def ghost_norms(product: Product, standardised: Standardisation | None = None) -
 def _ghost(product: Product, standardised: Standardisation | None) -> Tensor:
     r"""The squared norms of the samples by products of positions, shape :math:`(n,)`.
 
-    In float64, as the terms cancel: where windows have a large mean beside their deviation, and
-    where some have large gradients and hardly any variance.
+    Computed in float64 (on MPS in float32), since the terms cancel for windows whose mean is large
+    compared with their standard deviation, and for windows with large gradients and hardly any
+    variance.
     """
     x, z, settings, mu, _, augmentations = product
     groups, dtype = settings.groups, accumulate_dtype(x)
@@ -82,7 +85,7 @@ def _ghost(product: Product, standardised: Standardisation | None) -> Tensor:
     elements = prod(product.filter_shape[1:])
     if mu is not None or standardised is not None:
         sums = box_sum(x.unflatten(1, (groups, -1)).sum(2), settings.geometry)
-        # Without the mean of a filter's gradient: as if each window had none.
+        # To subtract the mean of a filter's gradient, subtract the mean of each window.
         mu = sums / elements if mu is None else mu.to(dtype)
         mu, sums = (_as_positions(t, augmentations).flatten(2) for t in (mu, sums))
         through = (of_gradients @ mu.unsqueeze(3)).squeeze(3)
@@ -96,7 +99,10 @@ def _ghost(product: Product, standardised: Standardisation | None) -> Tensor:
 def _along_filters(
     x: Tensor, z: Tensor, settings: Settings, standardised: Standardisation, augmentations: int
 ) -> Tensor:
-    """What the squared norms have along the filters, shape :math:`(n,)`."""
+    """The part of the squared norms along the filters, shape :math:`(n,)`.
+
+    It is the last term of the squared norm in :mod:`kernelnorm.privacy.standardised`.
+    """
     filters = standardised.filters.to(x.dtype)
     _, stride, padding, dilation = settings.geometry
     options = stride, padding, dilation, False, (0,) * len(stride), settings.groups
@@ -110,7 +116,7 @@ def _along_filters(
 
 
 def _window_products(x: Tensor, settings: Settings) -> Tensor:
-    """The products of each two windows of a sample.
+    """The dot products of all pairs of windows of a sample.
 
     Shape:
         - x: :math:`(n, C, A, *)`, with ``A`` augmentations

@@ -1,7 +1,7 @@
-"""Gradients of convolutions for each sample: whole, as norms, and as a weighted sum.
+"""Gradients of convolutions for each sample: the gradients, their norms, and a weighted sum.
 
-They are formed from a :class:`~kernelnorm.privacy.product.Product`, in one backward pass that keeps
-both of its factors.
+They are computed from a :class:`~kernelnorm.privacy.product.Product`: one backward pass gives both
+of its factors.
 
 Source: Bu et al., `Differentially private optimization on large model at small cost
 <https://arxiv.org/abs/2210.00038>`_.
@@ -22,10 +22,10 @@ from kernelnorm.privacy.product import Product
 from kernelnorm.privacy.standardised import Standardisation
 
 _KEPT = 4
-"""Largest size of the kept gradients of all samples, in sizes of the input and the output."""
+"""The gradients of the samples are kept up to this multiple of the size of input and output."""
 
 _SAMPLES = 8
-"""Samples whose gradients are formed at a time. The convolutions of single ones take longer."""
+"""Number of samples whose gradients one convolution computes; one at a time takes longer."""
 
 
 def per_sample(product: Product, standardised: Standardisation | None = None) -> Tensor:
@@ -48,9 +48,10 @@ def squared_norms(product: Product, standardised: Standardisation | None = None)
 
 
 def weighted_sum(product: Product, weights: Tensor) -> Tensor:
-    """The sum of the samples' gradients of the filters, each times its weight.
+    """The sum of the samples' gradients of the filters, each times the weight of its sample.
 
-    In the dtype of the norms, or rounding could make a sample's part larger than its norm says.
+    Computed in the dtype of the norms: in a lower precision, rounding could make the gradient of a
+    sample larger than its norm.
     """
     x, z, settings, mu, sums, augmentations = product
     dtype = compute_dtype(z)
@@ -94,13 +95,13 @@ def of_samples(rows: Tensor, augmentations: int) -> Tensor:
 
 
 def squares(gradients: Tensor) -> Tensor:
-    """The squared norm of each sample's part."""
+    """The squared norm of each sample's gradient, from shape :math:`(N, *)` to :math:`(N,)`."""
     norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
     return norms.square()
 
 
 def _per_sample(product: Product, standardised: Standardisation | None) -> Iterator[Tensor]:
-    """The gradients of some samples at a time, by a convolution with a group for each."""
+    """The gradients of some samples at a time, by a convolution with groups for each sample."""
     dtype, shape = compute_dtype(product.z), product.filter_shape
     for chunk in product.chunks(_SAMPLES):
         x, z, settings, mu, sums, augmentations = chunk
@@ -131,7 +132,7 @@ def _convolved(
     """The gradient of filters by a convolution of the whole batch.
 
     Args:
-        sums: of the products of ``z`` and ``mu``, for each filter
+        sums: the sum of the products of ``z`` and ``mu`` for each filter, shape :math:`(K,)`
     """
     if mu is None:
         mu = z.new_zeros((len(z), 1, *z.shape[2:]), dtype=compute_dtype(z))

@@ -1,7 +1,7 @@
 """The layers that bookkeeping supports: their backward passes fill the book.
 
-Autograd gives their parameters no gradients: the sum over the batch is formed once, when each
-sample's weight in it is known.
+Autograd computes no gradients of their parameters: the sum over the batch is computed once, when
+the clipping factor of each sample is known.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from kernelnorm.privacy.product import Product, unnormalised
 from kernelnorm.privacy.standardised import Standardisation, standardisation
 
 Forward = Callable[[Any, Book, Tensor], Tensor]
-"""The forward pass of a layer that enters its gradients into a book."""
+"""A forward pass whose backward pass enters the gradients of the layer into a book."""
 
 
 def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) -> Tensor:
-    """KNConv, by its own backward pass."""
+    """KNConv: its own backward pass computes what the book needs."""
     _check_batch(layer, input, layer.weight.dim())
     y = type(layer).forward(layer, input)
     node = node_behind(y, layer.weight, layer.bias)
     if node is None:
         raise NotImplementedError(
-            f"private training found no call of {layer} behind its output: compiled layers and "
-            "functional transforms are not supported"
+            f"private training cannot find {layer} in autograd's graph of its output: compiled "
+            "layers and functional transforms are not supported"
         )
 
     def receive(x: Tensor, z: Tensor, mu: Tensor, rstd: Tensor, settings: Settings) -> None:
@@ -56,7 +56,7 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Ten
 
 
 def standardised_convolution(layer: WSConv2d, book: Book, input: Tensor) -> Tensor:
-    """Weight Standardization: gradients of the standardised filters go back through that."""
+    """Weight Standardization: the gradients of the filters go back through the standardisation."""
     standardised = standardisation(layer)
     filters = standardised.filters.to(layer.weight.dtype).detach()
     filters.requires_grad_(layer.weight.requires_grad)
@@ -117,7 +117,7 @@ def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
 
 
 _LINEAR = unnormalised(Geometry((1,), (1,), (0,), (1,)), 1)
-"""Linear layers as convolutions of one pixel."""
+"""The settings of a linear layer as a 1-d convolution with a kernel size of 1."""
 
 LAYERS: dict[type[nn.Module], Forward] = {
     KNConv1d: kn_conv,
@@ -130,16 +130,16 @@ LAYERS: dict[type[nn.Module], Forward] = {
     nn.Linear: linear,
     nn.GroupNorm: group_norm,
 }
-"""By exact type: a subclass may compute something else."""
+"""The forward passes by exact type: a subclass may compute something else."""
 
 
 def keep_book(layer: nn.Module, book: Book) -> None:
-    """Replaces the forward pass of a layer by one that fills the book; see :func:`close_book`."""
+    """Replaces the forward method of a layer by one that fills the book, until ``close_book``."""
     layer.forward = partial(_forward, layer, book)
 
 
 def close_book(layer: nn.Module) -> None:
-    """Gives a layer its own forward pass back."""
+    """Restores the forward method of a layer."""
     vars(layer).pop("forward", None)
 
 
@@ -171,7 +171,7 @@ def _enter(
     Args:
         of_bias: the gradients of the bias for each row, shape :math:`(N, K)`. Default: the sums of
             ``product.z``
-        standardised: the way back from the filters to the weight, if they are not the same
+        standardised: the standardisation, if the filters are not the weight itself
     """
     entries: list[Entry] = []
     if layer.weight.requires_grad:
@@ -239,7 +239,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Affine(torch.autograd.Function):
-    """A scale and a shift of each channel, with their gradients for each row, shape (N, C)."""
+    """Scales and shifts each channel; ``receive`` gets both gradients per row, shape (N, C)."""
 
     @staticmethod
     def forward(
@@ -267,5 +267,5 @@ class _Affine(torch.autograd.Function):
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
-    """A parameter of the channels, as maps like ``x`` take it."""
+    """A parameter of shape (C,) in the dtype of ``x`` and a shape that broadcasts with ``x``."""
     return parameter.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))

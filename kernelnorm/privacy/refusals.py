@@ -15,24 +15,24 @@ from kernelnorm.norms import BatchChannelNorm2d, BatchRenorm2d
 from kernelnorm.privacy.layers import LAYERS
 
 _OF_BATCHES = (BatchRenorm2d, BatchChannelNorm2d)
-"""Those that Opacus' validator does not know."""
+"""Norms that mix samples, which Opacus' validator does not know."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def trained_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a layer itself that are trained, and their names."""
+    """The trained parameters of a layer, without those of its children, and their names."""
     for name, parameter in layer.named_parameters(recurse=False):
         if parameter.requires_grad:
             yield name, parameter
 
 
 def layers_of(network: nn.Module) -> dict[nn.Module, str]:
-    """The layers with parameters that are trained, and their names.
+    """The layers with trained parameters, and their names.
 
     Raises:
-        NotImplementedError: some cannot be trained, or the network mixes samples
+        NotImplementedError: bookkeeping cannot train one of them, or a norm mixes samples
     """
     names: dict[nn.Module, str] = {}
     owners: dict[nn.Parameter, str] = {}
@@ -68,16 +68,16 @@ def layers_of(network: nn.Module) -> dict[nn.Module, str]:
 
 
 def norms_with_statistics(network: nn.Module) -> dict[nn.Module, str]:
-    """The norms that may take statistics of a batch, which depends on their mode."""
+    """The norms that take or track statistics of batches in some modes, and their names."""
     kinds = (*_BATCH_NORMS, *_INSTANCE_NORMS)
     return {layer: name for name, layer in network.named_modules() if isinstance(layer, kinds)}
 
 
 def check_statistics(norms: dict[nn.Module, str]) -> None:
-    """Checks that no norm takes statistics of the batch, or keeps those of the images.
+    """Checks that no norm normalises by statistics of the batch or updates running statistics.
 
     Raises:
-        RuntimeError: one does: samples could not be clipped on their own
+        RuntimeError: a norm does, and neither clipping nor noise covers these statistics
     """
     for layer, name in norms.items():
         running = layer.running_mean is not None
@@ -96,7 +96,7 @@ def check_options(
     """Checks the arguments of ``make_private``.
 
     Raises:
-        ValueError: bookkeeping cannot take them
+        ValueError: bookkeeping does not support one of them, or the optimizer lacks a parameter
     """
     if isinstance(module, DistributedDataParallel | FSDPModule):
         raise ValueError(

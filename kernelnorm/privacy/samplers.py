@@ -1,9 +1,9 @@
 """Opacus' samplers for KNConv: gradients and norms of gradients for each sample.
 
-A sampler gets the input of the layer and the gradient of its output. The dropout mask, which
-neither tells, has to be that of the forward pass: another mask gives other gradients. So what the
-forward pass keeps for its own backward pass is taken from autograd's graph, and put beside the
-input that Opacus keeps, for exactly as long.
+Opacus gives a sampler the input of the layer and the gradient of its output. The sampler also needs
+the dropout mask of the forward pass, since another mask gives other gradients. So the tensors that
+the forward pass saved for its own backward pass are taken from autograd's graph. They are stored
+next to the input that Opacus keeps, and are released with it.
 """
 
 from __future__ import annotations
@@ -33,30 +33,31 @@ KNCONVS = [KNConv1d, KNConv2d, KNConv3d]
 
 
 class Memory:
-    """A call of a layer, beside the input that Opacus keeps of it.
+    """A call of a layer, stored next to the input that Opacus keeps of this call.
 
     Args:
-        output: of the layer
-        owner: of the hooks that Opacus has on the layer
+        layer: the layer
+        output: its output
+        owner: the Opacus module that registered hooks on the layer
     """
 
     def __init__(self, layer: KNConv, output: Tensor, owner: Any) -> None:
         node = node_behind(output, layer.weight, layer.bias)
         if node is None:
             raise RuntimeError(
-                f"private training found no call of {layer} behind its output: compiled layers and "
-                "functional transforms are not supported"
+                f"private training cannot find {layer} in autograd's graph of its output: compiled "
+                "layers and functional transforms are not supported"
             )
         self.call: Call = call_at(node)
         self._owner = owner
-        # By which Opacus multiplies gradients before it calls a sampler
+        # Opacus multiplies gradients by this factor before it calls a sampler.
         self._factor = len(output) if owner.loss_reduction == "mean" else 1
         self._gradient: Tensor | None = None
         self._edges: tuple[GradientEdge, GradientEdge] | None = None
         if output.grad_fn is not node:
             assert output.grad_fn is not None
             self._edges = GradientEdge(output.grad_fn, output.output_nr), GradientEdge(node, 0)
-            memory = weakref.ref(self)  # as this holds the node
+            memory = weakref.ref(self)  # since self holds the node
 
             def receive(gradients: tuple[Tensor, ...]) -> None:
                 self = memory()
@@ -66,17 +67,18 @@ class Memory:
             node.register_prehook(receive)
 
     def gradient_of_output(self, gradient: Tensor) -> Tensor:
-        """The gradient of the KNConv's own output, given that of the layer's.
+        """The gradient before the activation, given the gradient of the layer's output.
 
-        An activation that is a module stands between them. The gradient has passed it already,
-        unless the layer's input needs no gradient: then Opacus calls before it does.
+        The two differ if the activation is a module. Usually the backward pass has computed the
+        gradient before the activation already. If the layer's input needs no gradient, Opacus calls
+        the sampler earlier, and the gradient is computed here.
         """
         if self._edges is None:
             return gradient
         if self._gradient is not None:
             return self._gradient * self._factor
         output, own = self._edges
-        self._owner.disable_hooks()  # those of an activation with parameters come later
+        self._owner.disable_hooks()  # an activation with parameters runs its own later
         try:
             (result,) = torch.autograd.grad([output], [own], [gradient], retain_graph=True)
         finally:
@@ -85,7 +87,7 @@ class Memory:
 
 
 def with_call(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward hook of Opacus that also keeps what the call of a KNConv left, else ``hook``."""
+    """Extends a forward hook of Opacus to keep a KNConv's call; returns other hooks unchanged."""
     owner = getattr(hook, "__self__", None)
     if not isinstance(owner, AbstractGradSampleHooks) or getattr(owner, "force_functorch", False):
         return hook
@@ -101,13 +103,13 @@ class _WithCall:
         self.hook(layer, inputs, output)
         kept: list[list[Any]] = getattr(layer, "activations", [])
         if len(kept) == before or type(layer) not in KNCONVS:
-            return  # no gradients are wanted, or Opacus runs a subclass once more
+            return  # no gradients are needed, or Opacus handles a subclass by functorch
         if not self.owner.batch_first or inputs[0].dim() != layer.weight.dim():
             raise ValueError(
                 f"private training needs batch_first=True and a batch, got batch_first="
                 f"{self.owner.batch_first} and an input of shape {tuple(inputs[0].shape)}"
             )
-        # The last one stays the input: Opacus reads the size of the batch from it.
+        # The input stays the last item: Opacus reads the batch size from it.
         kept[-1].insert(0, Memory(layer, output, self.owner))
 
 

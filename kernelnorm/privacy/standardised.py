@@ -1,4 +1,4 @@
-r"""The way of gradients back through Weight Standardization.
+r"""The backward pass of Weight Standardization.
 
 Filters :math:`\hat w = r (w - \bar w)` of :math:`n` elements, with
 :math:`r = (\mathrm{var}(w) + \epsilon)^{-1/2}`, pass their gradient :math:`g` on to the weight as
@@ -6,7 +6,7 @@ Filters :math:`\hat w = r (w - \bar w)` of :math:`n` elements, with
 .. math::
     r \left(g - \bar g - \frac{(\hat w \cdot g)}{n} \hat w\right)
 
-with means over the elements of a filter. The squared norm of that is
+with means over the elements of a filter. The squared norm of this gradient is
 
 .. math::
     r^2 \left(\|g\|^2 - n \bar g^2
@@ -24,7 +24,7 @@ from kernelnorm.norms import WSConv2d
 
 
 class Standardisation(NamedTuple):
-    """Standardised filters, and the way of their gradients back to the weight.
+    """Standardised filters, and the backward pass from their gradients to the weight's.
 
     Args:
         filters: shape :math:`(K, C / groups, *)`
@@ -35,7 +35,7 @@ class Standardisation(NamedTuple):
     scale: Tensor
 
     def back_(self, gradients: Tensor) -> Tensor:
-        """The gradients of the weight for those of the filters, which they overwrite.
+        """Turns gradients of the filters into gradients of the weight, in place.
 
         Shape:
             - gradients, Output: :math:`(N, K, C / groups, *)`

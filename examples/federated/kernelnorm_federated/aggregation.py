@@ -1,4 +1,4 @@
-"""Flower's strategies, and the average of the clients' answers, buffers included."""
+"""Flower's strategies, and the average of the clients' replies, buffers included."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from kernelnorm_federated.settings import Settings
 
 WEIGHT = "num-examples"
-"""The metric by which answers are weighted: how many images a client has trained on."""
+"""The metric by which replies are weighted: the number of the client's training images."""
 State = dict[str, Tensor]
 """The state of a network, by name."""
 
 
 def make_strategy(settings: Settings) -> FedAvg:
-    """Return Flower's strategy; who trains is chosen outside of it."""
+    """Return Flower's strategy; :func:`~kernelnorm_federated.nodes.choose` chooses the clients."""
     nodes = {"min_train_nodes": 1, "min_available_nodes": 1}
     if settings.strategy == "fedprox":
         return FedProx(proximal_mu=settings.proximal_mu, **nodes)
@@ -42,12 +42,15 @@ def aggregate(
     (``num_batches_tracked``) are averaged, too, and rounded.
 
     Args:
-        strategy: has configured this round.
-        server_round: counted from 1.
-        replies: without errors, in an order that does not depend on who answered first: sums of
-            floating-point numbers do.
-        state: the server's, for the types of its tensors.
+        strategy: the strategy, which has configured this round.
+        server_round: the number of the round, counted from 1.
+        replies: the replies without errors, in the order of the clients, since the order changes
+            the rounding of sums.
+        state: the server's state, which gives the dtypes.
         buffers: names of the tensors in ``state`` that are not parameters.
+
+    Raises:
+        ValueError: there are no replies.
     """
     arrays, metrics = strategy.aggregate_train(server_round, replies)
     if arrays is None or metrics is None:
@@ -72,7 +75,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def moments(strategy: FedAvg) -> dict[str, State]:
-    """Return what the strategy remembers from round to round: FedAdam's two moments, or nothing."""
+    """Return the strategy's state between rounds: FedAdam's two moments, or nothing."""
     found = {name: getattr(strategy, name, None) for name in ("m_t", "v_t")}
     return {
         name: {key: torch.as_tensor(np.asarray(array)) for key, array in arrays.items()}
@@ -82,6 +85,6 @@ def moments(strategy: FedAvg) -> dict[str, State]:
 
 
 def restore_moments(strategy: FedAvg, saved: dict[str, State]) -> None:
-    """Give the strategy back what :func:`moments` returned."""
+    """Set the strategy's state to a result of :func:`moments`."""
     for name, tensors in saved.items():
         setattr(strategy, name, {key: tensor.numpy() for key, tensor in tensors.items()})

@@ -19,7 +19,7 @@ app = ClientApp()
 
 @app.query()
 def place(message: Message, context: Context) -> Message:
-    """Answer which of how many SuperNodes this one is; Flower's simulation sets both."""
+    """Answer the number of this SuperNode and their count; Flower's simulation sets both."""
     node = {key: context.node_config.get(key) for key in PLACE}
     if None in node.values():
         raise ValueError(
@@ -67,7 +67,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _images(settings: Settings, client: int, own_data: Any) -> Images:
-    """Return a client's part of the common images, or all of the SuperNode's own."""
+    """Return a client's part of the common images, or all images of the SuperNode's own folder."""
     if own_data is not None:
         return task.load(replace(settings, data=own_data, train_images=0), "train")
     images = task.load(settings, "train")

@@ -22,11 +22,11 @@ FAILED = 1
 
 @dataclass
 class LocalGrid:
-    """Calls the ClientApp for each message, one after the other, as a SuperNode each would.
+    """A grid that calls the ClientApp for each message, one after the other.
 
     Args:
-        run_config: of the run.
-        nodes: how many SuperNodes there are.
+        run_config: the run configuration.
+        nodes: the number of SuperNodes.
     """
 
     run_config: dict[str, Any]
@@ -47,11 +47,11 @@ class LocalGrid:
         yield from map(self.answer, messages)
 
     def node_config(self, node: int) -> dict[str, Any]:
-        """Return what the SuperNode was started with."""
+        """Return the configuration with which the SuperNode was started."""
         return {"partition-id": node - 1, "num-partitions": self.nodes}
 
     def answer(self, message: Message) -> Message:
-        """Return what the SuperNode answers that the message is for."""
+        """Return the answer of the SuperNode to which the message is addressed."""
         node = message.metadata.dst_node_id
         context = Context(
             run_id=1,
@@ -62,7 +62,7 @@ class LocalGrid:
         )
         try:
             return app(message, context)
-        except Exception as error:  # as a SuperNode, which tells the server and goes on
+        except Exception as error:  # like a SuperNode, which sends errors to the server
             return Message(Error(FAILED, str(error)), reply_to=message)
 
 

@@ -14,11 +14,11 @@ from kernelnorm_federated.settings import Settings
 
 Say = Callable[[str], None]
 START_SECONDS = 600.0
-"""Time that SuperNodes have to come before the first round."""
+"""Time that SuperNodes have to connect before the first round."""
 PLACE = ("partition-id", "num-partitions")
-"""Keys of a SuperNode's place, which it is started with."""
+"""Keys of a SuperNode's place, in the configuration with which it is started."""
 QUERY_SECONDS = 60.0
-"""Time to wait for the places of SuperNodes that come later, in each round."""
+"""Time to wait in each round for the places of SuperNodes that connect later."""
 
 
 @dataclass
@@ -26,19 +26,19 @@ class Nodes:
     """The SuperNodes of a run. Number ``i`` of ``n`` plays the clients ``i``, ``i + n``, ...
 
     Args:
-        grid: Flower's.
-        say: where to tell what is going on.
+        grid: Flower's grid.
+        say: prints a line.
     """
 
     grid: Grid
     say: Say
     place: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Of each SuperNode that has answered, by its identifier: its number, and how many they are."""
+    """The number ``i`` and the count ``n`` of each SuperNode that has answered, by identifier."""
     told: set[str] = field(default_factory=set)
-    """What has been said of SuperNodes that are not used."""
+    """The lines about unused SuperNodes that have been printed."""
 
     def find(self, timeout: float = QUERY_SECONDS) -> None:
-        """Ask SuperNodes that are new for their place, and wait at most ``timeout`` seconds."""
+        """Ask new SuperNodes for their place, and wait at most ``timeout`` seconds."""
         new = {*self.grid.get_node_ids()} - {*self.place}
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in sorted(new)]
         if not questions:
@@ -59,16 +59,16 @@ class Nodes:
             self.place[node] = number, count
 
     def _tell(self, line: str) -> None:
-        """Say it once, though a SuperNode without a place is asked again."""
+        """Print a line once, though a SuperNode without a place is asked in each round."""
         if line not in self.told:
             self.told.add(line)
             self.say(line)
 
     def wait(self, seconds: float = START_SECONDS, pause: float = 1.0) -> None:
-        """Wait until all SuperNodes are there, or some are and the time is over.
+        """Wait until all SuperNodes have answered, or until the time is over.
 
         Raises:
-            TimeoutError: there is none.
+            TimeoutError: no SuperNode has answered.
         """
         end = time.monotonic() + seconds
         self.find(seconds)
@@ -85,9 +85,9 @@ class Nodes:
         return any(len(numbers) == count for _, count in self.place.values())
 
     def holders(self, clients: int) -> dict[int, int]:
-        """Return the identifier of the SuperNode of each client that has one now.
+        """Return the SuperNode, by its identifier, of each client that has a connected one.
 
-        Of SuperNodes with the same number the last one counts: one that was started again.
+        If several have the same number, the last one counts: it was started again.
         """
         present = {*self.grid.get_node_ids()}
         return {

@@ -1,4 +1,4 @@
-"""Which images each client has: disjoint, complete, and a function of the labels and a seed."""
+"""Assigns all images to clients, each image to one; depends on the labels and a seed only."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from kernelnorm_federated.settings import SettingError, Settings
 
 LEAST_IMAGES = 10
-"""Images that each client gets at least; BatchNorm needs two."""
+"""Least number of images of a client with ``dirichlet``, and of all clients on average."""
 DRAWS = 1000
-"""Dirichlet partitions that are drawn until each client has its least images."""
+"""Maximum number of Dirichlet partitions that are drawn until each client has enough images."""
 
 
 def split(labels: Tensor, settings: Settings) -> list[Tensor]:
     """Return the indices of each client's images, in ascending order.
 
-    - ``even``: a random order is cut into parts, whose sizes differ by 1 at most.
+    - ``even``: the images are shuffled and cut into parts, whose sizes differ by 1 at most.
     - ``dirichlet``: for each class, the shares of the clients are drawn from a symmetric Dirichlet
       distribution with concentration ``alpha``. Partitions are drawn until each client has at
       least 10 images. Source: Yurochkin et al., arXiv 1905.12022.
     - ``classes``: each client in turn takes the ``classes-per-client`` classes that the fewest
-      clients before it have taken, ties broken at random. The images of a class are cut into
-      parts for its clients, whose sizes differ by 1 at most.
+      clients before it have taken, ties broken at random. The images of a class are shuffled and
+      cut into parts for its clients, whose sizes differ by 1 at most.
 
     Args:
-        labels: of all images, ``int64`` of shape ``(N,)``.
+        labels: the labels of all images, ``int64`` of shape ``(N,)``.
         settings: its ``partition``, ``clients``, ``alpha``, ``classes_per_client`` and ``seed``.
 
     Raises:
@@ -81,7 +81,7 @@ def _by_class(
 ) -> list[NDArray[np.int64]]:
     classes = np.unique(labels)
     if each > len(classes):
-        raise SettingError("classes-per-client", each, f"at most {len(classes)}, which there are")
+        raise SettingError("classes-per-client", each, f"at most {len(classes)}, all classes")
     if each * clients < len(classes):
         least = -(-len(classes) // clients)
         raise SettingError(

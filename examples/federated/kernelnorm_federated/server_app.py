@@ -39,19 +39,20 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, settings: Settings, say: Say) -> RunState:
     """Train for the rounds that are missing, and return the last state.
 
-    Flower's own loop, ``Strategy.start``, always begins at the first round; hence this one.
+    It replaces Flower's own loop, ``Strategy.start``, which always begins at the first round.
 
     Args:
-        grid: Flower's, or one like it.
-        settings: of the run.
-        say: takes a line for each round.
+        grid: Flower's grid, or a :class:`~kernelnorm_federated.local.LocalGrid`.
+        settings: the settings of the run.
+        say: prints a line.
 
     Raises:
         ValueError: the settings do not fit the images or the run that would be resumed.
         BlockingIOError: another process trains this run.
-        ArithmeticError: the average of the clients is not finite. Nothing is saved of this round.
-        NoAnswerError: no client has answered in the first round, or in two rounds, one after the
-            other. The state is that of the round before.
+        TimeoutError: no SuperNode has answered before the first round.
+        ArithmeticError: the average of the clients gives no finite loss. This round is not saved.
+        NoAnswerError: no client has answered in the first round, or in two consecutive rounds. This
+            round is not saved.
     """
     with ExitStack() as stack:
         try:
@@ -84,7 +85,7 @@ class NoAnswerError(RuntimeError):
 
 
 class Server:
-    """The server between two rounds; see :func:`serve`."""
+    """The server of a run, which trains one round at a time; see :func:`serve`."""
 
     def __init__(self, grid: Grid, settings: Settings, say: Say) -> None:
         self.grid, self.settings, self.say = grid, settings, say
@@ -103,7 +104,7 @@ class Server:
             raise SettingError(
                 "num-server-rounds",
                 settings.num_server_rounds,
-                f"at least {done}, which the run in {settings.folder} has. Or give another out",
+                f"at least {done}, which the run in {settings.folder} has; or give another out",
             )
         if saved is not None:
             self.network.load_state_dict(saved.network)
@@ -125,8 +126,8 @@ class Server:
             )
         elif not history or not history[-1]["images"]:
             raise NoAnswerError(
-                f"round {server_round}: no client has answered, nor in the round before. See above "
-                "why; the same command resumes"
+                f"round {server_round}: no client has answered. The output above tells why. Run "
+                "the same command to resume"
             )
         self.network.load_state_dict(weights)
         accuracy, loss = task.test(self.network, self.test_images, self.settings)
@@ -162,10 +163,10 @@ class Server:
         )
 
     def _ask(self, server_round: int, addresses: dict[int, int]) -> dict[int, Message]:
-        """Have clients train; return the replies without an error by client, in ascending order.
+        """Let clients train; return the replies without an error by client, in ascending order.
 
         Args:
-            server_round: counted from 1.
+            server_round: the number of the round, counted from 1.
             addresses: the SuperNode of each client.
         """
         if not addresses:
@@ -191,7 +192,7 @@ class Server:
 
 @dataclass
 class Sampled:
-    """Stands for the grid where a strategy samples SuperNodes: all that it sees are to train."""
+    """Replaces the grid when a strategy samples SuperNodes: it has only those that train."""
 
     nodes: Sequence[int]
 

@@ -20,7 +20,7 @@ FROZEN = "fixbn"
 PARTITIONS = ("even", "dirichlet", "classes")
 STRATEGIES = ("fedavg", "fedprox", "fedadam")
 MAY_CHANGE = ("num_server_rounds", "timeout", "out", "data", "data_dir")
-"""Fields that may differ where a run is resumed: its length, and where things lie."""
+"""Fields that may change when a run is resumed: its length, its timeout and its folders."""
 TESTED = ("test", "held-out")
 _ZERO_ALLOWED = ("fixbn_round", "image_size", "train_images", "test_images", "seed")
 
@@ -34,10 +34,10 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The keys of ``[tool.flwr.app.config]`` in pyproject.toml, which says what they mean.
+    """The keys of ``[tool.flwr.app.config]`` in pyproject.toml, where comments explain them.
 
     Raises:
-        SettingError: a value is out of its range or does not go with another one.
+        SettingError: a value is out of its range or contradicts another one.
     """
 
     model: str
@@ -72,7 +72,8 @@ class Settings:
         """Return the settings in a Flower run configuration.
 
         Raises:
-            SettingError: a key is missing or unknown, has a value of another type, or see above.
+            SettingError: a key is missing or unknown, or has a value of a wrong type or out of its
+                range.
         """
         types = {_key(field.name): field.type for field in fields(cls)}
         for key in run_config:
@@ -117,7 +118,7 @@ class Settings:
             raise SettingError("test-on", self.test_on, f"one of {', '.join(TESTED)}")
         for name in ("train_images", "test_images"):
             if self.test_on == "held-out" and not getattr(self, name):
-                expected = "a number of images: test-on='held-out' takes others"
+                expected = "a number of images: test-on='held-out' tests on the rest"
                 raise SettingError(_key(name), 0, expected)
         if self.partition not in PARTITIONS:
             raise SettingError("partition", self.partition, f"one of {', '.join(PARTITIONS)}")
@@ -145,20 +146,20 @@ class Settings:
 
     @property
     def first_frozen_round(self) -> int | None:
-        """The first round with frozen statistics, counted from 1; ``None``: there is none."""
+        """The first round with frozen statistics, counted from 1; ``None`` without FixBN."""
         if self.norm != FROZEN:
             return None
         return self.fixbn_round or self.num_server_rounds // 2 + 1
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run that is resumed must have in common with its first part."""
+        """The settings that must not change when a run is resumed."""
         record = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
         return {**record, "fixbn_round": self.first_frozen_round}
 
     @property
     def folder(self) -> Path:
-        """Where the state of the run is."""
+        """The folder of the run's state."""
         if self.out:
             return Path(self.out).expanduser()
         identity = {**self.identity, "data": self.data}

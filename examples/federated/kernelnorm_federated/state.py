@@ -1,4 +1,4 @@
-"""The state of a run, which the server writes after each round: all that it needs to go on."""
+"""The state of a run, which the server writes after each round, and needs to resume the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RunState:
     """A network after some rounds.
 
     Args:
-        identity: what determines the result: the settings and the images.
+        identity: the settings that determine the result, and the fingerprint of the images.
         network: the state of the network.
-        moments: what the strategy remembers.
+        moments: the moments of the strategy, which FedAdam has.
         history: an entry for each round: ``round``, ``accuracy``, ``loss``, ``train_loss``,
-            ``images`` (of each client that answered, by its number as text), ``seconds``.
+            ``images`` (how many each client has that answered, by its number as text), ``seconds``.
     """
 
     identity: dict[str, Any]
@@ -36,7 +36,7 @@ class RunState:
     def save(self, folder: Path) -> None:
         """Write ``state.pt`` and a readable copy of the history, ``rounds.jsonl``.
 
-        A process that is killed leaves the state of the round before.
+        If the process is killed, the state of the round before is left.
         """
         save_atomically(folder / FILE, vars(self))
         self.write_rounds(folder)
@@ -51,15 +51,15 @@ def load_state(folder: Path, identity: dict[str, Any]) -> RunState | None:
     """Return the state in ``folder``; ``None`` if there is none.
 
     Raises:
-        ValueError: the state is damaged, or of another run; the message names the first key of the
-            run configuration that differs.
+        ValueError: the state is damaged, or is that of another run; the message names the first key
+            of the run configuration that differs.
     """
     path = folder / FILE
     if not path.is_file():
         return None
     try:
         state = _read(path)
-    except Exception as error:  # whatever PyTorch raises about a damaged file
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(
             f"{path} cannot be read ({error}): delete it to begin anew, or give another out"
         ) from error
@@ -67,8 +67,8 @@ def load_state(folder: Path, identity: dict[str, Any]) -> RunState | None:
         before = state.identity.get(name)
         if before != value and name == "images":
             raise ValueError(
-                f"the images are not those of the run in {folder}, which would be resumed. Bring "
-                "those back, or give another out"
+                f"the images are not those of the run in {folder}, which would be resumed. Restore "
+                "those images, or give another out"
             )
         if before != value:
             key = name.replace("_", "-")

@@ -21,20 +21,21 @@ from kernelnorm_federated.settings import SettingError, Settings
 
 TEST_BATCH_SIZE = 256
 MEAN, DEVIATION = 0.5, 0.25
-"""Pixels, from 0 to 1, are standardised with these for all norms but the kernel norm, which would
-undo it. They are nobody's images'."""
+"""Pixels, from 0 to 1, are standardised with these for all norms except the kernel norm, which
+would undo it. They are constants, not statistics of the clients' images."""
 
 
 def load(settings: Settings, split: str) -> Images:
-    """Return the images of ``split``, ``"train"`` or ``"test"``; the last few stay in memory.
+    """Return the images of ``split``, ``"train"`` or ``"test"``; a cache keeps the last four sets.
 
-    The latter are what the server tests on: with ``test_on="held-out"`` training images that no
-    client has.
+    The server tests on the images of ``"test"``. With ``test_on="held-out"`` these are training
+    images that no client has.
 
     Raises:
         kernelnorm.experiments.data.DataError: the images are missing or damaged.
+        SettingError: no images are held out.
     """
-    default = 16 if settings.data == "digits" else None  # VGG8 halves 16 three times, 8 is too few
+    default = 16 if settings.data == "digits" else None  # VGG8 needs more than 8
     data, data_dir = (str(Path(p).expanduser()) for p in (settings.data, settings.data_dir))
 
     def load_first(split: str, count: int) -> Images:
@@ -60,7 +61,7 @@ def _load(data: str, split: str, data_dir: str, size: int | None, subset: int | 
 
 
 def preprocess(settings: Settings, images: Images) -> Preprocess:
-    """Return what is done to images before the network."""
+    """Return the preprocessing of the network's input."""
     if settings.norm == "kernel":
         return Preprocess()
     channels = images.pixels.shape[1]
@@ -68,7 +69,7 @@ def preprocess(settings: Settings, images: Images) -> Preprocess:
 
 
 def build(settings: Settings, images: Images) -> nn.Module:
-    """Return the network for such images, with the first weights that ``seed`` gives."""
+    """Return the network for such images, with first weights that are drawn from ``seed``."""
     options = {"width": settings.width} if settings.model == "vgg8" else {}
     torch.manual_seed(settings.seed)
     return create_model(
@@ -107,8 +108,8 @@ def device() -> torch.device:
 def freeze_statistics(network: nn.Module) -> None:
     """Put the BatchNorm layers of a network in training into evaluation mode.
 
-    They then normalise by their running statistics and leave these as they are; their scale and
-    shift are trained on. This is the second stage of FixBN.
+    They then normalise by their running statistics and do not update these; training of their scale
+    and shift continues. This is the second stage of FixBN.
 
     Source: Zhong et al., "Making Batch Normalization Great in Federated Deep Learning",
     arXiv 2303.06530.
@@ -134,11 +135,11 @@ def train(
     :math:`\frac{\mu}{2} \|w - w_t\|^2`, where :math:`w_t` are the parameters at the start.
 
     Args:
-        network: has the server's state; trained in place.
-        images: of the client.
-        settings: of the run.
-        server_round: counted from 1.
-        client: counted from 0.
+        network: a network with the server's state; it is trained in place.
+        images: the images of the client.
+        settings: the settings of the run.
+        server_round: the number of the round, counted from 1.
+        client: the number of the client, counted from 0.
         proximal_mu: :math:`\mu`; 0 leaves the term out.
 
     Raises:
@@ -192,7 +193,7 @@ def _squared_distance(parameters: list[nn.Parameter], start: list[Tensor]) -> Te
 
 
 def _seed(*key: int) -> int:
-    """Return a number that differs from that of any other key."""
+    """Return a seed from a hash of the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of the normalisations side by side, in tables, a file and a picture.
+"""Measures time and memory of the normalisations; writes tables, a JSON file and a picture.
 
 ``bench.json`` has all measurements:
 
@@ -11,7 +11,7 @@
     ``network``, ``image_size``, ``batch_size``, ``dtype``, ``mode``, ``pass``
         the row.
     ``variants``
-        one for each norm and memory format, and with ``--private`` for each way to clipped
+        one for each norm and memory format, and with ``--private`` for each way to compute clipped
         gradients: ``norm``, ``way`` (empty for the ordinary step), ``memory_format``, ``seconds``
         (of a step, one number per round; the i-th numbers of all variants are of the same round),
         ``saved_bytes`` (stored for the backward pass), ``peak_bytes`` (on CUDA and with
@@ -21,9 +21,9 @@
         for each norm that has times, in its faster ``memory_format``: the quartiles ``[low, median,
         high]`` of ``seconds``, and of ``to_batch`` and ``to_none``, the ratios to the time of
         BatchNorm and of the network without normalisation in the same round, or null. With
-        ``--private`` for each norm and way (``kernel``, ``kernel_bookkeeping``), with ``to_kernel``
-        and ``to_group_hooks``, the ratios to the ordinary step of the kernel network and to the
-        GroupNorm network's with the hooks of Opacus.
+        ``--private`` for each norm and way (``kernel``, ``kernel_bookkeeping``). Its ratios are
+        ``to_kernel``, to the ordinary step of the kernel network, and ``to_group_hooks``, to the
+        step of the GroupNorm network with the hooks of Opacus.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ _NAMES = {
 def bench(plan: Plan, out: Path) -> list[Result]:
     """Measure the plan's rows; print the tables, and write ``bench.json`` and ``bench.png``.
 
-    The table of times grows by a line as each row ends, and so do the two files.
+    Each finished row adds a line to the table of times, and both files are written again.
 
     Args:
         plan: the rows to measure, from :func:`make_plan`.
         out: the folder of the two files.
 
+    Returns:
+        The results, one for each row.
+
     Raises:
-        RunError: the folder cannot be written to.
+        RunError: the folder or a file in it cannot be written.
     """
     _check_folder(out)
     results: list[Result] = []

@@ -24,7 +24,7 @@ __all__ = ["measure_row", "saved_bytes"]
 
 _LEAST_ROUNDS = 3
 _SHORTEST = 0.01
-"""Minimum seconds of one timing: it repeats the step until the fastest variant takes as long."""
+"""Minimum seconds of one timing: a step is repeated so that the fastest variant takes as long."""
 
 Step = Callable[[], None]
 
@@ -86,7 +86,7 @@ def measure_row(row: Row, plan: Plan, progress: Callable[[str, float], None]) ->
                 variants[i].seconds.clear()
                 del steps[i]
     if row.mode != "eager":
-        torch.compiler.reset()  # PyTorch does not compile the same function without end
+        torch.compiler.reset()  # PyTorch compiles the same function a few times only
     return Result(row, variants)
 
 

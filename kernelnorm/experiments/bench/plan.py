@@ -24,7 +24,7 @@ MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.cont
 MODES = ("eager", "compile", "reduce-overhead")
 PASSES = ("train", "inference")
 WAYS = ("bookkeeping", "hooks", "ghost")
-"""Ways to clipped gradients: each a ``grad_sample_mode`` of :mod:`kernelnorm.privacy`'s engine."""
+"""Ways to compute clipped gradients: each a ``grad_sample_mode`` of the private engine."""
 
 _SIZES = CASE_STUDIES | {"knresnet13": 32}
 
@@ -59,7 +59,7 @@ class Column:
 
     @property
     def label(self) -> str:
-        """The column's name for people."""
+        """The column's name in tables and figures."""
         return f"{LABELS[self.norm]}, {self.way}" if self.way else LABELS[self.norm]
 
 
@@ -94,18 +94,19 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured; :func:`make_plan` makes one of the command's options.
+    """What is measured; :func:`make_plan` makes a plan from the command's options.
 
     Args:
         rows: the rows, in the order in which they are measured.
         columns: what is measured in each row.
-        bases: the columns to which the tables have ratios: the table of times and memory to the
-            first, a second table of times to the second, if that is measured.
+        bases: the two columns that ratios refer to: the first in the tables of times and memory,
+            the second in another table of times, if it is measured.
         memory_formats: the memory formats in which each column is measured.
         device: the CPU, or a GPU.
         threads: PyTorch's CPU threads; ``None`` leaves the setting unchanged.
         rounds: the maximum number of rounds of a row; a round measures every variant once.
-        seconds: the time limit of a row, which has at least three rounds.
+        seconds: the time limit of a row; three rounds are measured in any case, if ``rounds``
+            allows them.
     """
 
     rows: Sequence[Row]
@@ -135,10 +136,10 @@ def make_plan(
     quick: bool = False,
     private: bool = False,
 ) -> Plan:
-    """Return the plan of the options that ``kernelnorm bench --help`` explains.
+    """Return a plan from the options that ``kernelnorm bench --help`` explains.
 
     Raises:
-        RunError: an option has a value that it cannot have, or not with the others.
+        RunError: an option has an invalid value, or two options exclude each other.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +156,7 @@ def make_plan(
         _check_names("--norms", norms, NORMS)
         if "batch" not in norms:
             raise RunError(
-                f"--norms must have batch, which it compares with, got {','.join(norms)}"
+                f"--norms must include batch, as times are ratios to it, got {','.join(norms)}"
             )
         _check_names("--passes", passes, PASSES)
         columns, bases = [Column(norm) for norm in norms], (BATCH, NONE)
@@ -194,7 +195,7 @@ def make_plan(
 def _check_private(
     *, norms: Sequence[str] | None, passes: Sequence[str] | None, modes: Sequence[str]
 ) -> None:
-    """Refuse what ``--private`` decides itself, and what it needs and does not find."""
+    """Raise :class:`RunError` for options that ``--private`` sets itself, and without Opacus."""
     for option, values in (("--norms", norms), ("--passes", passes)):
         if values is not None:
             raise RunError(f"--private has its own {option[2:]}: leave out --private, or {option}")
@@ -233,7 +234,7 @@ def _cases(
 
 
 def _size_of_family(network: str) -> int:
-    """Return the network's own size, that of the case study with its family, or ResNet-18's."""
+    """Return the network's image size, else that of its family's case study, else ResNet-18's."""
     if network in _SIZES:
         return _SIZES[network]
     family = network.rstrip("0123456789")
@@ -242,6 +243,8 @@ def _size_of_family(network: str) -> int:
 
 
 def _check_names(option: str, values: Sequence[str], known: Collection[str]) -> None:
+    if not values:
+        raise RunError(f"{option} is empty, choose from: {', '.join(known)}")
     for value in values:
         if value not in known:
             raise RunError(f"{option}: unknown {value!r}, choose from: {', '.join(known)}")

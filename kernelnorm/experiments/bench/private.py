@@ -28,6 +28,8 @@ def made_private(
     """Return the network, its optimizer and the cross-entropy, for private training.
 
     Args:
+        network: the network to train.
+        optimizer: its optimizer.
         x: the batch of each step.
         way: the ``grad_sample_mode`` of :class:`kernelnorm.privacy.PrivacyEngine`.
     """
@@ -48,10 +50,10 @@ def made_private(
 
 
 def group_norm_twin(network: nn.Module) -> nn.Module:
-    """Return a network with GroupNorm, for one that exists with kernel layers alone.
+    """Return a copy with GroupNorm of a network that exists with the kernel norm only.
 
-    A convolution without bias, GroupNorm and the activation stand for each KNConv. A KernelNorm of
-    its own is left out.
+    Each KNConv becomes a convolution without bias, GroupNorm and the activation. Each KernelNorm
+    becomes an identity.
     """
     twin = copy.deepcopy(network)
     for name, layer in network.named_modules():
@@ -71,7 +73,10 @@ def _group_norm_layers(layer: KNConv2d) -> nn.Sequential:
 
 
 def allocated_peak(step: Callable[[], None]) -> int:
-    """Return the most bytes that PyTorch has allocated on the CPU during a step, beyond before."""
+    """Return the peak of the bytes that PyTorch allocates on the CPU during a step.
+
+    Bytes that were allocated before the step are not counted.
+    """
     with _without_messages(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +91,7 @@ def allocated_peak(step: Callable[[], None]) -> int:
 
 @contextmanager
 def _without_messages() -> Iterator[None]:
-    """Silence the profiler, which tells on the standard error that it starts and stops."""
+    """Silence the profiler, which writes to standard error when it starts and stops."""
     error = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

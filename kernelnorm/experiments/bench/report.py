@@ -21,7 +21,7 @@ _MARKERS = dict(zip(WAYS, "^vd", strict=True))
 
 
 class TimeTable:
-    """The ratios to the time of the first base, line by line as they are measured.
+    """The ratios to the time of the first base; each row is formatted when it has been measured.
 
     Args:
         plan: the rows and columns of the table.
@@ -45,7 +45,7 @@ class TimeTable:
 
 
 def ratio_lines(results: Sequence[Result], columns: Sequence[Column], base: Column) -> list[str]:
-    """Return the table of ratios to the time of a column."""
+    """Return the table of ratios to the time of the column ``base``."""
     columns = _base_first(columns, base)
     rows = []
     for result in results:
@@ -61,7 +61,7 @@ def ratio_lines(results: Sequence[Result], columns: Sequence[Column], base: Colu
 
 
 def memory_lines(results: Sequence[Result], columns: Sequence[Column], base: Column) -> list[str]:
-    """Return the table of the bytes saved for the backward, and of the peak of a step."""
+    """Return the table of the bytes saved for the backward pass, and of the peak of a step."""
     columns = _base_first(columns, base)
     rows = []
     for result in results:
@@ -74,9 +74,9 @@ def memory_lines(results: Sequence[Result], columns: Sequence[Column], base: Col
 
 
 def draw(results: Sequence[Result], columns: Sequence[Column], base: Column) -> Figure:
-    """Draw the ratios to a column: a point for each other, with whiskers between the quartiles.
+    """Draw the ratios to ``base``: a point for each other column, with whiskers to the quartiles.
 
-    Columns differ in marker and place as well as in colour.
+    Columns differ in marker and position as well as in colour.
     """
     others = [column for column in columns if column != base]
     figure = Figure(figsize=(8.0, 1.4 + 0.55 * len(results)), layout="constrained")
@@ -165,21 +165,21 @@ def _lines(
 
 
 def _compare(rows: Sequence[Sequence[str]]) -> tuple[list[int], list[str]]:
-    """Return the places of the names that differ between rows (of one row: 0), and the others."""
+    """Return the indices of the names that differ between rows (or ``[0]``), and the others."""
     columns = [*zip(*rows, strict=True)]
     varying = [i for i, column in enumerate(columns) if len({*column}) > 1] or [0]
     return varying, [column[0] for i, column in enumerate(columns) if i not in varying]
 
 
 def _base_first(columns: Sequence[Column], base: Column) -> list[Column]:
-    """Return the columns, the base first. Ways to clipped gradients stay beside their norm."""
+    """Return the columns, the base first; unchanged if the base is a way of private training."""
     if base.way:
         return [*columns]
     return [base, *(column for column in columns if column != base)]
 
 
 def _heading(column: Column) -> str:
-    """Return a column's heading. The norm of a way is that of the columns before it."""
+    """Return a column's heading. A way has no norm in it: the column before it shows the norm."""
     return column.way or column.label
 
 

@@ -37,15 +37,15 @@ class Variant:
 
     Args:
         norm: one of :data:`kernelnorm.norms.NORMS`.
-        memory_format: of the network and its input.
+        memory_format: the memory format of the network and its input.
         seconds: the time of a step in each round; the i-th times of all variants share a round.
         saved_bytes: the bytes saved for the backward pass, by :func:`.measure.saved_bytes`;
-            ``None`` for inference, for the rows of ``--private``, whose steps keep more than that,
-            and with CUDA graphs, which have memory of their own.
+            ``None`` for inference, for the rows of ``--private``, whose steps store more, and with
+            CUDA graphs, which have memory of their own.
         peak_bytes: on CUDA, and on CPUs in the rows of ``--private``, the peak of the memory that a
             step allocates, without weights and momentum; ``None`` with CUDA graphs.
         failure: why there are no times, or an empty string.
-        way: that of :class:`.plan.Column`.
+        way: as in :class:`.plan.Column`.
     """
 
     norm: str

@@ -1,6 +1,6 @@
 """Images for the experiments: found or downloaded, decoded once, augmented on the device.
 
-:func:`load_images` gives :class:`Images`; :func:`batches` gives what a network trains on.
+:func:`load_images` returns :class:`Images`; :func:`batches` iterates over them in batches.
 """
 
 from kernelnorm.experiments.data.batches import (

@@ -20,7 +20,7 @@ class Preprocess:
 
     Args:
         mean: of each channel, on the scale 0 to 1. Default: ``None``, only divide by 255.
-        std: likewise; given if and only if ``mean`` is.
+        std: the standard deviation, likewise; give both or neither.
 
     Examples::
 
@@ -40,10 +40,10 @@ class Preprocess:
 
     @classmethod
     def standardise(cls, images: Images) -> Preprocess:
-        """Standardise with the mean and standard deviation of ``images`` themselves.
+        """The preprocessing that standardises with the mean and standard deviation of ``images``.
 
         Raises:
-            DataError: if a channel has one value only, and so no deviation to divide by.
+            DataError: if all pixels of a channel are equal, so that its deviation is 0.
         """
         channels = images.pixels.shape[1]
         total = torch.zeros(channels, dtype=torch.float64)
@@ -78,12 +78,12 @@ class Augment:
     r"""Random crop and horizontal flip, drawn for each image.
 
     The paper says "randomly cropped and horizontally flipped with probability of 0.5" and leaves
-    the crop open. Here the image is shifted by up to an eighth of its height and width, each way,
-    and what comes into view is its reflection: what padding by an eighth and cropping back does,
-    without black borders, whose windows would have no variance.
+    the crop open. Here the image is padded by its reflection, by an eighth of its height and width
+    on each side, and cropped to its own size at a random place. Zero padding would give black
+    borders, whose windows have no variance.
 
     Args:
-        crop: whether to shift.
+        crop: whether to crop.
         flip: whether to flip, with probability 0.5.
     """
 
@@ -95,7 +95,7 @@ class Augment:
 
         Args:
             pixels: of shape :math:`(N, C, H, W)`, any type.
-            generator: where the draws come from. One on the CPU gives the same on any device.
+            generator: of the random numbers. A generator on the CPU gives the same on any device.
 
         Returns:
             A new tensor of the same shape.
@@ -120,7 +120,7 @@ class Augment:
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices beyond either end of ``size`` elements, back in, without repeating the end."""
+    """Indices reflected into the range of ``size`` elements; the end elements are not repeated."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
@@ -155,22 +155,23 @@ def batches(
     """Iterate over one epoch, in batches ``(x, y)`` that are ready for the network.
 
     In training the order is a function of ``(seed, epoch)`` and the augmentation of ``(seed, epoch,
-    step, rank)``, and of nothing else: an epoch that starts at ``start_step`` goes on exactly as
-    the whole one would have. All ranks get as many batches, of the same sizes. For that, up to
-    ``world_size - 1`` images are left out of an epoch, and so is a last batch of a single image if
-    ``batch_size`` is larger: BatchNorm could not train on it. Each epoch leaves out others.
+    step, rank)``, and of nothing else: an epoch that starts at ``start_step`` has exactly the
+    remaining batches of the whole epoch. All ranks get the same number of batches, of the same
+    sizes: an epoch leaves out up to ``world_size - 1`` images. It also leaves out a last batch of a
+    single image if ``batch_size`` is larger, as BatchNorm cannot train on it. Each epoch leaves out
+    other images.
 
     In evaluation every image comes exactly once, in order; ranks may differ by one batch.
 
     Args:
         images: what to iterate over.
         batch_size: images in a batch of one process.
-        train: see above.
-        seed: of the run.
+        train: whether for training or for evaluation, see above.
+        seed: the run's seed.
         epoch: number of the epoch.
         start_step: how many batches to skip.
         augment: what to do to each image; default: nothing.
-        preprocess: from bytes to ``float32``.
+        preprocess: converts ``uint8`` to ``float32``.
         device: where the batches go; augmentation and preprocessing happen there.
         rank: of this process, among ``world_size``.
         world_size: the number of processes that share the epoch.
@@ -204,7 +205,7 @@ def batches(
     def load(step: int) -> tuple[Tensor, Tensor]:
         index = own[step * batch_size : (step + 1) * batch_size]
         x, y = (t.index_select(0, index) for t in (images.pixels, images.labels))
-        if device.type == "cuda":  # the copy then overlaps with what the device is doing
+        if device.type == "cuda":  # from pinned memory the copy overlaps with computation
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if augment:

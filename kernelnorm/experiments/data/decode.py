@@ -1,4 +1,4 @@
-"""Image files to bytes: decoded once, in parallel, into memory or a file that is mapped into it."""
+"""Decodes image files once, in parallel, into memory or into a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kernelnorm.experiments.errors import DataError
 from kernelnorm.experiments.files import replacing
 
 IN_MEMORY = 16 << 20  # bytes of pixels, decoded in a second or two; more are kept in a file
-FORMAT = 1  # of that file: to be counted up whenever the same images give other pixels
+FORMAT = 1  # of that file: increase it whenever the same images give other pixels
 STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow needs other programs for these
-TURNS = {  # what a camera's note on which way is up asks for
+TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,11 +46,11 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
     """One image as ``uint8`` of shape :math:`(C, H, W)`.
 
     Args:
-        path: the file. Grey, palette and CMYK images are converted, transparency is dropped, of an
-            animation the first picture counts, and a camera's note which way is up is followed.
+        path: the file. Grey, palette and CMYK images are converted, transparency is dropped, only
+            the first frame of an animation is read, and the EXIF orientation is applied.
         image_size: the shorter side is resized to it (bilinear, antialiased), and the longer one
-            is cut at both ends, which keeps the aspect. The paper only says "resized to 160x160";
-            squashing to a square would be the other reading. ``None`` keeps the image's own size.
+            is cropped at both ends, which keeps the aspect ratio. The paper only says "resized to
+            160x160", which could also mean without this ratio. ``None`` keeps the image's own size.
         channels: 3 for colour, 1 for grey.
 
     Raises:
@@ -58,7 +58,7 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
             16 bits are reduced to 8, as Pillow does it.
     """
     try:
-        if Path(path).is_fifo():  # which has an end only if another process writes it
+        if Path(path).is_fifo():  # reading it would wait for a process that writes to it
             raise DataError(f"{path} is a pipe: give image files")
         with Image.open(path) as image:
             if image_size is not None:
@@ -78,7 +78,7 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
 
 
 def upright(image: Image.Image, channels: int, name: str = "the image") -> Image.Image:
-    """Return a picture the right way up, in grey or RGB.
+    """Return a picture in grey or RGB, with its EXIF orientation applied.
 
     Raises:
         DataError: if it has more than 8 bits a channel.
@@ -90,7 +90,7 @@ def upright(image: Image.Image, channels: int, name: str = "the image") -> Image
         )
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged note fails in many ways, and the picture may be whole
+    except Exception:  # damaged EXIF data fail in many ways, and the pixels may be intact
         turn = None
     picture = image if turn is None else image.transpose(turn)
     return picture.convert("L" if channels == 1 else "RGB")
@@ -109,10 +109,11 @@ def decode(
 ) -> Tensor:
     """The images ``files``, all below ``folder``, as ``uint8`` of shape :math:`(N, 3, H, W)`.
 
-    More than ``IN_MEMORY`` bytes are written to a file in ``data_dir/.cache``, or in the user's
-    cache folder where that is read-only, and mapped into memory. The file's name stands for the
-    folder, the part of it, the image size, ``FORMAT`` and each file's name, size and time: it is
-    used again as long as these are the same, and removed when they are not.
+    More than ``IN_MEMORY`` bytes are written to a cache file in ``data_dir/.cache``, or in the
+    user's cache folder if that is read-only, and mapped into memory. The cache file's name is a
+    hash of ``folder``, ``part``, the image size, ``FORMAT`` and the name, size and time of each
+    image file: it is used again while these stay the same, and removed when another one is written
+    for the same folder, part and image size.
     """
     shape = (len(files), *read_image(files[0], image_size).shape)
     needed = math.prod(shape)
@@ -132,7 +133,7 @@ def decode(
         if _is_whole(made, needed):
             return _mapped(made, shape)
     with locked(target):
-        if not _is_whole(target, needed):  # made by the process that held the lock
+        if not _is_whole(target, needed):  # the process that held the lock may have made it
             with (
                 space_for(needed, cache),
                 replacing(target) as temporary,

@@ -17,9 +17,12 @@ from kernelnorm.experiments.files import Lock, remove_parts
 
 
 def writable_home(data_dir: Path, subfolder: str = "") -> Path:
-    """``data_dir`` if it and its subfolder can be written to; else the user's cache folder.
+    """``data_dir`` if its subfolder can be made or written to; else the user's cache folder.
 
-    A group's data folder may have been made by one of them, and be closed to the others.
+    A shared data folder may belong to one user and be read-only for the others.
+
+    Raises:
+        DataError: ``data_dir`` is a file.
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"the data folder {data_dir} is not a folder; name one, existing or new")
@@ -32,7 +35,11 @@ def writable_home(data_dir: Path, subfolder: str = "") -> Path:
 
 @contextmanager
 def space_for(needed: int, folder: Path) -> Iterator[None]:
-    """Make ``folder`` for a block that writes ``needed`` bytes; say so if the disk is too full."""
+    """Make ``folder`` for a block that writes ``needed`` bytes.
+
+    Raises:
+        DataError: the disk has too little space, before or during the block.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     message = (
@@ -51,10 +58,10 @@ def space_for(needed: int, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Let one process at a time make ``target``, and remove what killed ones have left of it.
+    """Let one process at a time make ``target``; remove unfinished ones of killed processes.
 
-    The others wait, and should then look whether it is there. Where files cannot be locked nobody
-    waits and nothing is removed.
+    The other processes wait, and should then check whether ``target`` exists. If the file system
+    has no locks, no process waits and nothing is removed.
     """
 
     def say() -> None:

@@ -1,4 +1,4 @@
-"""The named data sets: where they come from, fetched, checked by md5 and unpacked."""
+"""Finds the named datasets on the disk, or downloads, checks (md5) and unpacks them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from kernelnorm.experiments.files import replacing
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that is published as one archive.
+    """A dataset that is published as one archive.
 
     Args:
-        url: where the archive is; its last part is the archive's file name.
+        url: the archive's address; its last part is the archive's file name.
         md5: of the archive, which is not opened unless it matches.
-        folder: the one folder that the archive holds.
-        megabytes: the archive's size, roughly; to see beforehand whether the disk has room.
+        folder: the only folder in the archive.
+        megabytes: the archive's approximate size, for a check of the disk space.
         image_size: height and width of the images that the experiments use.
-        train_images: how many there are.
-        test_images: likewise.
-        classes: likewise.
+        train_images: the number of training images.
+        test_images: the number of test images.
+        classes: the number of classes.
     """
 
     url: str
@@ -80,12 +80,16 @@ DATASETS = {
 
 
 def locate(name: str, data_dir: Path, *, download: bool, url: str | None = None) -> Path:
-    """The folder that holds the data set ``name``, fetched and unpacked if need be.
+    """The folder that holds the dataset ``name``, downloaded and unpacked if necessary.
 
-    Taken in this order: the unpacked archive, a folder of images ``data_dir/name``, ``data_dir``
-    itself if its folder ``train`` has as many classes, the archive, a download. A ``data_dir`` that
-    cannot be written to is only read: downloads and unpacked archives then go to the user's cache
-    folder.
+    The first of these that exists is used: the unpacked archive, a folder of images
+    ``data_dir/name``, ``data_dir`` itself if its folder ``train`` has as many classes as the
+    dataset, the archive, a download. If ``data_dir`` is not writable, downloads and unpacked
+    archives go to the user's cache folder.
+
+    Raises:
+        DataError: the dataset is missing and cannot or may not be downloaded, an archive is
+            damaged, or the disk is full.
     """
     dataset = DATASETS[name]
     home = writable_home(data_dir)
@@ -102,7 +106,7 @@ def locate(name: str, data_dir: Path, *, download: bool, url: str | None = None)
         )
     target = home / dataset.folder
     with locked(target):
-        if folder := _find(name, data_dir, home):  # made by the process that held the lock
+        if folder := _find(name, data_dir, home):  # the process that held the lock made it
             return folder
         for archive in archives:
             if archive.is_file():
@@ -112,13 +116,13 @@ def locate(name: str, data_dir: Path, *, download: bool, url: str | None = None)
             archive = _download(url, home / dataset.archive, dataset)
         except requests.RequestException as error:
             raise DataError(
-                f"cannot download {name} from {url}: {error}. Try again (what has arrived is "
-                f"kept), name a mirror in {variable}, or put the file at {home / dataset.archive} "
-                "by hand"
+                f"cannot download {name} from {url}: {error}. Try again (the part that has "
+                f"arrived is kept), name a mirror in {variable}, or put the file at "
+                f"{home / dataset.archive} by hand"
             ) from error
         except ValueError as error:
             raise DataError(
-                f"what came from {url} is not {name}: {error}. Try again, or name another mirror "
+                f"the file from {url} is not {name}: {error}. Try again, or name another mirror "
                 f"in {variable}"
             ) from error
         return _unpack(archive, target)
@@ -136,7 +140,7 @@ def _find(name: str, data_dir: Path, home: Path) -> Path | None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder`` that are not hidden: of its classes."""
+    """The names of the folders in ``folder`` that are not hidden: the names of its classes."""
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
@@ -158,7 +162,7 @@ def _verify(archive: Path, md5: str) -> None:
 
 
 def _download(url: str, target: Path, dataset: Dataset) -> Path:
-    """Fetch ``url``, in three attempts; ``target`` appears once the md5 is right."""
+    """Download ``url`` to ``target``, which appears once the md5 is right; at most 3 attempts."""
     part = target.with_name(target.name + ".part")
     with space_for(dataset.megabytes * 1_000_000, target.parent):
         for attempt in (1, 2, 3):
@@ -179,13 +183,13 @@ def _download(url: str, target: Path, dataset: Dataset) -> Path:
 
 
 def _fetch_rest(url: str, part: Path) -> None:
-    """Append to ``part`` what it lacks of ``url``; start anew where the server cannot do that."""
+    """Append the missing rest of ``url`` to ``part``; start anew if the server cannot resume."""
     part.touch()
     start = part.stat().st_size
     headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # nothing lies beyond what we have, so it is whole, and the md5 will tell
+            return  # the file has no more bytes; the md5 tells whether it is whole
         response.raise_for_status()
         start = start if response.status_code == requests.codes.partial_content else 0
         length = response.headers.get("Content-Length")

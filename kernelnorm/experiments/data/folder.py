@@ -1,4 +1,4 @@
-"""A folder of images: its classes, its training and test images, and what is left out."""
+"""A folder of images: its classes, its training and test images, and the files left out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OWN_SPLIT = f"one fifth of each class for testing, seed {SPLIT_SEED}"
 
 
 class Files(NamedTuple):
-    """The image files of a split; ``split``: how a folder without a split was divided."""
+    """The image files of a split; ``split`` says how a folder without a split was divided."""
 
     folder: Path
     files: list[Path]
@@ -35,12 +35,13 @@ class Files(NamedTuple):
 def find_images(root: Path, split: Split) -> Files:
     """The images of one split below ``root``.
 
-    A folder with ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*`` is divided
-    already. Of one with ``<class>/*`` a fifth of each class, chosen at random with a fixed seed,
-    are the test images.
+    A folder with ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*`` has a split. In a
+    folder with ``<class>/*``, a fifth of each class, chosen at random with a fixed seed, are the
+    test images.
 
     Raises:
-        DataError: there are no such folders, or a class is empty or not among those of ``train``.
+        DataError: there are no such folders, a class has too few images, or a class of the test
+            images is not in ``train``.
     """
     if (root / "train").is_dir():
         return _divided(root, split)
@@ -71,7 +72,7 @@ def all_images(folder: Path) -> Files:
 
 
 def _divided(root: Path, split: Split) -> Files:
-    names = ("train",) if split == "train" else ("val", "test")  # the first that is there
+    names = ("train",) if split == "train" else ("val", "test")  # the first that exists
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise DataError(f"{root} lacks the folder val or test, with the test images")
@@ -111,7 +112,7 @@ def _labelled(found: dict[str, list[Path]], classes: list[str]) -> tuple[list[Pa
 
 
 def _files_of(folder: Path, classes: list[str], tell: bool = True) -> dict[str, list[Path]]:
-    """The image files in the class folders and in the folders within; the rest is counted."""
+    """The image files in the class folders and their subfolders; reports the other files."""
     found: dict[str, list[Path]] = {}
     left_out: Counter[str] = Counter()
     for label in classes:
@@ -142,12 +143,12 @@ def _files_of(folder: Path, classes: list[str], tell: bool = True) -> dict[str, 
 
 @functools.cache
 def _tell_once(notice: str) -> None:
-    """Each run of a comparison loads the same images."""
+    """Print a notice once per process, as each run of a comparison loads the same images."""
     tqdm.write(notice, file=sys.stderr)
 
 
 def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, but hidden ones; linked folders are not followed."""
+    """All files below a folder except hidden ones; linked folders are not followed."""
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -1,4 +1,4 @@
-"""What every data set becomes: labelled images of one size, as bytes."""
+"""Labelled images of one size, as ``uint8``: the form that every dataset is loaded into."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-FINGERPRINTED = 256 << 20  # bytes of pixels at most: a quarter of a second
+FINGERPRINTED = 256 << 20  # bytes of pixels at most, which take a quarter of a second
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Images:
         pixels: ``uint8`` of shape :math:`(N, C, H, W)`; may be a file mapped into memory.
         labels: ``int64`` of shape :math:`(N,)`, indices into ``classes``.
         classes: the names of the classes.
-        split: how the images were divided into training and test images, if we did that.
+        split: how the images were divided into training and test images, if kernelnorm did that.
     """
 
     pixels: Tensor
@@ -41,12 +41,14 @@ class Images:
         chosen = balanced(self.labels, n)
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
 
-    def fingerprint(self) -> str:
-        """Tell whether other images are the same ones in the same order, wherever they lie.
+    def fingerprint(self, *, whole: bool = False) -> str:
+        """A hash of the pixels and labels, in their order; the files' place does not matter.
 
-        Of more than 256 MiB only some of the images count, at equal distances.
+        Args:
+            whole: hash every image. Otherwise, if the pixels have more than 256 MiB, only every
+                k-th image is hashed.
         """
-        step = -(-self.pixels.numel() // FINGERPRINTED) or 1
+        step = 1 if whole else -(-self.pixels.numel() // FINGERPRINTED) or 1
         digest = hashlib.blake2b(str((*self.pixels.shape, step)).encode(), digest_size=8)
         digest.update(self.labels.numpy().tobytes())
         for image in self.pixels[::step]:

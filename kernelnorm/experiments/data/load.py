@@ -1,4 +1,4 @@
-"""From the name of a data set, or a folder, to its images."""
+"""Loads the images of a named dataset or of a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_images(
     download: bool = True,
     url: str | None = None,
 ) -> Images:
-    """Load one split of a data set.
+    """Load one split of a dataset.
 
     Args:
         dataset: one of
@@ -45,27 +45,27 @@ def load_images(
               every fifth image of each digit is a test image;
             - ``"cifar10"``: 3 x 32 x 32, 50,000 and 10,000 images;
             - ``"imagenette"``: 3 x 160 x 160, 9,469 and 3,925 images;
-            - ``"imagewoof"``: 3 x 192 x 192, 9,025 and 3,929 images; other counts than these are
-              accepted, and told on the standard error stream;
+            - ``"imagewoof"``: 3 x 192 x 192, 9,025 and 3,929 images. Other numbers of images are
+              accepted with a warning on the standard error stream;
             - a folder with ``train/<class>/*`` and ``val/<class>/*`` or ``test/<class>/*``. The
-              classes are those of ``train``, by name. Images may lie deeper;
+              classes are those of ``train``, sorted by name. Images may be in subfolders;
             - a folder with ``<class>/*``: a fifth of each class, chosen with a fixed seed, are
               the test images.
         split: ``"train"`` or ``"test"``. The test images of a folder are those in ``val``; those in
             ``test`` count only where there is no ``val``, and stay unseen otherwise.
-        data_dir: where the data is or goes: an archive as published, the same unpacked, or a folder
-            of images, named like the data set or, if it has 10 classes, ``data_dir`` itself. It may
-            be read-only: what has to be written then goes to ``$XDG_CACHE_HOME/kernelnorm``
-            (``~/.cache/kernelnorm``).
-        image_size: height and width; see :func:`read_image` for how images get there. Default: the
-            data set's own, as listed; the images of a folder must then all have one size.
+        data_dir: the folder of the named datasets. It holds the published archive, the unpacked
+            archive, or a folder of images with the dataset's name; if ``train`` in it has 10
+            classes, it is itself the folder of images. Downloads and caches go there too, or to
+            ``$XDG_CACHE_HOME/kernelnorm`` (``~/.cache/kernelnorm``) if it is read-only.
+        image_size: height and width; :func:`read_image` says how images are resized. Default: the
+            dataset's own, as listed; the images of a folder must then all have one size.
         subset: at most that many images, the first of each class; others are not decoded.
-        download: whether a named data set that is not in ``data_dir`` may be downloaded.
+        download: whether a named dataset that is not in ``data_dir`` may be downloaded.
         url: where to download it from; default: the environment variable
             ``KERNELNORM_<DATASET>_URL``, else the publisher. The md5 is checked in any case.
 
     Raises:
-        DataError: if the data is missing, broken or does not fit the disk.
+        DataError: if the data is missing or damaged, or the disk is full.
 
     Examples::
 
@@ -104,7 +104,7 @@ def _digits(split: Split) -> Images:
 
 @functools.cache
 def _all_digits() -> tuple[Tensor, Tensor]:
-    """Pixels and labels; remembered, since scikit-learn reads a text file each time."""
+    """Pixels and labels; cached, since scikit-learn reads a text file each time."""
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
     digits = load_digits()
@@ -120,7 +120,7 @@ def _cifar10(folder: Path, split: Split) -> Images:
 
 
 def _cifar10_records(file: Path) -> Tensor:
-    """A label and 3 x 32 x 32 pixels a row."""
+    """The file's records, one per row: a label, then 3 x 32 x 32 pixels."""
     expected = CIFAR10_RECORDS * 3073
     size = file.stat().st_size if file.is_file() else 0
     if size != expected:
@@ -132,7 +132,7 @@ def _cifar10_records(file: Path) -> Tensor:
 
 
 def _resized(images: Images, image_size: int | None) -> Images:
-    """As :func:`read_image` resizes, for data sets that are not files."""
+    """Resize like :func:`read_image`, for datasets that are not image files."""
     if image_size in (None, images.pixels.shape[-1]):
         return images
     pixels = images.pixels.new_empty(*images.pixels.shape[:2], image_size, image_size)
@@ -151,7 +151,7 @@ def _folder(
     data_dir: Path,
     name: str | None = None,
 ) -> Images:
-    """The images below ``root``, which should be the data set ``name``, if that is given."""
+    """The images below ``root``; warns if they do not match the dataset ``name``, if given."""
     folder, files, labels, classes, own_split = find_images(root, split)
     if name is not None:
         _compare_with_published(name, split, folder, len(files), len(classes))

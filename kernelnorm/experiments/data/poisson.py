@@ -23,11 +23,11 @@ class PoissonSampling:
 
     Args:
         images: what to draw from.
-        rate: the probability of each image.
-        generator: what draws a batch, from its epoch and step.
+        rate: the probability that a batch contains a given image.
+        generator: returns the random generator of a batch, given its epoch and step.
         seed: of the augmentation.
-        preprocess: from bytes to what the network takes.
-        views: how often an image is in its batch, each time augmented anew.
+        preprocess: converts ``uint8`` images to the network's input.
+        views: the number of times that an image is in its batch, each time augmented anew.
         augment: what to do to each view; default: nothing.
         device: where the batches go; augmentation and preprocessing happen there.
     """
@@ -42,7 +42,7 @@ class PoissonSampling:
     device: torch.device | str = "cpu"
 
     def draw(self, epoch: int, step: int) -> Tensor:
-        """Return the indices of the images of a batch, in order."""
+        """Return the indices of the images of a batch, in ascending order."""
         sampler = UniformWithReplacementSampler(
             num_samples=len(self.images),
             sample_rate=self.rate,
@@ -59,8 +59,8 @@ class PoissonSampling:
         Args:
             epoch: number of the epoch.
             step: within the epoch.
-            most: the most views in a part; the views of an image are in one part, one after the
-                other, even if they are more. Default: one part.
+            most: the most views in a part. All views of an image are in one part, one after the
+                other, even if they are more than ``most``. Default: one part.
 
         Returns:
             an iterator over ``x``, ``float32`` of shape :math:`(B V, C, H, W)` with ``V`` views,

@@ -1,17 +1,19 @@
-"""From run folders alone: the paper's tables and figures as one page, as Markdown and as numbers.
+"""Makes the paper's tables and figures from run folders: as HTML, as Markdown and as JSON.
 
 ``report.json`` has all numbers that the page shows; accuracies are in percent:
 
 ``kernelnorm``
-    the version that wrote it.
+    the version that wrote the file.
 ``sections``
-    one for each case, or for each way in which a case was trained:
+    a list with an object for each section; the runs of a section differ only in normalisation,
+    batch size, learning rate, seed and rules:
 
     ``case``, ``setting``, ``deviations``, ``environments``, ``counts``
-        what was run, what of it differs from the paper's training, where, how many runs.
+        the case; the options that all runs share; how they differ from the paper's; the number of
+        runs by environment (versions and device); the number of runs by state.
     ``cells``
-        one for each normalisation and batch size, see :class:`.cells.Cell`, with the values of
-        ``paper``, and ``absence``: why there is no accuracy.
+        one for each normalisation and batch size, see :class:`.cells.Cell`. In addition ``paper``
+        has the paper's values, and ``absence`` says why there is no accuracy.
     ``leaderboard``
         one for each normalisation and batch size with runs, see :class:`.leaderboard.Standing`.
     ``comparisons``, ``variants``
@@ -19,7 +21,7 @@
     ``runs``
         every run, with its metrics epoch by epoch.
 ``unreadable``
-    folders that do not count, and why.
+    folders that the report leaves out, each with the reason.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ def report(root: Path, out: Path | None = None) -> Path:
 
     Args:
         root: every run folder below it is read.
-        out: where to write; without it ``report`` in ``root``.
+        out: the folder to write to (default: ``report`` in ``root``).
 
     Returns:
-        The page's path. It needs no other file.
+        The path of ``report.html``, which contains its figures.
 
     Raises:
-        RunError: there are no runs, or a file cannot be written.
+        RunError: ``root`` is not a folder or has no runs, or a file cannot be written.
     """
     out = out or root / "report"
     collection = collect(root, out)

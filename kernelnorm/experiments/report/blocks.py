@@ -1,4 +1,4 @@
-"""What a chapter shows: tables and pictures, and how numbers are written in them."""
+"""The tables and pictures of a chapter, and how numbers are written in them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Entry:
     """One entry of a table.
 
     Args:
-        text: what it says.
-        number: what it is sorted by; ``None`` sorts by the text, behind all numbers.
+        text: the text that is shown.
+        number: the sort key; entries with ``None`` come after all numbers, sorted by their text.
         note: a second line, such as the paper's value.
     """
 
@@ -39,14 +39,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading and what has to be said about it.
+    """A table with its heading and a note.
 
     Args:
-        title: above it.
+        title: the heading above the table.
         head: the headings of the columns.
         rows: the entries.
-        note: below it.
-        folded: whether a page may fold it away, being long.
+        note: the text below the table.
+        folded: whether the HTML page shows the table collapsed at first, because it is long.
     """
 
     title: str
@@ -79,7 +79,7 @@ def number_entry(value: int) -> Entry:
 
 
 def rounded_entry(value: float | None, factor: float = 1) -> Entry:
-    """Return a number times ``factor`` with three digits, or with those of its whole part."""
+    """Return a number times ``factor``, with three digits below 100, else as an integer."""
     if value is None:
         return Entry("-")
     value *= factor
@@ -87,13 +87,13 @@ def rounded_entry(value: float | None, factor: float = 1) -> Entry:
 
 
 def signed(value: float) -> str:
-    """Return a difference with its sign, which zero does not have."""
+    """Return a difference with two decimals and its sign; zero has no sign."""
     text = f"{value:+.2f}".replace("-", "−")
     return "0.00" if text[1:] == "0.00" else text
 
 
 def estimate_text(found: Estimate) -> str:
-    """Return mean and deviation, if there is one."""
+    """Return the mean, with the deviation if there is one."""
     spread = "" if found.deviation is None else f" ± {found.deviation:.2f}"
     return f"{found.mean:.2f}{spread}"
 
@@ -112,12 +112,12 @@ def interval_entry(found: Difference | None) -> Entry:
 
 
 def ratio_entry(value: float | None, base: float | None) -> Entry:
-    """Return how often a value holds another, or a dash."""
+    """Return ``value / base``, or a dash if one of them is ``None``."""
     if value is None or base is None:
         return Entry("-")
     return Entry(f"{value / base:.2f}", value / base)
 
 
 def states_text(states: dict[str, int]) -> str:
-    """Return how many runs are in which state, in words."""
+    """Return the number of runs in each state, in words."""
     return ", ".join(f"{states[state]} {state}" for state in STATES if states.get(state))

@@ -1,4 +1,4 @@
-"""Means over seeds: cells of the tables, and variants of the rules."""
+"""Means over seeds: for cells of the tables, and for variants of the paper's rules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Rate:
 
     Args:
         lr: the learning rate.
-        tuning: the accuracy by which the best rate is chosen, ``None`` if no run has it.
+        tuning: the accuracy by which the best rate is chosen, see :func:`make_cell`; ``None`` if
+            no run is done.
         accuracy: mean and deviation over all seeds that are done.
-        states: how many runs are in which state.
+        states: the number of runs in each state.
     """
 
     lr: float
@@ -33,18 +34,18 @@ class Rate:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows; accuracies are in percent.
+    """A normalisation at one batch size; accuracies are in percent.
 
     Args:
         norm: the normalisation.
         batch_size: images a step.
         rates: all learning rates that were tried.
-        lr: the best of them, or ``None`` where no run is done.
-        records: the runs at the best one that count, the diverged among them.
-        accuracies: the final accuracy by seed, of those that are done.
-        accuracy: their mean and deviation.
-        seconds_per_epoch: the median over their epochs.
-        minutes: the median of their whole training times.
+        lr: the best of these rates; ``None`` if no run is done.
+        records: the runs at the best rate that count, including diverged ones.
+        accuracies: the final accuracy by seed, for the records that are done.
+        accuracy: mean and deviation of ``accuracies``.
+        seconds_per_epoch: median training time over all epochs of the records that are done.
+        minutes: median training time of the records that are done.
     """
 
     norm: str
@@ -64,7 +65,7 @@ class Cell:
 
     @property
     def edge(self) -> str:
-        """``"lowest"`` or ``"highest"`` if the best learning rate is at an end of those tried."""
+        """``"lowest"`` or ``"highest"`` if the best rate is at an end of those tried, or empty."""
         rates = [rate.lr for rate in self.rates]
         if len(rates) < 2 or self.lr not in (min(rates), max(rates)):
             return ""
@@ -74,7 +75,7 @@ class Cell:
     def absence(self) -> str:
         """Why there is no accuracy."""
         if self.diverged:
-            return f"all {self.diverged} repetitions diverged"
+            return f"{self.diverged} repetition{'s' * (self.diverged > 1)} diverged"
         states = Counter[str]()
         for rate in self.rates:
             states.update(rate.states)
@@ -90,10 +91,11 @@ class Cell:
 def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
     """Choose the best learning rate, and the runs that count.
 
-    Seed 0 tunes: the best rate is that with the best final accuracy of seed 0. The other seeds at
-    that rate repeat it, and only they count, if any has ended, though it may have diverged; where
-    there was one rate only, nothing was tuned, and all count. Where a rate has no run of seed 0,
-    the best mean over the seeds tells the rate.
+    The best rate has the highest final accuracy of seed 0. If seed 0 is not done at some rate at
+    which other seeds are, the best rate has the highest mean over the seeds that are done.
+
+    If several rates were tried, seed 0 is left out at the best rate as soon as another seed is done
+    or diverged. If one rate was tried, nothing was tuned, and all seeds count.
 
     Args:
         norm: the normalisation.
@@ -149,13 +151,14 @@ class Variant:
     """One variant at one batch size and learning rate; accuracies are in percent.
 
     Args:
-        name: what it changes, see :attr:`RunConfig.variant`; ``""`` changes nothing.
+        name: its changes of the paper's rules, see :attr:`RunConfig.variant`; empty: none.
         batch_size: images a step.
         lr: the learning rate.
-        states: how many runs are in which state.
+        states: the number of runs in each state.
         records: the runs that are done.
-        accuracy: their mean and deviation.
-        to_paper: the difference to the paper's rules, paired by seed.
+        accuracy: the mean and deviation of their final accuracies.
+        to_paper: the difference to the paper's rules, paired by seed; ``None`` without a pair, and
+            for the paper's rules themselves.
     """
 
     name: str
@@ -168,21 +171,21 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The name that people read."""
+        """The name in tables and figures."""
         return self.name or "the paper's rules"
 
     @property
     def of_dropout(self) -> bool:
-        """Tell whether nothing but the dropout on the statistics was changed."""
+        """Tell whether the variant changes only dropout on the statistics, or nothing."""
         changed = [part.split("=")[0] for part in self.name.split(", ") if part]
         return set(changed) <= {"dropout_p", "head_dropout_p"}
 
 
 def make_variants(records: Sequence[Record]) -> list[Variant]:
-    """Return the variants, wherever there is another than the paper's rules.
+    """Return the variants, at batch sizes and learning rates with other rules than the paper's.
 
     Args:
-        records: runs of one case that differ in norm, batch size, learning rate, seed and rules.
+        records: the runs of a section; those of other norms than ``kernel`` are ignored.
     """
     groups: dict[tuple[int, float], dict[str, list[Record]]] = {}
     for record in records:

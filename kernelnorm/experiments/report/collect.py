@@ -1,4 +1,4 @@
-"""Run folders, wherever they lie below a root, as records."""
+"""Finds and reads all run folders below a root folder."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from kernelnorm.norms import NORMS
 __all__ = ["STATES", "Collection", "Record", "Unreadable", "collect"]
 
 STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinished")
-"""The states of runs that have a folder, in the order of counts."""
+"""The states of runs that have a folder, in the order in which they are counted."""
 
 MOST = 1 << 31
-"""The largest number that is taken for a count of images or epochs."""
+"""The largest valid batch size, learning rate, and number of images or epochs."""
 
 _SIGNS = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
-"""Files that show that a run was begun in their folder."""
+"""A folder with one of these files is the folder of a run."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one run.
+    """One run, as read from its folder.
 
     Args:
-        folder: its folder, seen from the root.
+        folder: its folder, relative to the root.
         config: its configuration.
-        state: what has become of it, see :data:`State`.
-        message: why it diverged or failed.
-        history: its finished epochs.
-        found: the rest of ``config.yaml``: the images, and the ``environment``.
+        state: one of :data:`STATES`.
+        message: why it diverged or failed, or an empty string.
+        history: the metrics of its finished epochs.
+        found: the rest of ``config.yaml``, such as ``classes``, ``image_shape``, ``environment``.
     """
 
     folder: str
@@ -50,12 +50,12 @@ class Record:
 
     @property
     def accuracy(self) -> float:
-        """The final accuracy of a run that is done, in percent: of its last five epochs."""
+        """The final accuracy of a finished run, in percent: the mean over its last five epochs."""
         return 100 * final_accuracy(self.history)
 
     @property
     def test_accuracies(self) -> list[float]:
-        """The accuracy after each epoch, in percent."""
+        """The test accuracy after each epoch, in percent."""
         return [100 * metrics["test_accuracy"] for metrics in self.history]
 
     @property
@@ -65,11 +65,11 @@ class Record:
 
     @property
     def seconds(self) -> list[float]:
-        """The time of each epoch's training."""
+        """The training time of each epoch, in seconds."""
         return [metrics["seconds"] for metrics in self.history]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the run as JSON knows it, with accuracies in percent."""
+        """Return the run as a dict for JSON, with accuracies in percent."""
         config = self.config
         return {
             "folder": self.folder,
@@ -90,7 +90,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A folder that cannot be counted, and why."""
+    """A run folder that the report leaves out, and the reason."""
 
     folder: str
     reason: str
@@ -98,21 +98,21 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Collection:
-    """All that was found under a root."""
+    """All run folders below a root."""
 
     records: list[Record]
     unreadable: list[Unreadable]
 
 
 def collect(root: Path, out: Path) -> Collection:
-    """Read every run folder under a root; a run that lies there twice is counted once.
+    """Read every run folder below a root; a run with two folders is counted once.
 
     Args:
-        root: where to read_status.
-        out: the report's own folder, which is left out.
+        root: the folder that is searched.
+        out: the report's own folder, which is not searched.
 
     Raises:
-        RunError: there is no run.
+        RunError: ``root`` is not a folder, or has no run that can be read.
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: give the folder of runs, such as runs/")
@@ -124,14 +124,14 @@ def collect(root: Path, out: Path) -> Collection:
         place = folder.relative_to(root).as_posix()
         try:
             record = _read(folder, root)
-        except Exception as error:  # a damaged file can fail in every layer of its reader
+        except Exception as error:  # reading a damaged file can raise anything
             reason = error_message(error)
             unreadable.append(Unreadable(place, reason.replace(f"{root}{os.sep}", "")))
             continue
         run = record.config.name, str(record.found.get("train_fingerprint"))
         other = records.setdefault(run, record)
         if other is not record:
-            # The one that counts is the one that came further.
+            # Count the folder with more progress.
             kept, left = sorted((other, record), key=_progress, reverse=True)
             records[run] = kept
             unreadable.append(Unreadable(left.folder, f"the same run as {kept.folder}"))
@@ -158,7 +158,7 @@ def _progress(record: Record) -> tuple[bool, int]:
 
 def _read(path: Path, root: Path) -> Record:
     if not (path / "config.yaml").exists():
-        raise RunError("it has no config.yaml: its training has not come to that, or it was lost")
+        raise RunError("it has no config.yaml: the run has not written it yet, or it was lost")
     folder = RunFolder(path)
     found = folder.read_config()
     config = RunConfig.from_dict(found.pop("run"))
@@ -173,7 +173,7 @@ def _read(path: Path, root: Path) -> Record:
 
 
 def _check(config: RunConfig, found: dict[str, Any]) -> None:
-    """Refuse what the tables could not be made of."""
+    """Raise :class:`RunError` for values that the tables cannot show."""
     if config.norm not in NORMS:
         raise RunError(f"config.yaml has an unknown norm: {config.norm!r}")
     numbers = {name: getattr(config, name) for name in ("batch_size", "epochs", "lr")}
@@ -185,5 +185,5 @@ def _check(config: RunConfig, found: dict[str, Any]) -> None:
     try:
         assert config.name
         assert config.variant is not None
-    except TypeError as error:  # YAML has more types than options have
+    except TypeError as error:  # YAML has dates, and keys of any type
         raise RunError(f"config.yaml: model_options cannot be read ({error})") from error

@@ -29,12 +29,12 @@ __all__ = ["section_pictures"]
 
 _CURVES_BATCH_SIZE = 32
 
-# Variants are in grey: a colour is a normalisation's.
+# Variants are grey, because a colour stands for a normalisation.
 _VARIANT = {"color": "0.25", "marker": "o", "markersize": 5}
 
 
 def section_pictures(section: Section) -> dict[str, Picture]:
-    """Return the figures of a section by name; those without runs are left out."""
+    """Return the figures of a section by name; figures without data are left out."""
     makers: dict[str, Callable[[Section], Picture | None]] = {
         "figure-3": _against_batch_size,
         "figure-4": _against_epoch,
@@ -163,7 +163,7 @@ def _against_rate(section: Section) -> Picture | None:
         tidy(panel)
     for panel in panels.flat[len(sizes) :]:
         panel.set_axis_off()
-    for panel in panels.flat[max(0, len(sizes) - columns) : len(sizes)]:  # none below it
+    for panel in panels.flat[max(0, len(sizes) - columns) : len(sizes)]:  # no panel is below
         panel.set_xlabel("learning rate")
         panel.tick_params(labelbottom=True)
     plain_log(panels[0, 0].xaxis)
@@ -180,7 +180,7 @@ def _against_rate(section: Section) -> Picture | None:
 
 
 def _dropout(section: Section) -> Picture | None:
-    """Draw the accuracy per epoch: a panel for each dropout, beside the paper's rules."""
+    """Draw test accuracy per epoch: a panel for each changed dropout, with the paper's rules."""
     variants = [variant for variant in section.variants if variant.of_dropout and variant.records]
     changed = [variant for variant in variants if variant.name]
     if not changed:

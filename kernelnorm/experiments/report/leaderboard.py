@@ -22,10 +22,10 @@ from kernelnorm.norms import describe
 __all__ = ["Standing", "make_standings"]
 
 _BEST = 3
-"""How many norms determine the training loss to which epochs are counted."""
+"""Number of best norms; epochs are counted to the training loss that all of these reach."""
 
 _SIZES = (2, 3)
-"""Batch sizes of the measurements: BatchNorm trains on no fewer than two images."""
+"""Batch sizes at which memory is measured; BatchNorm needs two images to train."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,25 @@ class Standing:
 
     Args:
         batch_size: images a step.
-        rank: 1 for the highest mean accuracy, ``None`` where no run is done. Norms of which a run
-            has diverged are behind the others.
+        rank: 1 for the highest mean accuracy; ``None`` if no run is done. Norms with a diverged run
+            rank behind the others.
         norm: the normalisation.
-        group: what it takes its statistics from.
+        group: ``"batch-dependent"``, ``"batch-independent"`` or ``"weight-based"``.
         accuracy: final accuracy in percent, mean and deviation over seeds.
-        diverged: how many of the runs that count have diverged.
+        diverged: the number of runs that count and have diverged.
         to_kernel: KernelNorm's accuracy minus this one's, paired by seed.
         last: accuracy after the last epoch, in percent, the mean over seeds.
-        absence: why there is no accuracy.
+        absence: why there is no accuracy, or an empty string.
         loss: the training loss to which epochs are counted, the same for all norms at a batch
             size: the lowest that all seeds of the three most accurate norms reach, rounded up to
             three digits.
-        epochs: until the mean training loss of an epoch is at most ``loss``, the median over
-            seeds; ``None`` where the median run does not reach it, or has diverged.
-        seconds_per_step: the median over epochs and runs; ``None`` where the section's runs are of
+        epochs: the number of epochs until the mean training loss of an epoch is at most ``loss``,
+            the median over seeds; ``None`` if the median run does not reach it, or has diverged.
+        seconds_per_step: the median over epochs and runs; ``None`` if the section's runs used
             several devices.
-        saved_bytes: kept for the backward pass, per image of a batch of this size.
+        saved_bytes: the bytes stored for the backward pass, per image of a batch of this size.
         batch_one: whether the norm is meant for training with one image a batch.
-        needs: what training needs beside the optimizer.
+        needs: what training needs in addition to the optimizer.
     """
 
     batch_size: int
@@ -73,10 +73,10 @@ class Standing:
 
 
 def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
-    """Rank the norms at each batch size; there is nothing to rank with fewer than two norms.
+    """Rank the norms at each batch size; return an empty list for fewer than two norms.
 
     Args:
-        cells: of a section, by norm and batch size.
+        cells: the cells of a section, by norm and batch size.
     """
     if len({norm for norm, _ in cells}) < 2:
         return []
@@ -86,7 +86,7 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
     standings = []
     for batch_size in sizes:
         tried = [cell for cell in cells.values() if cell.batch_size == batch_size and cell.rates]
-        # Norms without an accuracy stay behind the others, in the order of the groups.
+        # Norms with equal keys, such as those without an accuracy, keep the order of the groups.
         ranked = sorted(tried, key=_order)
         loss = _loss_of_the_best(ranked)
         kernel = cells.get(("kernel", batch_size))
@@ -118,9 +118,12 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
     return standings
 
 
-def _order(cell: Cell) -> tuple[bool, float]:
-    """The place of a cell among others: those of which a run has diverged come last."""
-    return cell.diverged > 0, -cell.accuracy.mean if cell.accuracy else math.inf
+def _order(cell: Cell) -> tuple[bool, bool, float]:
+    """Return the sort key of a cell: cells with a diverged run come after those without, and cells
+    without an accuracy come last.
+    """
+    mean = cell.accuracy.mean if cell.accuracy else -math.inf
+    return cell.accuracy is None, cell.diverged > 0, -mean
 
 
 def _device(record: Record) -> str:
@@ -161,12 +164,12 @@ def _seconds_per_step(runs: Sequence[Record]) -> float | None:
 
 
 def _measure(cells: Mapping[tuple[str, int], Cell]) -> dict[str, tuple[int, int]]:
-    """Return the bytes that each norm's network keeps for the backward pass: of a whole batch,
-    such as standardised weights, and of each image.
+    """Return the bytes that each norm's network stores for the backward pass: those per batch,
+    such as standardised weights, and those per image.
     """
     runs = {cell.norm: _done(cell)[0] for cell in cells.values() if _done(cell)}
     memory = {}
-    # The bar appears where it takes longer than two seconds.
+    # The progress bar appears after two seconds.
     for norm, record in tqdm(
         runs.items(), desc="memory", unit=" norms", leave=False, disable=None, delay=2
     ):
@@ -177,8 +180,8 @@ def _measure(cells: Mapping[tuple[str, int], Cell]) -> dict[str, tuple[int, int]
 
 
 def _measure_run(record: Record) -> tuple[int, int] | None:
-    """Measure the network of a run; ``None`` for private training, whose hooks keep more, and
-    where ``config.yaml`` does not tell the images' shape or this version cannot build the network.
+    """Measure the network of a run; ``None`` for private training, whose hooks store more, and if
+    ``config.yaml`` lacks the images' shape or classes, or this version cannot build the network.
     """
     if record.config.private is not None:
         return None

@@ -23,7 +23,7 @@ from kernelnorm.experiments.report.tables import section_tables, unreadable_tabl
 
 __all__ = ["Chapter", "make_chapters", "to_html", "to_markdown"]
 
-# Tables and figures by name, as a reader wants them.
+# The order of tables and figures in a chapter.
 _ORDER = (
     "accuracy",
     "figure-3",
@@ -48,8 +48,8 @@ class Chapter:
 
     Args:
         title: its heading.
-        slug: the title as a part of files' names.
-        warning: what has to be seen first, or nothing.
+        slug: the chapter's name in file names and links.
+        warning: the text of a warning below the heading, or an empty string.
         facts: what was run, and where.
         blocks: tables and pictures by name, in order.
     """
@@ -62,7 +62,7 @@ class Chapter:
 
 
 def make_chapters(collection: Collection, sections: Sequence[Section]) -> list[Chapter]:
-    """Return a chapter for each section, and one for the folders that do not count."""
+    """Return a chapter for each section, and one for the folders that are left out, if any."""
     chapters: list[Chapter] = []
     slugs = Counter[str]()
     for section in sections:
@@ -83,7 +83,7 @@ def make_chapters(collection: Collection, sections: Sequence[Section]) -> list[C
 
 
 def to_html(title: str, chapters: Sequence[Chapter]) -> str:
-    """Return the page; its pictures, style and script are in it."""
+    """Return the HTML page, which contains its pictures, style and script."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["base64"] = lambda content: b64encode(content).decode()
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def to_html(title: str, chapters: Sequence[Chapter]) -> str:
 
 
 def to_markdown(title: str, chapters: Sequence[Chapter]) -> str:
-    """Return the report; its pictures lie beside it, named after chapter and picture."""
+    """Return the report in Markdown; it shows the files ``{slug}-{name}.png`` of its folder."""
     lines = [f"# {_escape(title)}", ""]
     for chapter in chapters:
         lines += [f"## {_escape(chapter.title)}", ""]
@@ -142,7 +142,7 @@ def _warning(section: Section) -> str:
 
 
 def _unlike_the_paper(config: RunConfig) -> str:
-    """The training that the paper does not have."""
+    """Return the training options that the paper does not use, as text."""
     return "".join(
         [
             ", AdamW" * (config.optimizer == "adamw"),

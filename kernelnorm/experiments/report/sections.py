@@ -1,4 +1,4 @@
-"""Runs that may stand in one table: of one case, trained alike but for what the tables compare."""
+"""Sections of the report: runs that differ only in what the tables compare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kernelnorm.experiments.style import LABELS
 __all__ = ["Comparison", "Section", "make_sections"]
 
 _TOLD_APART = ("case", "epochs", "model_options", "lr_table")
-"""Fields whose deviations have phrases of their own, or none."""
+"""Fields whose deviations have phrases of their own, or are not reported."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Section:
     """One case, and all that is computed from its runs.
 
     Args:
-        config: that of any of its runs: what it tells of model, data and training is that of all.
+        config: the configuration of one run; model, data and training are the same in all runs.
         records: its runs.
-        cells: by normalisation and batch size, of the runs with the paper's rules; the grid that
-            their normalisations and batch sizes span.
+        cells: the runs with the paper's rules, by normalisation and batch size: one for each pair
+            of a normalisation and a batch size in these runs, even if no run has the pair.
         standings: the norms ranked at each batch size, with what they cost.
         comparisons: kernel against batch normalisation.
-        variants: of the rules.
-        deviations: what differs from the paper's training, as phrases; nothing if it is the same,
-            or if the case is not the paper's.
+        variants: kernel networks with changed rules.
+        deviations: how the training differs from the paper's, as phrases; empty if it does not, or
+            if the case is not one of the paper's.
     """
 
     config: RunConfig
@@ -73,17 +73,17 @@ class Section:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many runs are in which state."""
+        """The number of runs in each state."""
         states = Counter(record.state for record in self.records)
         return {state: states[state] for state in STATES}
 
     @property
     def environments(self) -> dict[str, int]:
-        """Return versions and devices, in words, and how many runs were made there."""
+        """The number of runs by environment: the versions and the device, in words."""
         return dict(Counter(_environment(record.found) for record in self.records).most_common())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all numbers as JSON knows them, with accuracies in percent."""
+        """Return all numbers as a dict for JSON, with accuracies in percent."""
         config, cells = self.config, []
         for cell in self.cells.values():
             where = (config.case, cell.norm, cell.batch_size)
@@ -184,12 +184,12 @@ def _comparisons(case: str, cells: dict[tuple[str, int], Cell]) -> list[Comparis
 
 
 def _setting(config: RunConfig) -> dict[str, Any]:
-    """Return what is the same in all runs of a section."""
+    """Return the options that are the same in all runs of a section."""
     setting = config.as_dict()
     for name in ("norm", "batch_size", "lr", "seed"):
         del setting[name]
     setting["model_options"].pop("rules", None)
-    if setting["agc"] in (None, AGC):  # a part of the norms that need it
+    if setting["agc"] in (None, AGC):  # the default of the norms that need it
         del setting["agc"]
     return setting
 
@@ -202,12 +202,12 @@ def _environment(found: dict[str, Any]) -> str:
 
 
 def _deviations(config: RunConfig, found: Mapping[str, Any]) -> list[str]:
-    """Return what differs from the training in the paper, as phrases.
+    """Return how the training differs from the paper's, as phrases.
 
-    Nothing is returned where nothing differs, and for a case that is not the paper's.
+    The list is empty if nothing differs, or if the case is not one of the paper's.
 
     Args:
-        config: the run's configuration.
+        config: the configuration of a run.
         found: the rest of its ``config.yaml``.
     """
     if config.case not in paper():

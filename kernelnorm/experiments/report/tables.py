@@ -26,7 +26,7 @@ __all__ = ["section_tables", "unreadable_table"]
 
 
 def section_tables(section: Section) -> dict[str, Table]:
-    """Return those tables that have a row, by what they are about."""
+    """Return the tables that have rows, by name."""
     tables = {
         "accuracy": _accuracy(section),
         "leaderboard": leaderboard_table(section.standings),
@@ -42,11 +42,11 @@ def section_tables(section: Section) -> dict[str, Table]:
 
 
 def unreadable_table(unreadable: Sequence[Unreadable]) -> Table:
-    """Return the table of the folders that do not count."""
+    """Return the table of the folders that the report leaves out."""
     rows = [[Entry(item.folder), Entry(item.reason)] for item in unreadable]
     note = "Their numbers are in no table and no figure."
     return Table(
-        "Folders that cannot be read, or hold what is counted already",
+        "Folders that cannot be read, or hold a run that is counted already",
         ["folder", "why"],
         rows,
         note,
@@ -56,12 +56,12 @@ def unreadable_table(unreadable: Sequence[Unreadable]) -> Table:
 def _accuracy(section: Section) -> Table:
     note = (
         "Final test accuracy in %: mean ± sample deviation over seeds, each the mean over its "
-        "last five epochs, never the best epoch. Where fewer than three seeds count, their number "
-        "is there. The learning rate is the best of seed 0 (Table 4); the other seeds count, or "
-        "seed 0 alone if there are no others, and all of them where a single rate was tried."
+        "last five epochs, never the best epoch. If fewer than three seeds count, the cell gives "
+        "their number. Seed 0 chooses the learning rate (Table 4), and then the other seeds count; "
+        "seed 0 counts if there are no others, or if a single rate was tried."
     )
     if section.config.case in paper():
-        note += " Below, the paper's value (three seeds), and ours minus the paper's."
+        note += " Second line: the paper's value (three seeds), and (ours minus the paper's)."
     return _grid(section, "Table 1. Test accuracy", note, _accuracy_entry)
 
 
@@ -97,8 +97,8 @@ def _comparison(section: Section) -> Table:
         rows.append(row)
     note = (
         "Percentage points of final accuracy, KernelNorm minus BatchNorm, paired by seed; only "
-        "seeds that both have count. The interval is Student's for the mean of the pairs; fewer "
-        "than two pairs have none. Each interval is for its own row: of twenty, one may miss."
+        "seeds that both norms have count. The interval is Student's, for the mean of the pairs, "
+        "and needs two pairs. It holds for one row: one in twenty intervals misses the true value."
     )
     title = "Kernel against batch normalisation"
     return Table(title, [*head, *(["paper's difference"] if in_paper else [])], rows, note)
@@ -125,22 +125,22 @@ def _time(section: Section) -> Table:
     head = ["batch size", "norm", "s per epoch", *columns, "minutes", *columns]
     note = (
         "Median over epochs and runs of the training's seconds per epoch, and median over runs of "
-        "its whole time, test passes left out; ratios to BatchNorm. The runs may have shared their "
-        "machine with others: then neither times nor ratios are those of an idle one."
+        "its whole time, without test passes; ratios to BatchNorm. If other work ran on the "
+        "machine at the same time, times and ratios differ from those of an idle machine."
     )
     if in_paper:
         note += " The paper's Table 2 is for batch size 32, on an RTX A6000."
     if len(section.environments) > 1:
-        note += " These runs were not all made on the same device with the same versions."
+        note += " The runs used different devices or versions."
     return Table("Table 2. Training time", head, rows, note)
 
 
 def _lr(section: Section) -> Table:
     note = "The rate with the best final accuracy of seed 0."
     if any(cell.edge for cell in section.cells.values()):
-        note += " At an end of those tried, one beyond it may be better."
+        note += " If it is the lowest or highest one tried, a rate beyond it may be better."
     if section.config.case in paper():
-        note += " Below, the paper's."
+        note += " Second line: the paper's rate."
     return _grid(section, "Table 4. Best learning rate", note, _lr_entry)
 
 
@@ -172,8 +172,9 @@ def _rates(section: Section) -> Table:
     if all(len(cell.rates) < 2 for cell in section.cells.values()):
         rows = []  # nothing was tuned
     note = (
-        "Tuning: the final accuracy of seed 0, by which the best rate is chosen (the mean, where "
-        "no run of seed 0 is done). All seeds: mean ± sample deviation, the tuning's among them."
+        "Tuning: the final accuracy of seed 0, by which the best rate is chosen (the mean over all "
+        "seeds, if seed 0 is not done at every rate). All seeds: mean ± sample deviation, "
+        "including seed 0."
     )
     return Table("Every learning rate that was tried", head, rows, note, folded=True)
 
@@ -205,7 +206,7 @@ def _variants(section: Section) -> Table:
 
 
 def _incomplete(section: Section) -> Table:
-    head = ["norm", "batch size", "learning rate", "seed", "state", "what it said"]
+    head = ["norm", "batch size", "learning rate", "seed", "state", "message"]
     rows = []
     for record in section.records:
         config, epochs = record.config, len(record.history)
@@ -223,15 +224,15 @@ def _incomplete(section: Section) -> Table:
             ]
         )
     note = (
-        "They are in no mean. A diverged run is a result; failed and unfinished ones go on with "
-        "the command that began them."
+        "These runs are in no mean. A diverged run is a result. To continue failed and unfinished "
+        "runs, run the same command again."
     )
     return Table("Runs that are not done", head, rows, note)
 
 
 def _missing(section: Section) -> Table:
     rows = [[Entry(LABELS[cell.norm]), number_entry(cell.batch_size)] for cell in section.missing]
-    note = "Of the normalisations and batch sizes that there are, these meet in no run."
+    note = "There is no run with these combinations of normalisation and batch size."
     return Table("Missing", ["norm", "batch size"], rows, note)
 
 

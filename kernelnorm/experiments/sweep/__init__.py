@@ -1,7 +1,7 @@
-"""Many runs, some at a time: what is missing of a plan is trained, wherever there is a place.
+"""Sweeps: train the missing runs of a plan, several in parallel.
 
-A sweep is the folder of its runs' folders, and keeps nothing else. Stopped in whichever way and
-begun again, it looks at the folders, asks the plan what it wants, and goes on.
+A sweep stores nothing but its runs' folders. If it is stopped and started again, it reads these
+folders, asks the plan which runs are wanted, and trains the missing ones.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class Pool(Protocol):
 
     @property
     def places(self) -> int:
-        """How many runs there are at a time."""
+        """How many runs can be executed in parallel."""
 
     def submit(self, config: RunConfig, out: Path) -> Future[str]:
-        """Begin a run; the result says why it ended before its time, or is empty."""
+        """Start a run; the result is its error message, or empty."""
 
     def close(self) -> None:
-        """Stop what runs, and give the places back."""
+        """Stop the runs in progress, and release the processes or machines."""
 
 
 class _Survey:
-    """The states of a plan's runs; what has ended is not read again.
+    """The statuses of a plan's runs; runs that have ended are not read again.
 
     Args:
-        plan: what is wanted.
+        plan: the plan.
         root: the folder of the runs' folders.
     """
 
@@ -67,13 +67,13 @@ class _Survey:
         self._failed: dict[str, Status] = {}
 
     def look(self, config: RunConfig) -> Status:
-        """Return what has become of a run."""
+        """Return the status of a run."""
         name = config.name
         if name in self._ended:
             return self._ended[name]
         try:
             status = read_status(RunFolder(self.root / name), config)
-        except RunError as error:  # damaged: that is for the run itself to stumble over
+        except RunError as error:  # a file is damaged
             status = Status(config, "failed", message=str(error))
         if status.result is not None:
             self._ended[name] = status
@@ -86,11 +86,11 @@ class _Survey:
         return self.look(config).result
 
     def statuses(self) -> list[Status]:
-        """Return what has become of each run that is wanted so far."""
+        """Return the status of each run that is wanted so far."""
         return [self.look(config) for config in self.plan.runs(self.result)]
 
     def end(self, config: RunConfig, future: Future[str]) -> Status:
-        """Take up the end of a run, and return what has become of it."""
+        """Record the end of a run, and return its status."""
         folder = RunFolder(self.root / config.name)
         error = future.exception()
         message = future.result() if error is None else f"its process was lost: {error}"
@@ -104,12 +104,12 @@ class _Survey:
 
 
 def dry_run(plan: Plan, root: Path, jobs: int) -> None:
-    """List the runs that are wanted, with their states, and estimate the time they will take.
+    """Print the runs that are wanted, with their states, and estimate the time they will take.
 
     Args:
-        plan: what is wanted.
+        plan: the plan.
         root: the folder of the runs' folders.
-        jobs: how many runs there would be at a time.
+        jobs: how many runs would be executed in parallel.
     """
     survey = _Survey(plan, root)
     statuses = survey.statuses()
@@ -117,7 +117,7 @@ def dry_run(plan: Plan, root: Path, jobs: int) -> None:
     print("\n".join(table(statuses, plan.note)))
     time_needed = forecast(statuses, missing, jobs)
     print(f"\nTo be trained in {root}: {len(missing)} of {len(statuses)} runs, {jobs} at a time.")
-    print(f"Time for them: {time_needed}, estimated from the runs that are there.")
+    print(f"Time for them: {time_needed}, estimated from the epochs trained so far.")
     fewest, most = plan.extent(survey.result)
     if most > len(statuses):
         number = str(most) if fewest == most else f"{fewest} to {most}"
@@ -127,17 +127,17 @@ def dry_run(plan: Plan, root: Path, jobs: int) -> None:
 def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
     """Train what is missing or failed, and print a table of all runs.
 
-    A run that diverges has its result. One that fails is tried again by the next sweep in the same
-    folder; the others go on. What another process trains is waited for.
+    A run that diverges has its result. If a run fails, the others go on, and the next sweep in the
+    same folder tries it again. The sweep waits for runs that another process trains.
 
     Args:
-        plan: what is wanted.
+        plan: the plan.
         root: the folder of the runs' folders.
-        pool: where runs are executed; it is closed in the end.
-        data_dir: where the data is, or is put before the first run.
+        pool: where runs are executed; it is closed at the end.
+        data_dir: the folder of the data; missing data is downloaded before the first run.
 
     Returns:
-        what has become of the runs.
+        the status of each run.
     """
     survey = _Survey(plan, root)
     with closing(pool):
@@ -145,7 +145,7 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
         try:
             _run_all(survey, pool)
         finally:
-            pool.close()  # the table shows what is left when nothing runs any more
+            pool.close()  # first stop all runs, so that the table shows their final states
             statuses = survey.statuses()
             print("\n".join(["", *table(statuses, plan.note)]))
             for status in statuses:
@@ -156,7 +156,7 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
 
 
 def _prepare(configs: Sequence[RunConfig], data_dir: Path) -> None:
-    """Download and decode images before the first run, so that not each of them has to."""
+    """Download and decode images before the first run, so that parallel runs need not do it."""
     for config in {(config.dataset, config.image_size): config for config in configs}.values():
         load_split(config, "train", data_dir)
         load_split(config, "test", data_dir)
@@ -166,10 +166,10 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
     in_flight: dict[Future[str], RunConfig] = {}
     tried: set[str] = set()
     ended: list[Status] = []
-    view = View(survey.plan.note, pool.places)
+    view = View(survey.plan.note, max(1, pool.places))
     try:
         while True:
-            statuses, places = survey.statuses(), pool.places  # a cluster is asked for them
+            statuses, places = survey.statuses(), pool.places  # each call may ask a cluster
             wanted = [
                 status.config
                 for status in statuses
@@ -185,7 +185,7 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
                 for status in statuses
             ]
             view.show(statuses, ended)
-            waits = wanted and not places  # for machines of a cluster to come back
+            waits = wanted and not places  # until machines of a cluster come back
             if not waits and not any(status.state == "running" for status in statuses):
                 return
             ended = []
@@ -193,7 +193,7 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
                 finished, _ = wait(in_flight, timeout=1, return_when=FIRST_COMPLETED)
                 ended = [survey.end(in_flight.pop(future), future) for future in finished]
                 tried -= {status.config.name for status in ended if status.state == "running"}
-            else:  # another process trains what is missing, or no machine is there
+            else:  # another process trains the missing runs, or the cluster has no machine
                 time.sleep(1)
     finally:
         view.close()

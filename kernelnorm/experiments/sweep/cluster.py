@@ -30,23 +30,24 @@ _RETRIES = 3
 
 
 class RayPool:
-    """The machines of a Ray cluster. A run whose machine is lost is begun again on another.
+    """The machines of a Ray cluster. If a machine is lost, its runs start again on others.
 
-    On machines that see the sweep's folder, as on a shared file system, a run is trained in its own
-    folder there, and goes on from its last checkpoint. On others it is trained in a temporary
-    folder, whose files come here when it ends; what is here of it already goes there before.
+    Machines that see the sweep's folder, on a shared file system, train a run in its own folder,
+    and resume it from its last checkpoint. Other machines train it in a temporary folder: the run's
+    files are copied there before it starts, and back when it ends.
 
     Args:
         launch: how runs are executed; its ``out`` is replaced.
         root: the folder of the runs' folders.
-        address: that of the cluster; ``"auto"`` is the one on this machine, and ``"local"`` begins
-            one of this machine alone.
-        gpus: of a run, or a fraction of one; ``None`` is a quarter where the cluster has any.
-        cpus: cores of a run, each with a thread.
+        address: ``"HOST:PORT"`` of the cluster; ``"auto"``: the cluster on this machine;
+            ``"local"``: start a cluster of this machine alone.
+        gpus: GPUs per run, may be a fraction; ``None``: 0.25 if the cluster has GPUs and
+            ``launch`` does not ask for the CPU, else 0.
+        cpus: CPU cores per run, which is also its number of threads.
 
     Raises:
-        RunError: Ray is not installed, there is no such cluster, no machine has a run's share, or
-            that is out of its range.
+        RunError: Ray is not installed, there is no such cluster, no machine has enough CPUs or GPUs
+            for a run, or an argument is out of range.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class RayPool:
 
     @property
     def places(self) -> int:
-        """How many runs fit the machines that the cluster has now."""
+        """How many runs the machines that the cluster has now can execute in parallel."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return sum(
             min(int(node.get(name, 0) / need) for name, need in self._needs.items() if need)
@@ -98,14 +99,14 @@ class RayPool:
         )
 
     def submit(self, config: RunConfig, out: Path) -> Future[str]:
-        """Begin a run.
+        """Start a run.
 
         Args:
-            config: the run.
-            out: its folder.
+            config: the run's configuration.
+            out: the run's folder.
 
         Returns:
-            what :func:`execute` returns.
+            a future of the result of :func:`execute`.
         """
         threads = int(self._needs["CPU"])
         there = _read(out, (*_RECORD, *_CHECKPOINTS))
@@ -138,11 +139,12 @@ def _run(
     mark: Path,
     there: dict[str, bytes],
 ) -> tuple[str, dict[str, bytes]]:
-    """Execute a run on some machine; return what :func:`execute` does, and the run's files."""
+    """Execute a run on a machine of the cluster; return its error message, and its files."""
     torch.set_num_threads(threads)
     if mark.exists():
         message = execute(config, launch, out)
-        # A network file system may show them late; but they may be another process's by now.
+        # A network file system may show the files late, so they are sent; but not if another
+        # process is training in the folder by now.
         return message, {} if RunFolder(out).is_locked() else _read(out, _RECORD)
     with TemporaryDirectory() as folder:
         here = Path(folder) / config.name
@@ -152,12 +154,12 @@ def _run(
 
 
 def _read(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the contents of the files that are there, in this order."""
+    """Return the contents of the files that exist, in this order."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a run's files, in this order; its last failure is over if it is not among them."""
+    """Write a run's files, in this order; remove an old ``failure.json`` if there is no new one."""
     if files and "failure.json" not in files:
         (folder / "failure.json").unlink(missing_ok=True)
     for name, content in files.items():

@@ -19,24 +19,24 @@ __all__ = ["execute"]
 
 
 def execute(config: RunConfig, launch: Launch, out: Path) -> str:
-    """Train, or go on with a training, in a process that is for runs alone.
+    """Train a run, or resume it, in a process that does nothing else.
 
     Args:
-        config: the run.
-        launch: how it is executed; its ``out`` is replaced.
+        config: the run's configuration.
+        launch: how the run is executed; its ``out`` is replaced.
         out: the run's folder.
 
     Returns:
-        why it ended before its time, or an empty string.
+        the error message, or an empty string.
     """
     keep_freed_memory()
     try:
         train(config, replace(launch, out=out, verbose=False))
-    except Exception as error:  # the other runs go on, whatever it is
+    except Exception as error:  # the other runs go on after any error
         if not isinstance(error, (DataError, RunError)):
             traceback.print_exc()
         return error_message(error)
-    finally:  # the process lives on, and others want the GPU's memory
+    finally:  # the process goes on, and other processes need the GPU's memory
         gc.collect()
         torch.cuda.empty_cache()
     return ""

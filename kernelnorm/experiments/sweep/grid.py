@@ -1,4 +1,4 @@
-"""A grid of choices to the configurations of its runs."""
+"""Makes the configurations of the runs of a grid."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def make_grid(
     Args:
         recipe: from :func:`kernelnorm.experiments.recipes.recipe_for`.
         norms: some of :data:`kernelnorm.norms.NORMS`.
-        batch_sizes: images a step.
+        batch_sizes: images per step.
         lrs: the learning rates; ``"auto"`` is the paper's for each norm and batch size.
         seeds: of initial weights, order, augmentation and dropout.
-        rules: variants of the kernel networks, each of them what differs from the paper's rules;
-            they mean nothing to other norms, which are in the grid without.
-        choices: what all runs have in place of the recipe's, as :func:`configure` takes them.
+        rules: variants of the kernel networks, each with the rules that differ from the paper's.
+            Other norms have no rules, and are in the grid once.
+        choices: values that replace the recipe's in all runs, as in :func:`configure`.
 
     Raises:
         RunError: a value is out of its range, a network cannot be made, or there are no runs.
@@ -68,14 +68,14 @@ def make_grid(
     if not runs:
         raise RunError("the sweep has no runs: give each of its lists a value")
     for run in {(run.norm, str(run.model_options)): run for run in runs}.values():
-        with torch.device("meta"):  # no run should have to fail to tell that
+        with torch.device("meta"):  # finds wrong options before a run starts
             build_network(run, num_classes=10, in_channels=3)
     return list({run.name: run for run in runs}.values())
 
 
 def _with_rules(options: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a network with a variant's rules beside their own."""
+    """Return the model options with a variant's rules added; these take precedence."""
     own = options.get("rules") or {}
-    if not variant or not isinstance(own, Mapping):  # which is told where the network is built
+    if not variant or not isinstance(own, Mapping):  # build_network reports wrong rules
         return {**options}
     return {**options, "rules": {**own, **variant}}

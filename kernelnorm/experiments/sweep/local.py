@@ -1,4 +1,4 @@
-"""Trains several runs at a time on this machine, in processes that are used again."""
+"""Trains several runs in parallel on this machine, in processes that train run after run."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def cores() -> int:
 
 
 def default_jobs(accelerator: str) -> int:
-    """Return how many runs to have at a time: on CPUs one for each core; on CUDA one for each 8 GiB
-    of the memory that is free, but no more than cores; elsewhere one.
+    """Return how many runs to execute in parallel: on CPUs one for each core; on CUDA one for each
+    8 GiB of free GPU memory, at least one and at most one for each core; elsewhere one.
     """
     device = make_fabric(accelerator).device
     if device.type == "cpu":
@@ -47,14 +47,14 @@ def default_jobs(accelerator: str) -> int:
 
 
 class LocalPool:
-    """Processes that train, each one run after the other.
+    """Worker processes, each of which trains one run after another.
 
-    Each is a pool of its own: if one dies, its run alone is lost, and the next run gets a new one.
-    They end when this process ends, in whichever way.
+    If a worker dies, only its run is lost, and the next run gets a new worker. The workers end when
+    this process ends, even if it is killed.
 
     Args:
         launch: how runs are executed; its ``out`` is replaced.
-        jobs: how many processes; each has as many threads as there are cores for it.
+        jobs: the number of workers; each has ``cores() // jobs`` threads, at least one.
     """
 
     def __init__(self, launch: Launch, jobs: int) -> None:
@@ -62,14 +62,14 @@ class LocalPool:
         self._workers: list[_Worker] = []
 
     def submit(self, config: RunConfig, out: Path) -> Future[str]:
-        """Begin a run in a process that has none; there must be one.
+        """Start a run in an idle worker, or in a new one; the caller limits the number of runs.
 
         Args:
-            config: the run.
-            out: its folder.
+            config: the run's configuration.
+            out: the run's folder.
 
         Returns:
-            what :func:`execute` returns.
+            a future of the result of :func:`execute`.
         """
         worker = next((worker for worker in self._workers if not worker.is_busy), None)
         if worker is None:
@@ -77,20 +77,20 @@ class LocalPool:
             self._workers.append(worker)
         try:
             return worker.submit(config, self.launch, out)
-        except BrokenExecutor:  # it has died
+        except BrokenExecutor:  # the worker has died
             worker.close()
             self._workers.remove(worker)
             return self.submit(config, out)
 
     def close(self) -> None:
-        """End the processes; those that train are not waited for."""
+        """End the workers, without waiting for their runs."""
         for worker in self._workers:
             worker.close()
         self._workers = []
 
 
 class _Worker:
-    """A process, and the pipe that it hangs on: where that is closed, the process ends at once."""
+    """A worker process. It ends at once when this process closes the pipe ``_leash``, or dies."""
 
     def __init__(self, threads: int) -> None:
         context = get_context("spawn")
@@ -106,7 +106,7 @@ class _Worker:
         return self._future is not None and not self._future.done()
 
     def submit(self, config: RunConfig, launch: Launch, out: Path) -> Future[str]:
-        # The first time, it starts the process, which inherits both.
+        # The first call starts the process, which inherits both settings.
         with _no_interrupts(), _compile_threads(self._threads):
             self._future = self._pool.submit(_run, config, launch, out)
         return self._future
@@ -120,7 +120,7 @@ class _Worker:
 
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C: it is for the first process to decide what it means."""
+    """Ignore Ctrl-C; a worker that starts here inherits that, so only this process handles it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -133,7 +133,7 @@ def _no_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _compile_threads(threads: int) -> Iterator[None]:
-    """Let a process that starts here compile with so many processes of its own.
+    """Let a process that starts here compile with ``threads`` processes of its own.
 
     By default it starts one per core, and each takes half a gigabyte: too much for many runs.
     """
@@ -149,7 +149,7 @@ def _compile_threads(threads: int) -> Iterator[None]:
 
 
 def _begin(leash: Connection, threads: int) -> None:
-    """Prepare a process, when it is started."""
+    """Prepare a new worker: end it with the pipe, and limit its threads."""
 
     def watch() -> None:
         with suppress(EOFError, OSError):
@@ -157,14 +157,14 @@ def _begin(leash: Connection, threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
+    tqdm.set_lock(threading.RLock())  # tqdm's own outlives a process that is killed
     torch.set_num_threads(threads)
 
 
 def _run(config: RunConfig, launch: Launch, out: Path) -> str:
     """Execute a run; what the process prints goes to ``output.txt`` in the run's folder."""
     file = out / "output.txt"
-    with suppress(OSError):  # the run itself will say it better
+    with suppress(OSError):  # the run itself reports it better
         out.mkdir(parents=True, exist_ok=True)
         with file.open("w") as stream:
             os.dup2(stream.fileno(), sys.stdout.fileno())

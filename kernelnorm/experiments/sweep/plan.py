@@ -1,4 +1,4 @@
-"""What a sweep wants to be run, given the results that are there."""
+"""Plans of sweeps: the runs that are wanted, given the results so far."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kernelnorm.experiments.tuning import best_rate, rates_to_try
 __all__ = ["Grid", "Plan", "Result", "Tuned"]
 
 Result = Callable[[RunConfig], float | None]
-"""A run's final accuracy, minus infinity if it has diverged, ``None`` where it has not ended."""
+"""A run's final accuracy; minus infinity if it has diverged, ``None`` if it has not ended."""
 
 
 class Plan(Protocol):
-    """What a sweep wants. It keeps nothing: stopped and begun again, it wants the same."""
+    """The runs that a sweep wants. A plan has no state: the runs depend on the results alone."""
 
     @property
     def note(self) -> str:
-        """What has to be said wherever a table of these runs is shown."""
+        """The note above each table of these runs; may be empty."""
 
     def runs(self, result: Result) -> list[RunConfig]:
-        """Return all runs that are wanted so far, those that have ended among them."""
+        """Return all runs that are wanted so far, including those that have ended."""
 
     def extent(self, result: Result) -> tuple[int, int]:
         """Return the fewest and the most runs that there will be in the end."""
@@ -31,17 +31,17 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs at once."""
+    """A plan that wants all its runs from the start."""
 
     configs: Sequence[RunConfig]
     note: str = ""
 
     def runs(self, result: Result) -> list[RunConfig]:
-        """Return the runs, whatever there is."""
+        """Return the runs, whatever the results."""
         return [*self.configs]
 
     def extent(self, result: Result) -> tuple[int, int]:
-        """Return their number, twice."""
+        """Return the number of runs, twice."""
         return len(self.configs), len(self.configs)
 
 
@@ -53,8 +53,8 @@ class Tuned:
         cells: a run for each norm and batch size, at the learning rate where the search begins.
         rates: the learning rates of the case.
         seeds: of the repetitions.
-        every: try all rates, also those that two worse neighbours rule out.
-        note: what has to be said wherever a table of these runs is shown.
+        every: try all rates, instead of the search of :func:`.tuning.rates_to_try`.
+        note: the note above each table of these runs.
     """
 
     cells: Sequence[RunConfig]
@@ -64,7 +64,7 @@ class Tuned:
     note: str = ""
 
     def runs(self, result: Result) -> list[RunConfig]:
-        """Return what has been tried, what is to be tried next, and the repetitions."""
+        """Return the runs that have been tried, those to try next, and the repetitions."""
         runs = []
         for cell in self.cells:
             results, untried = self._search(cell, result)
@@ -74,7 +74,7 @@ class Tuned:
         return runs
 
     def extent(self, result: Result) -> tuple[int, int]:
-        """Return the fewest runs, where the search ends soon, and the most, where it does not."""
+        """Return the number of runs if the search ends soon, and if it tries all rates."""
         fewest = most = 0
         for cell in self.cells:
             results, untried = self._search(cell, result)

@@ -1,4 +1,4 @@
-"""The paper's protocol for one of its cases, at its own scale or at one for a CPU."""
+"""The paper's protocol for one of its cases, at the paper's scale or at a small one for a CPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PAPER_NORMS = ("batch", "group", "layer", "kernel")
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a reproduction is.
+    """The size of a reproduction.
 
     Args:
-        batch_sizes: those that are trained.
-        choices: what the runs have in place of the recipe's.
+        batch_sizes: the batch sizes that are trained.
+        choices: values that replace the recipe's.
     """
 
     batch_sizes: tuple[int, ...]
@@ -48,10 +48,10 @@ def scale_of(case: str, scale: Literal["small", "paper"]) -> Scale:
 
     Args:
         case: the case study.
-        scale: ``"paper"`` is that of its tables; ``"small"`` is sized for a CPU.
+        scale: ``"paper"``: the batch sizes of the paper's Table 1; ``"small"``: sized for a CPU.
 
     Raises:
-        RunError: the case is unknown, or not of the paper.
+        RunError: the case is unknown, or has no scale ``"paper"``.
     """
     if case not in RECIPES:
         raise RunError(f"unknown case {case!r}: choose from {', '.join(RECIPES)}")
@@ -77,7 +77,7 @@ def reproduction(
         case: the case study.
         scale: see :func:`scale_of`.
         norms: the normalisations.
-        batch_sizes: without them the scale's.
+        batch_sizes: the batch sizes; default: those of the scale.
         seeds: of the repetitions.
         every_rate: try all learning rates of the paper's list.
 
@@ -87,7 +87,9 @@ def reproduction(
     size = scale_of(case, scale)
     recipe = RECIPES[case]
     if TUNING_SEED in seeds:
-        raise RunError(f"seed {TUNING_SEED} is that of the tuning: give others to the repetitions")
+        raise RunError(
+            f"seed {TUNING_SEED} is the seed of the tuning: give the repetitions other seeds"
+        )
     cells = make_grid(
         recipe,
         norms=norms,

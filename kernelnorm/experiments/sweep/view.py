@@ -1,4 +1,4 @@
-"""What a sweep shows: while it runs, before it and after it."""
+"""What a sweep prints: before, during and after its runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _row(status: Status) -> tuple[str, ...]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, such as ``"3 min"``."""
+    """Return a time as text, such as ``"3 min"``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def forecast(statuses: Sequence[Status], of: Sequence[Status], jobs: float) -> str:
-    """Return in words how long some runs will take, as far as times are known."""
+    """Return as text how long the runs ``of`` will take, estimated from those of ``statuses``."""
     seconds, unknown = seconds_left(statuses, of)
     if unknown == sum(status.epochs_left > 0 for status in of):
         return "unknown" if unknown else "none"
@@ -57,12 +57,12 @@ def forecast(statuses: Sequence[Status], of: Sequence[Status], jobs: float) -> s
 
 
 class View:
-    """A table of norms and batch sizes and a bar below it, or a line for each run that ends where
-    the output is no terminal.
+    """The progress of a sweep: on a terminal a table of norms and batch sizes with a bar below it,
+    elsewhere a line for each run that ends.
 
     Args:
-        note: what stands above the table.
-        jobs: how many runs there are at a time.
+        note: the text above the table.
+        jobs: how many runs are executed in parallel.
     """
 
     def __init__(self, note: str, jobs: float) -> None:
@@ -80,11 +80,11 @@ class View:
         )
 
     def show(self, statuses: Sequence[Status], ended: Sequence[Status]) -> None:
-        """Show how far the runs are.
+        """Show the progress of the runs.
 
         Args:
-            statuses: of all runs.
-            ended: those that have just ended.
+            statuses: the statuses of all runs.
+            ended: the statuses of the runs that have just ended.
         """
         if not self._live:
             for status in ended:
@@ -112,7 +112,7 @@ class View:
         )
 
     def close(self) -> None:
-        """Take away the bar; the table stays."""
+        """Remove the bar; the table stays."""
         self._bar.close()
 
 

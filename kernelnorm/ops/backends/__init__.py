@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
     Shape:
         - mu, rstd: maps; :math:`\mu` and :math:`(\text{var} + \epsilon)^{-1/2}`
         - offset, means: :math:`(N, G, *)` for ``G`` groups, or ``None`` if they were not asked for;
-          the plain mean of the group's channels of the window, and :math:`\mu` less that mean
+          :math:`\mu` minus the plain mean of the group's channels in the window, and that mean
     """
 
     mu: Tensor
@@ -34,15 +34,16 @@ class Statistics(NamedTuple):
 class Backend(Protocol):
     """The primitives of a KNConv.
 
-    A primitive that *writes into* an argument returns it if its layout allows that, else a copy.
+    A primitive that *writes into* an argument may return that tensor or a new one. Callers use the
+    returned tensor, and not the argument.
     """
 
     name: str
     centres_filters: bool
-    """True if a pass over the filters takes less time than one over the output."""
+    """True if centring the filters takes less time than subtracting a term from the output."""
 
     def supports(self, x: Tensor) -> bool:
-        """True if the primitives work for inputs like ``x``, which has elements and floats."""
+        """True if the primitives work for the device, dtype and number of elements of ``x``."""
 
     def window_statistics(
         self, x: Tensor, keys: Tensor | None, settings: Settings, with_means: bool
@@ -60,9 +61,10 @@ class Backend(Protocol):
         bias: Tensor | None,
         slope: float | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and without an activation the numerator. Writes the last into ``z``.
+        """The output, and without an activation the numerator.
 
-        There are no ``terms`` only if :attr:`centres_filters`.
+        Writes into ``z``: the numerator or, with an activation, the output. ``terms`` is empty only
+        if :attr:`centres_filters`.
         """
 
     def epilogue_backward(
@@ -75,8 +77,8 @@ class Backend(Protocol):
         slope: float | None,
         factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of the convolution, of the statistics and of the bias, and minus that of the
-        filter sums.
+        """Gradients of the convolution's result, of the statistics and of the bias, and minus the
+        gradient of the filter sums.
         """
 
     def convolution_backward(
@@ -91,13 +93,13 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the input and of the centred filters.
 
-        Private training calls it by itself, with a ``mu`` of zeros and a group for each sample.
+        Private training also calls it directly, with ``mu`` of zeros and a group for each sample.
         """
 
     def statistics_backward(
         self, grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
     ) -> Tensor:
-        """Adds the gradient through the statistics to that of the input. Writes into ``grad``."""
+        """Adds the gradient through the statistics to ``grad``. Writes into ``grad``."""
 
 
 def backend_for(x: Tensor) -> Backend:

@@ -1,7 +1,7 @@
 """The primitives in PyTorch operations: every device and dtype, and differentiable.
 
-This backend is also what exporters record, what functional transforms see, and what the tests
-compare the other backends with.
+Exporters and functional transforms use this backend, too, and the tests compare the other backends
+with it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ name = "eager"
 centres_filters = True
 
 _SAFE_VARIANCE = 1e-2
-r"""Dropout variance from which float32 is enough for the variance: :math:`|\mu| r` is below
-:math:`\kappa^{-1/2}`, so the difference :math:`\text{mean}(u^2) - \mu^2` keeps its digits."""
+r"""The smallest dropout variance :math:`\kappa` for which the variance is computed in float32:
+:math:`|\mu| \, \text{rstd}` is below :math:`\kappa^{-1/2}`, so the difference
+:math:`\text{mean}(u^2) - \mu^2` keeps its digits."""
 
 
 def supports(x: Tensor) -> bool:
@@ -33,7 +34,7 @@ def supports(x: Tensor) -> bool:
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums over windows: maps are small, and the variance is a difference."""
+    """The dtype of sums over windows: float64, which costs little for maps, except on MPS."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -48,7 +49,8 @@ def window_statistics(
 
     Args:
         keys: the drawn keys of the mask; ``None`` for no mask
-        with_means: also return the plain means and the offsets from them
+        with_means: also return the plain means of the windows, and the differences between
+            :math:`\mu` and them
     """
     geometry, dtype = settings.geometry, compute_dtype(x)
     factors = constants(settings, sizes(x)[1])
@@ -61,9 +63,9 @@ def window_statistics(
     mu = box_sum(mean, geometry, factors.mean)
     var = box_sum(square, geometry, factor, settings.eps) - mu.square()
     if factors.dropout_variance < _SAFE_VARIANCE:
-        # The gradient passes whichever way rounding left a variance of zero.
+        # Clamps the value but not the gradient: rounding can make a variance of zero negative.
         var = var + (var.clamp_min(settings.eps) - var).detach()
-    rstd = var.pow(-0.5).to(dtype)  # one node of an exported graph, where rsqrt is two
+    rstd = var.pow(-0.5).to(dtype)  # exported as one node, rsqrt as two
     if not with_means:
         return Statistics(mu.to(dtype), rstd)
     means = window_means(x, settings)
@@ -80,9 +82,9 @@ def window_means(x: Tensor, settings: Settings) -> Tensor:
 def _pixel_moments(x: Tensor, keys: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     r"""Mean and mean square over the channels of each pixel, after the mask of zeros and ones.
 
-    Sums the differences to the pixel's first channel and adds that afterwards in
-    :func:`accumulate_dtype`: nothing is lost where the mean is large beside the deviation. A first
-    channel that the mask drops counts as zero: it may be far from those that are left.
+    Sums the differences to the pixel's first channel, and adds this channel afterwards in
+    :func:`accumulate_dtype`: no digits are lost where the mean is large beside the deviation. A
+    first channel that the mask drops counts as zero: it may be far from the channels that are kept.
     """
     x = x.to(compute_dtype(x))
     mask = None if keys is None else keep(expand_keys(keys, x.shape, p), x.dtype)
@@ -153,9 +155,9 @@ def epilogue_backward(
         \text{grad\_mu} = -\text{rstd} \sum_k g_k S_k - 2 \mu \, \text{grad\_var}
 
     Args:
-        kept: the numerator; with an activation the output :math:`y` instead, which tells the
-            numerator wherever :math:`g` is not zero
-        factors: of the gradients of the mean and of the variance in ``pair``
+        kept: the numerator; with an activation the output :math:`y` instead, from which the
+            numerator follows wherever :math:`g` is not zero
+        factors: the factors of ``grad_mu`` and ``grad_var`` in ``pair``
 
     Returns:
         ``grad_z``; ``pair``, ``grad_mu`` and ``grad_var`` times the factors, shape
@@ -172,13 +174,13 @@ def epilogue_backward(
         kept = torch.where(kept < 0, kept / slope, kept)
     if slope is not None and bias is not None:
         kept = kept - _as_channels(bias, kept).to(rstd.dtype)
-    product = (scaled * kept).sum(1, keepdim=True)  # of y, which is numerator times rstd
+    product = (scaled * kept).sum(1, keepdim=True)  # y without bias is numerator times rstd
     grad_var = -0.5 * rstd * (product * rstd if slope is None else product)
     grad_mu = -(scaled * _as_channels(filter_sums, kept)).sum(1, keepdim=True) - 2 * mu * grad_var
     pair = torch.cat([grad_mu * factors[0], grad_var * factors[1]], 1)
     grad_z = scaled.to(grad.dtype)
     others = [0, *range(2, grad.dim())]
-    # The rounded grad_z, which the convolution's gradient of the filters sees, too.
+    # The last sum is over the rounded grad_z, as is the gradient of the filters.
     return grad_z, pair, g.sum(others), (grad_z * mu).sum(others)
 
 
@@ -218,7 +220,8 @@ def statistics_backward(
 
     .. math:: \text{grad} + m (a + b x)
 
-    with :math:`a` and :math:`b` the sums of ``pair`` over the windows that contain the pixel.
+    with :math:`a` and :math:`b` the sums of ``pair`` over the windows that contain the pixel, and
+    :math:`m` the mask of zeros and ones.
 
     Shape:
         - grad, x, Output: :math:`(N, C, *)`

@@ -42,11 +42,11 @@ _TILE = 256
 """The pixels that a loop handles at once, as in kernels.c."""
 
 _ELEMENTS_PER_THREAD = 1 << 14
-"""Fewer elements than that take less time than waking another thread."""
+"""Fewer elements take less time than waking another thread."""
 
 
 def supports(x: Tensor) -> bool:
-    """True for float32, float64 and bfloat16 tensors on a CPU for which the kernels were built."""
+    """True for non-empty float32, float64 and bfloat16 CPU tensors, if the kernels were built."""
     return x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and library() is not None
 
 
@@ -149,7 +149,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    x = x.resolve_neg()  # one element is contiguous, whatever its flag
+    x = x.resolve_neg()  # a view of one element is contiguous, even if negated
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
@@ -196,18 +196,18 @@ def _pointer(x: Tensor, dtype: torch.dtype, count: int) -> int:
 def _address(x: Tensor) -> int:
     address = x.data_ptr()
     if not address and x.numel():
-        raise RuntimeError(f"expected a tensor with memory, got zeros without: {tuple(x.shape)}")
+        raise RuntimeError(f"expected a tensor with storage, shape {tuple(x.shape)} has none")
     return address
 
 
 def _windows(x: Tensor, settings: Settings) -> Call:
-    """A call over the windows of ``x``."""
+    """The arguments of a kernel that needs the windows of ``x``."""
     template = _windows_template(x.dtype, x.shape, settings, torch.get_num_threads())
     return Call.from_buffer_copy(template)
 
 
 def _outputs(z: Tensor, slope: float | None) -> Call:
-    """A call over the outputs ``z``."""
+    """The arguments of a kernel that goes over the outputs ``z``."""
     template = _template(z.dtype, z.shape, torch.get_num_threads())
     call = Call.from_buffer_copy(template)
     call.activation = 0 if slope is None else 2 if slope else 1
@@ -233,7 +233,7 @@ def _windows_template(
 
 @functools.lru_cache(maxsize=4096)
 def _template(dtype: torch.dtype, shape: Sequence[int], threads: int) -> Call:
-    """The part of a call that depends on the shape of its tensors alone."""
+    """The arguments that depend only on the dtype and shape of a tensor and on the threads."""
     n, channels, *spatial = shape
     most = max(1, prod(shape) // _ELEMENTS_PER_THREAD)
     call = Call(_DTYPES[dtype], min(threads, most), len(spatial), n, channels)

@@ -1,14 +1,14 @@
 """Convolutions on a CPU: by oneDNN, or as a matrix product for few windows and many weights.
 
-At the end of a network, with two images a batch, there are a few dozen windows for millions of
-weights. Convolutions are not made for that, and each pass over the weights takes as long as
-anything else. Unfolded, the windows are small beside the filters, and they are centred before the
-product, so that their mean needs no pass over the gradient.
+At the end of a network, with two images per batch, there are a few dozen windows for millions of
+weights. Convolution routines are slow there, and each pass over the weights takes as long as the
+rest of the call. Unfolded, the windows are small beside the filters. They are centred before the
+product, which saves a pass over the gradient to subtract the mean.
 
 For some geometries oneDNN reads and writes outside of its memory: results are wrong, or the process
-dies. In float32 these are windows that see nothing but padding, and a slice of one channel of a
-``channels_last`` tensor whose output is one pixel wide; in bfloat16, on processors with
-instructions for it, more. Those are computed in another way.
+crashes. In float32 these are windows that see nothing but padding, and slices of one channel of a
+``channels_last`` tensor whose output is one pixel wide. In bfloat16, on processors with bfloat16
+instructions, there are more. All of them are computed in another way.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _backward(
     settings: Settings,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients by convolutions, around the errors of oneDNN."""
+    """The gradients by convolutions; avoids oneDNN for geometries that it computes wrongly."""
     rest, needs_x, needs_filters = (mu, grad_sums, settings), *needs
     x, dtype = _safe(x, filters, settings.geometry), _safe_dtype(x, filters, settings.geometry)
     if dtype != x.dtype:
@@ -70,7 +70,7 @@ def _backward(
         return None if grad_x is None else grad_x.to(x.dtype), grad_filters
     dilated = max(settings.geometry.dilation[:-1], default=1) > 1
     if needs_filters and dilated and dtype == torch.bfloat16:
-        # The gradient of the filters is wrong in channels_last.
+        # In channels_last, the gradient of the filters would be wrong.
         grad_x, _ = eager.convolution_backward(grad, x, filters, *rest, (needs_x, False))
         _, grad_filters = eager.convolution_backward(
             grad.contiguous(), x.contiguous(), filters.contiguous(), *rest, (False, True)
@@ -80,9 +80,9 @@ def _backward(
 
 
 def _safe_dtype(x: Tensor, filters: Tensor, geometry: Geometry) -> torch.dtype:
-    """The dtype of ``x``, or a wider one where its results are wrong.
+    """The dtype of ``x``, or a wider one for geometries that oneDNN computes wrongly.
 
-    In float64 PyTorch has convolutions of its own.
+    PyTorch computes float64 convolutions without oneDNN.
     """
     if has_empty_window(x.shape[2:], geometry):
         return torch.float64
@@ -94,7 +94,7 @@ def _safe_dtype(x: Tensor, filters: Tensor, geometry: Geometry) -> torch.dtype:
 
 
 def _safe(x: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
-    """``x``, or a contiguous copy where oneDNN takes the strides of one channel for others."""
+    """``x``, or a contiguous copy where oneDNN misreads the strides of a single channel."""
     return x.contiguous() if _is_narrow(x, filters, geometry) else x
 
 
@@ -105,7 +105,7 @@ def _is_narrow(x: Tensor, filters: Tensor, geometry: Geometry) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def has_empty_window(sizes: Sequence[int], geometry: Geometry) -> bool:
-    """True if all weights of a window see only padding, along some dimension."""
+    """True if there is a window of which all weights see only padding, along some dimension."""
     for i, (size, k, stride, padding, dilation) in enumerate(zip(sizes, *geometry, strict=True)):
         end = geometry.positions(i, size) * stride - padding
         beyond = max(0, (size - geometry.reach(i) + padding) // stride + 1)  # reaches into padding
@@ -128,7 +128,7 @@ def sees_only_padding(sizes: Sequence[int], geometry: Geometry) -> bool:
         if reach > size or padding >= reach or last >= size:
             return True
         for start in range(-padding, k * dilation - padding, dilation):
-            # The first pixel in the input, or after it, that this weight sees.
+            # The first pixel that this weight sees at or after the start of the input.
             pixel = start if start >= 0 else start % stride
             if pixel >= size or pixel > start + last + padding:
                 return True

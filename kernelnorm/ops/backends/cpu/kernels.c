@@ -1,8 +1,8 @@
 /* The primitives of a KNConv for CPUs, in plain C, called through ctypes on raw pointers.
  *
- * Large tensors have shape (samples, channels, pixels). The work on their pixels is shared out over
- * threads and done in tiles of at most TILE pixels; loops.h has a function for each kind of tile and
- * is compiled once per dtype. The caller has checked every shape and stride. */
+ * Large tensors have shape (samples, channels, pixels). Threads share the work on their pixels, in
+ * tiles of at most TILE pixels; loops.h has a function for each kind of tile and is compiled once
+ * per dtype. The caller has checked every shape and stride. */
 
 #include <math.h>
 #include <stdint.h>
@@ -52,7 +52,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t volume(const int64_t *sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
-/* ---- threads: those of PyTorch's OpenMP runtime, by pointer, so that the process has only one ---- */
+/* ---- threads of PyTorch's OpenMP runtime, by pointer: the process has only one runtime ---- */
 
 typedef void (*Tile)(const Call *call, int64_t sample, int64_t pixel, int64_t count,
                      int64_t thread);
@@ -121,8 +121,8 @@ INLINE int is_kept(uint32_t pixel_key, uint32_t channel_key, int32_t threshold) 
 
 /* ---- sums over windows ---- */
 
-/* The sums of a map over `count` windows from window `first` of a line on: first over the lines
- * that the windows span, into `row`, then along it. */
+/* The sums of a map over `count` windows of a line, from window `first` on. Adds up the lines that
+ * the windows span into `row`, then sums along `row`. */
 CLONES static void box_sum(const Call *call, const double *map, int64_t line, int64_t first,
                            int64_t count, double *row, double *out) {
   const int64_t *sizes = call->sizes, *dilation = call->dilation, *kernel = call->kernel;
@@ -188,20 +188,20 @@ INLINE uint16_t store_bfloat16(float x) { /* rounds to nearest, ties to even */
 #define OF_DTYPE(name) \
   (call->dtype == 0 ? name##_float32 : call->dtype == 1 ? name##_float64 : name##_bfloat16)
 
-/* mu, rstd and, if asked for, offset and means of all windows of x.
+/* Computes mu, rstd and, if asked for, offset and means of all windows of x.
  * workspace: three maps of the pixels, and `scratch` doubles per thread. */
 void kernelnorm_window_statistics(const Call *call) {
   run(call, OF_DTYPE(pixel_tile), call->sizes);
   run(call, OF_DTYPE(window_tile), call->positions);
 }
 
-/* The output from the convolution x: in place with an activation, else to out, with the numerator
- * in x. */
+/* The output from the convolution's result x. With an activation, writes the output into x; else
+ * the output into out and the numerator into x. */
 void kernelnorm_epilogue(const Call *call) {
   run(call, OF_DTYPE(epilogue_tile), call->positions);
 }
 
-/* out, pair, grad_bias and grad_sums from grad and x, the output or numerator.
+/* Computes out, pair, grad_bias and grad_sums from grad and x; x is the output or the numerator.
  * workspace: 4 * channels doubles per thread. */
 void kernelnorm_epilogue_backward(const Call *call) {
   memset(call->workspace, 0, sizeof(double) * (size_t)(call->threads * 4 * call->channels));
@@ -209,7 +209,8 @@ void kernelnorm_epilogue_backward(const Call *call) {
   OF_DTYPE(sum_threads)(call);
 }
 
-/* Adds to grad, in place. workspace: `scratch` doubles per thread. */
+/* Adds the gradient through the statistics to grad, in place.
+ * workspace: `scratch` doubles per thread. */
 void kernelnorm_statistics_backward(const Call *call) {
   run(call, OF_DTYPE(through_tile), call->sizes);
 }

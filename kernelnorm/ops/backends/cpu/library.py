@@ -90,8 +90,8 @@ def library() -> Library | None:
 def _openmp() -> list[int | None]:
     """The functions of PyTorch's OpenMP runtime that the kernels call.
 
-    A second runtime in the process would fight with it for the cores, so the kernels link none.
-    Without one they run on a single thread.
+    A second runtime in the process would compete with it for the cores, so the kernels link none.
+    If none is found, they run on a single thread.
     """
     names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
     folder = Path(torch.__file__).parent / "lib"

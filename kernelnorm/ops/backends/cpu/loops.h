@@ -1,7 +1,7 @@
 /* The tiles of kernels.c for one dtype: tensors of T, arithmetic in A.
  *
- * A tile is done along the channels of each pixel where they lie side by side (rows), and along the
- * pixels of each channel otherwise (planes), for any strides. */
+ * If the channels of a pixel are adjacent, loops run along the channels of each pixel (rows). Else
+ * they run along the pixels of each channel, for any strides (planes). */
 
 INLINE T *NAME(at)(const Tensor *x, int64_t sample, int64_t pixel) {
   return (T *)x->data + sample * x->sample + pixel * x->pixel;
@@ -21,8 +21,8 @@ INLINE void NAME(scatter)(const A *x, int64_t step, int64_t count, T *out) {
     for (int64_t j = 0; j < count; j++) out[j * step] = STORE(x[j]);
 }
 
-/* ---- statistics of pixels: sums of differences to the first channel, small if the mean is large,
- * or to zero if a mask drops that: it may be far from what is left ---- */
+/* ---- statistics of pixels: sums of differences to the first channel, small even if the mean is
+ * large. A first channel that the mask drops counts as 0: it may be far from the others ---- */
 
 INLINE void NAME(statistics_row)(const T *row, int64_t channels, const uint32_t *channel_key,
                                  uint32_t key, int32_t threshold, int masked, A *sums) {
@@ -181,7 +181,7 @@ CLONES static void NAME(epilogue_tile)(const Call *call, int64_t sample, int64_t
 
 /* ---- backward of the epilogue ---- */
 
-/* The gradient before the activation; y becomes what the activation was applied to. */
+/* The gradient before the activation; y becomes the input of the activation. */
 INLINE A NAME(before)(A grad, A *y, int activation, A slope) {
   A kept = *y;
   if (activation == LEAKY) *y = kept < 0 ? kept / slope : kept;
@@ -197,7 +197,7 @@ INLINE void NAME(backward_row)(const Call *call, const T *grad, const T *kept, T
     A y = LOAD(kept[k]), g = LOAD(grad[k]);
     g = NAME(before)(g, &y, activation, slope);
     A scaled = g * r;
-    T rounded = STORE(scaled); /* what the convolution's backward sees */
+    T rounded = STORE(scaled); /* the convolution's backward gets this */
     with_kept += scaled * (activation == NONE ? y : y - bias[k]), with_sums += scaled * sums[k];
     out[k] = rounded;
     of_bias[k] += g, of_sums[k] += LOAD(rounded) * m;
@@ -301,8 +301,9 @@ INLINE void NAME(box_sum_transpose)(const Call *call, const A *map, int64_t line
   const int64_t *positions = call->positions, *dilation = call->dilation, *kernel = call->kernel;
   const int64_t *stride = call->stride;
   int64_t step = stride[2], start = first + call->padding[2];
+  /* The windows from low to high - 1 reach the pixels. */
   int64_t low = most(0, start - dilation[2] * (kernel[2] - 1) + step - 1) / step;
-  int64_t high = least(positions[2], (start + count - 1) / step + 1); /* [low, high) reach them */
+  int64_t high = least(positions[2], (start + count - 1) / step + 1);
   int64_t d0 = line / call->sizes[1] + call->padding[0];
   int64_t h0 = line % call->sizes[1] + call->padding[1];
   memset(out, 0, sizeof(A) * (size_t)count);
@@ -316,7 +317,7 @@ INLINE void NAME(box_sum_transpose)(const Call *call, const A *map, int64_t line
     for (int64_t w = low; w < high; w++) row[w - low] += source[w];
   }
   for (int64_t k = 0; k < kernel[2]; k++) {
-    int64_t shift = k * dilation[2] - start; /* window w reaches pixel w * step + shift */
+    int64_t shift = k * dilation[2] - start; /* weight k of window w is at pixel w * step + shift */
     int64_t from = most(low, (most(0, -shift) + step - 1) / step);
     int64_t to = count <= shift ? low : least(high, (count - shift + step - 1) / step);
     if (step == 1)

@@ -3,8 +3,8 @@
 Before a kernel runs, its caller here allocates the results and chooses strides and block sizes. One
 kernel serves every memory format, since it takes the strides of samples, pixels and channels.
 
-The same inputs give the same bits each time: block sizes follow from shapes, not from timings, as
-another block size is another order of summation; and there are no atomic additions.
+The same inputs give the same bits each time: block sizes, which determine the order of summation,
+follow from shapes and not from timings; and there are no atomic additions.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TILE = 4096
 """The most elements that a program holds of each tensor: 16 for each of 256 threads."""
 
 PROGRAMS = 512
-"""Blocks of pixels are halved until there are as many: a few for each multiprocessor."""
+"""The number of programs that block sizes aim at: a few for each multiprocessor."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ convolution_backward = eager.convolution_backward
 
 
 def supports(x: Tensor) -> bool:
-    """True for floating-point tensors on a GPU for which Triton can compile."""
+    """True for non-empty floating-point tensors on a GPU for which Triton can compile."""
     return (
         device_functions.AVAILABLE
         and (x.is_cuda or INTERPRETED)
@@ -155,20 +155,20 @@ def statistics_backward(
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Compiles a kernel once: Triton needs a recent GPU and a C compiler."""
+    """Compiles and runs a kernel once: Triton needs a recent GPU and a C compiler."""
     pair = torch.zeros(1, 2, 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
     window = Settings(Geometry((1,), (1,), (0,), (1,)), 1, 0.0, False, 1.0, None)
     x = torch.ones(1, 1, 1, device=device, dtype=dtype)
     try:
         statistics_backward(x.clone(), x, pair, None, window)
-    except Exception as error:  # whatever the cause, PyTorch operations do the same
+    except Exception as error:  # whatever the cause, the eager backend works
         _log.warning("Triton failed, so KNConvs are slower on this GPU: %s", error)
         return False
     return True
 
 
 def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **options: Any) -> None:
-    """Runs a kernel over tensors of one shape, and over its other arguments."""
+    """Runs a kernel on large tensors of one shape, and on its other arguments."""
     programs, strides, sizes = _tiles(large[0].shape, *(x.stride() for x in large))
     layout = [item for x, of_x in zip(large, strides, strict=True) for item in (x, *of_x)]
     with torch.cuda.device_of(large[0]):  # Triton launches on the current device
@@ -183,7 +183,8 @@ def _tiles(
 
     Returns:
         the number of programs; each tensor's strides of samples, pixels and channels; the numbers
-        of all pixels, of pixels in a sample and of channels, and the block sizes
+        of all pixels, of pixels in a sample and of channels, the block sizes and the number of
+        warps
     """
     n, channels, *spatial = shape
     # Where one stride leads through the pixels of all samples, these are one long sample.
@@ -200,7 +201,7 @@ def _tiles(
     size = n * prod(spatial)
     pixels = size if merged else prod(spatial)
 
-    # A cache line of 128 bytes along whatever lies side by side, and enough programs.
+    # At least a cache line of 128 bytes along the contiguous dimension, and enough programs.
     planes = steps[0][1] == 1
     widest = TILE // min(_power(channels), 32 if planes else 64)
     block_p = min(max(_power(size // PROGRAMS), 32 if planes else 1), widest, _power(pixels))
@@ -227,11 +228,11 @@ def _three(spatial: Sequence[int], geometry: Geometry) -> list[tuple[int, ...]]:
 
 
 def _power(x: int) -> int:
-    """The smallest power of two that is not smaller."""
+    """The smallest power of two that is at least ``x``."""
     return 1 << max(x - 1, 0).bit_length()
 
 
 def _bits(x: float) -> int:
-    """A double's bits for a kernel: of Python's floats, Triton makes single precision."""
+    """The bits of a double as an integer argument: Triton passes floats in single precision."""
     bits: int = struct.unpack("q", struct.pack("d", x))[0]
     return bits

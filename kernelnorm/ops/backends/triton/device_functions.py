@@ -69,7 +69,7 @@ def block_of_channels(start, channels, exists, BLOCK_C: tl.constexpr):
 def keys_of_pixels(
     keys, place, exists, channels, samples, size_0, size_1, size_2, DIMS: tl.constexpr
 ):
-    """See :func:`kernelnorm.ops.mask.expand_keys`. ``size_2`` is that of the last dimension."""
+    """See :func:`kernelnorm.ops.mask.expand_keys`. ``size_2`` is the size of the last dimension."""
     volume = size_0 * size_1 * size_2
     first_size = size_2 if DIMS == 1 else (size_1 if DIMS == 2 else size_0)
     inner = volume // first_size

@@ -2,9 +2,9 @@
 
 A program takes a block of pixels and goes through their channels, a block at a time, so that sums
 over channels stay in registers and each large tensor is read once. Large tensors come as a pointer
-and three strides: samples, pixels, channels. Maps and vectors are contiguous. ``pixels`` counts the
-pixels that a sample's stride leads to, and ``volume`` those of one image: the former is the number
-of all pixels where one stride leads through all samples.
+and three strides: samples, pixels, channels. Maps and vectors are contiguous. ``volume`` is the
+number of pixels of one image. ``pixels`` is the same number or, where one stride leads through the
+pixels of all samples, the number of pixels of all samples, which then count as one sample.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -31,8 +31,8 @@ def pixel_statistics(
 ):  # fmt: skip
     """Mean and mean square over the channels of each pixel: two maps.
 
-    Sums differences to the pixel's first channel, which are small, and adds that afterwards. A
-    first channel that the mask drops counts as zero.
+    Sums the differences to the pixel's first channel, which are small, and adds this channel
+    afterwards. A first channel that the mask drops counts as zero.
     """
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     rows = x + sample * x_n + pixel * x_p
@@ -110,7 +110,7 @@ def epilogue(
     size, pixels, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """Without an activation, ``SLOPE`` being ``None``, it leaves the numerator in ``z``."""
+    """Writes the output to ``y`` and, if ``SLOPE`` is ``None``, the numerator to ``z``."""
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     z += sample * z_n + pixel * z_p
     y += sample * y_n + pixel * y_p
@@ -146,7 +146,7 @@ def epilogue_backward(
     volume, size, pixels, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """Each program writes its own part of the sums over pixels."""
+    """Writes ``grad_z`` and ``pair``; each program also writes its part of the sums over pixels."""
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     kept += sample * kept_n + pixel * kept_p
     grad += sample * grad_n + pixel * grad_p
@@ -197,7 +197,7 @@ def statistics_backward(
     size, pixels, channels,
     DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums the pair over the windows that contain each pixel, and adds to ``grad`` in place."""
+    """Sums ``pair`` over the windows that contain each pixel; adds to ``grad`` in place."""
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     x += sample * x_n + pixel * x_p
     grad += sample * grad_n + pixel * grad_p
