@@ -246,7 +246,7 @@ def _plan(
     return _Plan(len(shape) == d + 2, sides, mode, settings)
 
 
-_remembered_plan = functools.lru_cache(maxsize=4096)(_plan)
+_remembered_plan = functools.lru_cache(maxsize=4096, typed=True)(_plan)
 
 
 def _hashable(key: tuple[Any, ...]) -> bool:

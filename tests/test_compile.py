@@ -138,6 +138,27 @@ MORE_OPERATORS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("padding", [0, 7])
+def test_the_operators_keep_their_promises_where_onednn_is_wrong(dtype, groups, padding):
+    """Outputs of width one, and windows of nothing but padding, are computed in another way."""
+    x = laid_out(torch.randn(2, 6, 5, 3), "channels_last").to(dtype).detach()
+    weight = torch.randn(6, 6 // groups, 3, 3).to(dtype)
+    options = [3, 3], [1, 1], [padding, 0], [1, 1], groups, 0.1, False, 1e-5, True, 0.0
+    tests = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(KNConv, (x, weight, None, None, *options), test_utils=tests)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_whose_output_is_narrow():
+    layer = kn.KNConv2d(16, 16, 3, groups=16, activation="relu").eval()
+    x = torch.randn(2, 16, 8, 3).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        compiled = torch.compile(layer)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize(
     ("layout", "dtype", "masked", "relu", "bias"),
     [*OPERATORS, *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE_OPERATORS)],

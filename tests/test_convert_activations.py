@@ -129,6 +129,23 @@ CONV = {"conv": nn.Conv2d(3, 8, 3, padding=1), "bn": nn.BatchNorm2d(8), "relu": 
 
 
 @pytest.mark.parametrize(
+    "pad",
+    [
+        lambda y: F.pad(y, (1, 2, 1, 2)),
+        lambda y: F.pad(y, (1, 2), "constant", 0.0),
+        lambda y: F.pad(y, (1, 2, 1, 2), mode="reflect"),
+    ],
+)
+def test_a_relu_moves_through_padding(pad: Callable[[Tensor], Tensor]):
+    model = Calling(lambda s, x: s.relu(pad(s.bn(s.conv(x)))), **copy.deepcopy(CONV))
+    network, report = kernelnorm.convert(model, IMAGE, rules={"head": False})
+    assert isinstance(network.relu, nn.Identity), str(report)
+    expected = copy.deepcopy(network)
+    expected.conv.activation, expected.relu = None, nn.ReLU()
+    torch.testing.assert_close(network.eval()(IMAGE), expected.eval()(IMAGE))
+
+
+@pytest.mark.parametrize(
     "uses",
     [
         lambda s, y: (s.relu(y), y),

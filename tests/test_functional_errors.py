@@ -82,3 +82,10 @@ def test_kn_conv_errors(change, error, message):
 def test_kernel_norm_errors(change, error, message):
     with pytest.raises(error, match=message):
         kernel_norm(**{"input": torch.randn(2, 3, 4, 4), "kernel_size": 2, **change})
+
+
+def test_a_number_that_equals_a_valid_one_is_checked_again() -> None:
+    x, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    kn_conv(x, weight, stride=1)
+    with pytest.raises(ValueError, match=r"stride must be .*got 1\.0"):
+        kn_conv(x, weight, stride=1.0)  # type: ignore[arg-type]

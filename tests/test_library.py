@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +109,18 @@ def test_the_threads_are_those_of_pytorchs_runtime():
     (file,) = files
     assert "omp" in file
     assert load(module.PATH)  # twice in a process is fine
+
+
+def test_the_runtime_is_also_found_where_a_process_cannot_be_searched(monkeypatch):
+    """On Windows the process itself, ``None``, is no library."""
+
+    def cdll(place: str | None) -> ctypes.CDLL:
+        if place is None:
+            raise TypeError("expected str, got NoneType")
+        return ctypes.CDLL(place)
+
+    monkeypatch.setattr(module, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": cdll}))
+    assert len(module._openmp()) == 3
 
 
 def test_without_an_openmp_runtime_there_is_one_thread(installed, monkeypatch):

@@ -147,7 +147,8 @@ def test_batches_of_parts_of_samples_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augmentations": 0}, "augmentations must be at least 1, got 0"),
+        ({"augmentations": 0}, "augmentations must be an integer of at least 1, got 0"),
+        ({"augmentations": 1.5}, "augmentations must be an integer of at least 1, got 1.5"),
         ({"augmentations": 2, "grad_sample_mode": "hooks"}, "'bookkeeping', got 'hooks'"),
     ],
 )

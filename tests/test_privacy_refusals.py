@@ -175,10 +175,24 @@ def test_frames_that_become_samples_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
-    network, optimizer, _ = private(Frames(), images(2))
-    network(x=torch.randn(2, 5, 4)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"got batches of \[2\], and its layers batches of 10"):
-        optimizer.step()
+    class Nested(Frames):
+        def forward(self, batch: dict[str, list[Tensor]]) -> Tensor:
+            return super().forward(batch["frames"][0])
+
+    class Positions(Frames):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return super().forward(x) + positions.mean()
+
+    frames = torch.randn(2, 5, 4)
+    for network, arguments, rows in (
+        (Frames(), [frames], r"\[2\]"),
+        (Nested(), [{"frames": [frames]}], r"\[2\]"),
+        (Positions(), [frames, torch.randn(10)], r"\[2, 10\]"),
+    ):
+        network, optimizer, _ = private(network, images(2))
+        network(*arguments).sum().backward()
+        with pytest.raises(RuntimeError, match=f"got batches of {rows}, and its layers batches"):
+            optimizer.step()
 
 
 @pytest.mark.parametrize(

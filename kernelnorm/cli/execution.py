@@ -36,7 +36,8 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.sweep import dry_run, sweep
 
-    if arguments.ray is None and (arguments.gpus_per_run or arguments.cpus_per_run):
+    shares = arguments.gpus_per_run, arguments.cpus_per_run
+    if arguments.ray is None and shares != (None, None):
         raise RunError("--gpus-per-run and --cpus-per-run are for a cluster: add --ray")
     if arguments.ray is not None and arguments.jobs:
         raise RunError("--jobs is for this machine: with --ray give --cpus-per-run")

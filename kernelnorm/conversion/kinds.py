@@ -102,11 +102,16 @@ def kind_of(call: Call) -> Kind:
     if name in ("clamp", "clamp_min"):
         least = call.options.get("min", call.arguments[1] if len(call.arguments) > 1 else None)
         kind = Kind.BOUNDED if isinstance(least, (int, float)) and least >= 0 else Kind.OTHER
-    if name == "pad" and (len(call.arguments) > 2 or {"mode", "value"} & {*call.options}):
+    if name == "pad" and _pads_with_a_number(*call.arguments[2:], **call.options):
         kind = Kind.OTHER
     if name == "interpolate" and call.options.get("mode") == "bicubic":
         kind = Kind.OTHER
     return kind
+
+
+def _pads_with_a_number(mode: str = "constant", value: float | None = None, **_: object) -> bool:
+    """True for the options of :func:`torch.nn.functional.pad` that add other numbers than 0."""
+    return mode == "constant" and bool(value)
 
 
 def kind_of_module(module: nn.Module) -> Kind:

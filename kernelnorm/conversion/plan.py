@@ -106,8 +106,9 @@ def _fate_of_norm(
     if neighbours and not others:
         return Fate.REMOVED, "rule II: the KNConv normalises its input"
     shapes = [call.inputs[0].shape for call in flow.calls_of[norm]]
-    if any(len(shape) in (1, 2) or len(shape) > 5 for shape in shapes):
-        return Fate.UNCONVERTED, f"no windows in an input of {len(shapes[0])} dimensions"
+    for shape in shapes:
+        if len(shape) in (1, 2) or len(shape) > 5:
+            return Fate.UNCONVERTED, f"no windows in an input of {len(shape)} dimensions"
     if not neighbours and not shapes[0] and "1d" in type(norm).__name__:  # of vectors, likely
         return Fate.UNCONVERTED, "no windows, unless its input is a sequence"
     if others:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kernelnorm.ops import observers
+from kernelnorm.ops.containers import tensors_in
 
 __all__ = ["Call", "Value", "record"]
 
@@ -164,7 +165,7 @@ class _Recorder(TorchFunctionMode):
 
     def _begin(self, call: Call, args: Any, kwargs: Mapping[str, Any]) -> None:
         call.arguments, call.options = tuple(args), kwargs
-        tensors = [*_tensors((args, kwargs))]
+        tensors = [*tensors_in((args, kwargs))]
         call.inputs = [self._value(tensor) for tensor in tensors]
         if getattr(call.module, "inplace", False) or kwargs.get("inplace"):  # perhaps in training
             call.changed.update(value.storage for value in call.inputs)
@@ -172,7 +173,7 @@ class _Recorder(TorchFunctionMode):
 
     def _end(self, result: Any) -> None:
         call, inputs, versions = self._running.pop()
-        outputs, given = [*_tensors(result)], {id(tensor) for tensor in inputs}
+        outputs, given = [*tensors_in(result)], {id(tensor) for tensor in inputs}
         for tensor, value, version in zip(inputs, call.inputs, versions, strict=True):
             if observers.version(tensor) != version:
                 call.changed.add(value.storage)
@@ -201,20 +202,6 @@ class _Recorder(TorchFunctionMode):
                 maker.outputs.append(value)
             self._values[id(tensor)] = tensor, value
         return self._values[id(tensor)][1]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors(vars(value))
 
 
 def _storage(tensor: Tensor) -> int:

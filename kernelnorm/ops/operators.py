@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelnorm.ops.backends import compute_dtype, eager
+from kernelnorm.ops.backends import backend_for, compute_dtype
 from kernelnorm.ops.observers import without_autocast
 from kernelnorm.ops.passes import backward, forward
 from kernelnorm.ops.settings import Settings
@@ -63,7 +63,7 @@ def _kn_conv(
 @_kn_conv.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any, keys: Any, *options: Any) -> tuple[Tensor, ...]:
     settings = _settings(options)
-    y = eager.convolution(x, weight.to(x.dtype), settings)
+    y = backend_for(x).convolution(x, weight.to(x.dtype), settings)  # with its strides
     numerator = torch.empty_like(y) if settings.slope is None else y.new_empty(0)
     mu = y.new_empty((y.shape[0], 1, *y.shape[2:]), dtype=compute_dtype(x))
     return y, numerator, mu, torch.empty_like(mu), mu.new_empty(weight.shape[0])

@@ -113,7 +113,7 @@ class Book:
         """Starts a forward pass.
 
         Args:
-            rows: the sizes of the first dimensions of the network's inputs
+            rows: the sizes of the first dimensions of all tensors among the network's inputs
         """
         if self._entries:
             raise RuntimeError(
@@ -163,7 +163,7 @@ class Book:
                 f"{sizes}"
             )
         (samples,) = {*sizes.values()}
-        if self._rows and samples * self.augmentations not in self._rows:
+        if self._rows != {samples * self.augmentations}:
             raise RuntimeError(
                 f"the network got batches of {sorted(self._rows)}, and its layers batches of "
                 f"{samples * self.augmentations}: their rows are not the rows of its input, so "

@@ -17,6 +17,7 @@ from opacus.optimizers import (
 )
 from torch import Tensor, nn
 
+from kernelnorm.ops.containers import tensors_in
 from kernelnorm.privacy.book import Book
 from kernelnorm.privacy.layers import close_book, keep_book
 from kernelnorm.privacy.refusals import (
@@ -75,8 +76,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         """Begins a forward pass of the network, if it computes gradients."""
         if torch.is_grad_enabled():
             check_statistics(self._norms)
-            tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()]
-            self.book.begin({len(x) for x in tensors})
+            self.book.begin({len(x) for x in tensors_in([args, options]) if x.dim()})
 
     def _refuse_other_gradients(self) -> None:
         for layer, name in self._names.items():
@@ -172,8 +172,8 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         **options: Any,
     ) -> tuple[Any, ...]:
         """See :meth:`opacus.PrivacyEngine.make_private`."""
-        if augmentations < 1:
-            raise ValueError(f"augmentations must be at least 1, got {augmentations}")
+        if not isinstance(augmentations, int) or augmentations < 1:
+            raise ValueError(f"augmentations must be an integer of at least 1, got {augmentations}")
         if augmentations > 1 and grad_sample_mode != MODE:
             raise ValueError(
                 f"augmentations={augmentations} needs grad_sample_mode={MODE!r}, got "

@@ -62,3 +62,15 @@ def test_a_supernode_of_another_number_of_supernodes_is_left_out(
     nodes.wait()
     assert nodes.holders(4) == {0: 2, 1: 1, 2: 2, 3: 1}
     assert "SuperNode 3 is left out: its num-partitions is 3, that of the others 2" in lines[0]
+
+
+def test_supernodes_that_have_gone_do_not_leave_others_out(run_config: dict[str, Any]) -> None:
+    grid, lines = LocalGrid(run_config, 2), list[str]()
+    grid.node_config = lambda node: dict(zip(PLACE, (node % 2, 2), strict=True))
+    nodes = Nodes(cast(Grid, grid), lines.append)
+    nodes.wait()
+    grid.get_node_ids = lambda: [3, 4, 5]  # type: ignore[method-assign]
+    grid.node_config = lambda node: dict(zip(PLACE, (node % 3, 3), strict=True))
+    nodes.wait()
+    assert nodes.holders(3) == {0: 3, 1: 4, 2: 5}
+    assert not lines

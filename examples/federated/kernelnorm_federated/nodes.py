@@ -39,7 +39,8 @@ class Nodes:
 
     def find(self, timeout: float = QUERY_SECONDS) -> None:
         """Ask new SuperNodes for their place, and wait at most ``timeout`` seconds."""
-        new = {*self.grid.get_node_ids()} - {*self.place}
+        present = {*self.grid.get_node_ids()}
+        new = present - {*self.place}
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in sorted(new)]
         if not questions:
             return
@@ -49,7 +50,8 @@ class Nodes:
                 self._tell(f"SuperNode {node} failed: {reply.error.reason}")
                 continue
             number, count = (reply.content["config"][key] for key in PLACE)
-            others = next((n for _, n in self.place.values()), count)
+            counts = (n for other, (_, n) in self.place.items() if other in present)
+            others = next(counts, count)
             if count != others:
                 self._tell(
                     f"SuperNode {node} is left out: its num-partitions is {count}, that of the "

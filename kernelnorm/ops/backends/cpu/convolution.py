@@ -82,8 +82,11 @@ def _backward(
 def _safe_dtype(x: Tensor, filters: Tensor, geometry: Geometry) -> torch.dtype:
     """The dtype of ``x``, or a wider one for geometries that oneDNN computes wrongly.
 
-    PyTorch computes float64 convolutions without oneDNN.
+    PyTorch computes float64 convolutions without oneDNN. For the symbolic sizes of a compiler it is
+    the dtype of ``x``; the call itself has numbers.
     """
+    if not all(isinstance(size, int) for size in x.shape[2:]):
+        return x.dtype
     if has_empty_window(x.shape[2:], geometry):
         return torch.float64
     if x.dtype == torch.bfloat16 and (

@@ -96,7 +96,7 @@ def _openmp() -> list[int | None]:
     names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
     folder = Path(torch.__file__).parent / "lib"
     for place in (None, *map(str, sorted(folder.glob("lib*omp*")))):
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # TypeError: None on Windows
             runtime = ctypes.CDLL(place)
             return [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in names]
     return [None] * 3
