@@ -171,11 +171,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
 
 def test_a_run_on_two_supernodes_finishes_after_one_is_killed(settings: Make, home: Path) -> None:
     """The commands are those of the page, with other ports and a small network."""
-    link, *nodes, start = commands("On several machines")
+    variables, link, *nodes, start = commands("On several machines")
     choice = settings(norm="batch", clients=2, num_server_rounds=3, timeout=200.0)
     env, log = launcher.environment(home), home / "run.log"
     with ExitStack() as stack:
         assert link == "flower-superlink --insecure --port 8000"
+        assert {*shlex.split(variables, comments=True)[1:]} <= {f"{k}={v}" for k, v in env.items()}
         port = str(stack.enter_context(launcher.superlink(env)))
         toml = "\n".join(commands("On several machines", "toml"))
         (home / "config.toml").write_text(toml.replace("8000", port))
