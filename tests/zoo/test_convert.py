@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernelnorm import convert
 from kernelnorm.conversion import kinds
+from kernelnorm.ops.containers import tensors_in
 from tests.zoo.networks import EXAMPLES, Example, arguments, training_arguments
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -20,15 +21,7 @@ NOTHING_TO_CONVERT = ("alexnet", "squeezenet", "convnext")
 
 def tensors(output: Any) -> Iterator[Tensor]:
     """The floating-point tensors of an output."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from tensors(value)
+    return (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:

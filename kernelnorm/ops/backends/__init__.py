@@ -34,8 +34,8 @@ class Statistics(NamedTuple):
 class Backend(Protocol):
     """The primitives of a KNConv.
 
-    A primitive that *writes into* an argument may return that tensor or a new one. Callers use the
-    returned tensor, and not the argument.
+    A primitive that *writes into* an argument returns that tensor if its layout allows it, else a
+    new one, as ``eager`` always does. Callers use the returned tensor, and not the argument.
     """
 
     name: str
