@@ -16,7 +16,7 @@ import pytest
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.sweep.cluster import RayPool
-from kernelnorm.experiments.sweep.execute import execute
+from kernelnorm.experiments.sweep.execute import COMPILE_THREADS, execute
 from tests.processes import wait_for
 from tests.test_sweep import LAUNCH, SMALL, small, without_times
 
@@ -69,6 +69,24 @@ def test_on_machines_that_do_not_see_the_folder(cluster: Any, tmp_path: Path) ->
     assert message.startswith("vgg8 with norm instance cannot train on")
     failure = RunFolder(out.parent / fails.name).read_failure()
     assert failure == {"kind": "failed", "message": message}
+
+
+def test_a_run_compiles_with_as_many_processes_as_it_has_threads(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(*_: Any) -> tuple[str, dict[str, bytes]]:
+        import torch._inductor.config as compiler
+
+        return str(compiler.compile_threads), {}
+
+    monkeypatch.delenv(COMPILE_THREADS, raising=False)
+    monkeypatch.setattr("kernelnorm.experiments.sweep.cluster._run", report)
+    (config,) = small(norms=["batch"])
+    pool = RayPool(LAUNCH, tmp_path, cluster.address)
+    try:
+        assert pool.submit(config, tmp_path / config.name).result(timeout=60) == "1"
+    finally:
+        pool.close()
 
 
 @pytest.mark.usefixtures("one_thread")

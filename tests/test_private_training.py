@@ -107,6 +107,17 @@ def test_other_options_are_another_run(tmp_path: Path) -> None:
 
 
 @known
+def test_a_run_resumes_after_an_option_with_a_default_value_was_added(tmp_path: Path) -> None:
+    train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
+    folder = RunFolder(tmp_path)
+    content = folder.read_config()
+    del content["run"]["private"]["secure_mode"]  # as if it had been written before this option
+    folder.write_config(content)
+    train(small(), Launch(out=tmp_path, verbose=False))
+    assert len(folder.read_metrics()) == small().epochs
+
+
+@known
 def test_report_and_comparison_tell_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

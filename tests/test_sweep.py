@@ -417,6 +417,21 @@ def test_ray_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         main(["sweep", "--ray", f"--out={tmp_path}"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cpus-per-run=2"], "are for a cluster: add --ray"),
+        (["--ray=auto", "--jobs=2"], "with --ray give --cpus-per-run"),
+        (["--ray=auto", "--dry-run"], "give --jobs instead of --ray"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["sweep", *SMALL, *options, f"--out={tmp_path}"])
+
+
 def test_a_case_after_ray_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernelnorm.experiments.sweep.cluster.find_spec", lambda _: True)
     with pytest.raises(SystemExit, match="--ray digits-vgg8: an address is auto, local or HOST"):

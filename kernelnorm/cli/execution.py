@@ -41,6 +41,8 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
         raise RunError("--gpus-per-run and --cpus-per-run are for a cluster: add --ray")
     if arguments.ray is not None and arguments.jobs:
         raise RunError("--jobs is for this machine: with --ray give --cpus-per-run")
+    if arguments.ray is not None and arguments.dry_run:
+        raise RunError("--dry-run does not ask a cluster: give --jobs instead of --ray")
     if arguments.dry_run:
         dry_run(plan, out, _jobs(arguments))
         return

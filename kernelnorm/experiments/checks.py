@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.files import is_part
+from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.runs import RunFolder
 
 __all__ = ["check_config", "check_data"]
@@ -119,6 +121,8 @@ def _check_is_free(path: Path) -> None:
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields; ``private`` is a bool, and its options are fields ``"private NAME"``."""
     private = record.get("private")
-    options = private.items() if isinstance(private, dict) else ()
+    options: dict[str, Any] = {}
+    if isinstance(private, dict):
+        options = {**asdict(Privacy()), **private}  # old runs lack new options
     whether = {"private": private is not None}
-    return {**record, **whether, **{f"private {name}": value for name, value in options}}
+    return {**record, **whether, **{f"private {name}": options[name] for name in options}}

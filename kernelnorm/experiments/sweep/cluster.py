@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from kernelnorm.experiments.errors import RunError, to_install
 from kernelnorm.experiments.files import write_atomically
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.runs import RunFolder
-from kernelnorm.experiments.sweep.execute import execute
+from kernelnorm.experiments.sweep.execute import COMPILE_THREADS, execute
 
 __all__ = ["RayPool"]
 
@@ -84,7 +85,12 @@ class RayPool:
                 "--cpus-per-run or --gpus-per-run"
             )
         self._launch = replace(launch, data_dir=launch.data_dir.resolve())
-        self._task = ray.remote(_run).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
+        self._task = ray.remote(_run).options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_retries=_RETRIES,
+            runtime_env={"env_vars": {COMPILE_THREADS: os.environ.get(COMPILE_THREADS, str(cpus))}},
+        )
         # Machines on which this file exists see the sweep's folder.
         self._mark = root.resolve() / f".sweep-{secrets.token_hex(8)}"
         write_atomically(self._mark, b"")

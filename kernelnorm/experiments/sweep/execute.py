@@ -15,7 +15,12 @@ from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.trainer import train
 
-__all__ = ["execute"]
+__all__ = ["COMPILE_THREADS", "execute"]
+
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+"""The variable with the number of processes that ``torch.compile`` starts, which PyTorch reads as
+the process begins. By default it is one per core, and each takes half a gigabyte: too much for many
+runs at a time."""
 
 
 def execute(config: RunConfig, launch: Launch, out: Path) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.launch import Launch, make_fabric
-from kernelnorm.experiments.sweep.execute import execute
+from kernelnorm.experiments.sweep.execute import COMPILE_THREADS, execute
 
 __all__ = ["LocalPool", "cores", "default_jobs"]
 
@@ -133,19 +133,15 @@ def _no_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _compile_threads(threads: int) -> Iterator[None]:
-    """Let a process that starts here compile with ``threads`` processes of its own.
-
-    By default it starts one per core, and each takes half a gigabyte: too much for many runs.
-    """
-    name = "TORCHINDUCTOR_COMPILE_THREADS"
-    if name in os.environ:
+    """Let a process that starts here compile with ``threads`` processes of its own."""
+    if COMPILE_THREADS in os.environ:
         yield
         return
-    os.environ[name] = str(threads)
+    os.environ[COMPILE_THREADS] = str(threads)
     try:
         yield
     finally:
-        del os.environ[name]
+        del os.environ[COMPILE_THREADS]
 
 
 def _begin(leash: Connection, threads: int) -> None:
