@@ -54,6 +54,8 @@ FIRST_RATE = {8: 0.01, 32: 0.03}
 """Where the search begins, by batch size."""
 SEEDS = (1, 2, 3)
 """Seeds of the repetitions; the other partitions have runs of the first seed only."""
+MORE_SEEDS = dict.fromkeys(("kernel", "batch", "fixbn"), (4, 5, 6))
+"""Further seeds of the norms that three seeds do not tell apart."""
 TEST_IMAGES = 2000
 """Images on which the server tests after each round."""
 LAST_ROUNDS = 3
@@ -157,6 +159,8 @@ def planned(
     for partition in PARTITIONS:
         for seed in SEEDS if partition == TUNED else SEEDS[:1]:
             yield from (replace(run, partition=partition, seed=seed) for run in tuned)
+    for run in tuned:
+        yield from (replace(run, seed=seed) for seed in MORE_SEEDS.get(run.norm, ()))
 
 
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def print_tables(scored: Scored) -> None:
         if paired is not None:
             interval = "one pair"
             if paired.interval is not None:
-                interval = "{:+.1f} to {:+.1f}".format(*paired.interval)
+                low, high = paired.interval
+                interval = f"{low:+.1f} to {high:+.1f}, {paired.pairs} pairs"
             print(f"- batch size {batch_size}, {norm}: {paired.mean:+.1f} ({interval})")
 
 

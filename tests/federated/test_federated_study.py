@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import study
 from PIL import Image
-from study import NORMS, PARTITIONS, SEEDS, TUNED, Run, planned, score
+from study import MORE_SEEDS, NORMS, PARTITIONS, SEEDS, TUNED, Run, planned, score
 
 from kernelnorm.experiments.tuning import TUNING_SEED
 
@@ -43,7 +43,8 @@ def test_a_seed_of_its_own_chooses_the_rates_of_all_partitions() -> None:
     assert {run.partition for run in tuning} == {TUNED}
     assert {run.rate for run in tuning if run.norm == "kernel"} == {0.003, 0.01, 0.03, 0.1, 0.3}
     repeated = [run for run in plan if run.seed != TUNING_SEED]
-    assert len(repeated) == 2 * len(NORMS) * (len(SEEDS) + len(PARTITIONS) - 1)
+    of_a_norm = len(SEEDS) + len(PARTITIONS) - 1
+    assert len(repeated) == 2 * (len(NORMS) * of_a_norm + sum(map(len, MORE_SEEDS.values())))
     rates = {"kernel": 0.1, "none": 0.003}
     assert all(run.rate == rates.get(run.norm, 0.01) for run in repeated)
 
@@ -74,6 +75,7 @@ def test_runs_are_trained_recorded_shown_and_not_repeated(
     monkeypatch.setattr(study, "RATES", (0.01, 1e20))
     monkeypatch.setattr(study, "FIRST_RATE", {32: 0.01})
     monkeypatch.setattr(study, "SEEDS", (1,))
+    monkeypatch.setattr(study, "MORE_SEEDS", {})
     common = ["--out", str(tmp_path / "out"), "--rounds", "2", "--images", "100"]
     study.main(["run", "--data-dir", str(data), "--limit", "1", *common])
     study.main(["run", "--data-dir", str(data), *common])
