@@ -7,16 +7,18 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import run as launcher
+import tomllib
 import torch
 from conftest import APP, ROOT
 from flwr.app import Error, Message
@@ -134,8 +136,8 @@ def test_a_wrong_configuration_is_refused_before_flower_starts(
 
 
 def commands(section: str, language: str = "sh") -> list[str]:
-    """The lines of the blocks in a section of the page."""
-    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    """The lines of the blocks in a section of the page, up to the next heading."""
+    text = PAGE.split(f"# {section}\n")[1].split("\n#")[0]
     blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
@@ -169,33 +171,69 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
         time.sleep(0.1)
 
 
+def listens(port: str) -> bool:
+    """Whether a process accepts connections on a port."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), timeout=1):
+        return True
+    return False
+
+
+def options(line: str) -> list[str]:
+    """The words of a command, without those that choose the encryption and the addresses."""
+    about = r" --(insecure|host|ssl-\S+|root-certificates|superlink|port)( [^-\s]\S*)?"
+    return shlex.split(re.sub(about, "", line), comments=True)
+
+
+def test_the_trial_on_one_machine_differs_from_several_in_the_encryption_only() -> None:
+    trial = [options(line) for line in commands("A trial on one machine")]
+    assert trial == [options(line) for line in commands("Between machines")[2:]]
+    one, several = (
+        tomllib.loads("\n".join(commands(section, "toml")))["superlink"]["ours"]
+        for section in ("A trial on one machine", "Between machines")
+    )
+    assert one == {"address": "127.0.0.1:8000", "insecure": True}
+    assert several == {
+        "address": "server.example.org:8000",
+        "root-certificates": "/federation/ca.crt",
+    }
+
+
 def test_a_run_on_two_supernodes_finishes_after_one_is_killed(settings: Make, home: Path) -> None:
-    """The commands are those of the page, with other ports and a small network."""
-    variables, link, *nodes, start = commands("On several machines")
+    """The commands are those of the page, with other addresses and a small network."""
     choice = settings(norm="batch", clients=2, num_server_rounds=3, timeout=200.0)
-    env, log = launcher.environment(home), home / "run.log"
+    env, log, port = launcher.environment(home), home / "run.log", str(launcher.free_port())
+
+    def here(line: str) -> list[str]:
+        line = line.replace("server.example.org", "localhost").replace("8000", port)
+        line = re.sub(r"\b(ca|server)\.(crt|key|pem)\b", rf"{home}/\g<0>", line)
+        return shlex.split(line.replace("0.0.0.0", "127.0.0.1"), comments=True)
+
+    (variables,) = commands("On several machines")
+    assert {*shlex.split(variables, comments=True)[1:]} <= {f"{k}={v}" for k, v in env.items()}
+    authority, certificate, link, *nodes, start = map(here, commands("Between machines"))
+    toml = "\n".join(commands("Between machines", "toml"))
+    toml = toml.replace("server.example.org:8000", f"localhost:{port}")
+    (home / "config.toml").write_text(toml.replace("/federation", str(home)))
+    for command in (authority, certificate):
+        subprocess.run(command, check=True, capture_output=True)
     with ExitStack() as stack:
-        assert link == "flower-superlink --insecure --port 8000"
-        assert {*shlex.split(variables, comments=True)[1:]} <= {f"{k}={v}" for k, v in env.items()}
-        port = str(stack.enter_context(launcher.superlink(env)))
-        toml = "\n".join(commands("On several machines", "toml"))
-        (home / "config.toml").write_text(toml.replace("8000", port))
+        stack.enter_context(launcher.ending(str(home)))
+        server = stack.enter_context(launcher.started(link, env, log))
+        wait_for(lambda: listens(port), server, log)
         members = []
-        for number, line in enumerate(nodes):
-            own = line.replace("8000", port).replace(f"909{4 + number}", str(launcher.free_port()))
-            assert own.count(port) == 1
-            member = launcher.started(shlex.split(own), env, home / f"node{number}.log")
+        for number, command in enumerate(nodes):
+            command += ["--port", str(launcher.free_port())]  # on one machine they need two
+            member = launcher.started(command, env, home / f"node{number}.log")
             members.append(stack.enter_context(member))
         assert len(members) == 2
-        command = [*shlex.split(start), "--run-config", run_config_option(choice)]
+        command = [*start, "--run-config", run_config_option(choice)]
         command[2] = str(ROOT / command[2])
         process = stack.enter_context(launcher.started(command, env, log))
         wait_for(lambda: {0, 1} in rounds_of(choice), process, log)
         launcher.end(members[1], signal.SIGKILL)
         wait_for(lambda: len(rounds_of(choice)) == 3, process, log)
         assert process.wait(60) == 0
-        name = command[3]
-        answer = launcher.flwr(env, "list", name, "--format", "json", stdout=subprocess.PIPE)
+        answer = launcher.flwr(env, "list", command[3], "--format", "json", stdout=subprocess.PIPE)
         assert json.loads(answer.stdout)["runs"][0]["status"] == "finished:completed"
     answered = rounds_of(choice)
     assert {0, 1} in answered

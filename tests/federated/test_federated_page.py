@@ -20,7 +20,7 @@ LINES = [
 
 def test_the_commands_are_known() -> None:
     """Those of Flower's processes are run by test_federated_flower.py."""
-    launched = ("flwr", "flower-superlink", "flower-supernode", ".")
+    launched = ("flwr", "flower-superlink", "flower-supernode", "openssl", ".")
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     for words in LINES:
         command, *arguments = [word for word in words if not word.startswith("FLWR_")]
