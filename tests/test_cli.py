@@ -123,7 +123,9 @@ def test_train_tells_the_lr_only_where_it_is_not_quite_the_papers(
 
     assert told("cifar10-vgg8") == ""
     assert told("cifar10-vgg8", "--lr=0.0025") == ""
-    assert told("digits-vgg8").startswith("--lr auto is 0.0025: Table 4(a), KernelNorm, ")
+    assert told("digits-vgg8").startswith(
+        "learning rate 0.0025 (--lr auto: Table 4(a), KernelNorm, "
+    )
 
 
 def test_train_reads_a_config_file(tmp_path: Path) -> None:

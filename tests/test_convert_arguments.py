@@ -130,5 +130,5 @@ def test_report_is_a_table():
         "1       Conv2d       Conv2d    no norm belongs to it",
         "",
         "1 KNConvs, 0 KernelNorms, nothing unconverted",
-        "Build the optimizer after converting: 1 parameters are new, 2 are gone.",
+        "Build the optimizer after converting: new parameters: 1, removed: 2.",
     ]

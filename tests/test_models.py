@@ -273,6 +273,11 @@ def test_unknown_norms_are_refused_with_the_choices(name):
         create_model(name, norm="bacth")
 
 
+def test_a_rule_among_the_options_is_refused_with_its_place():
+    with pytest.raises(TypeError, match=r"dropout_p is a rule: pass rules=\{'dropout_p': 0\}"):
+        create_model("resnet18", dropout_p=0)
+
+
 def test_images_without_a_batch_are_refused_by_stochastic_depth():
     """It would draw for each channel."""
     with pytest.raises(ValueError, match=r"expected a batch .* got an input of \(\d+, "):

@@ -194,7 +194,7 @@ def explain_lr(arguments: Namespace, configs: Sequence[RunConfig]) -> None:
     if all(lr.exact for lr in found):
         return
     if len(found) == 1:
-        echo(f"--lr auto is {found[0].lr:g}: {found[0].source}")
+        echo(f"learning rate {found[0].lr:g} (--lr auto: {found[0].source})")
     elif configs[0].optimizer == "adamw":
         echo(f"--lr auto: {found[0].source}")
     else:

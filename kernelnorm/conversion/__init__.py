@@ -91,7 +91,7 @@ def convert(
         2       ReLU         removed   rule III: moved into the KNConv before it
         <BLANKLINE>
         1 KNConvs, 0 KernelNorms, nothing unconverted
-        Build the optimizer after converting: 1 parameters are new, 2 are gone.
+        Build the optimizer after converting: new parameters: 1, removed: 2.
     """
     given = as_rules({} if rules is None else rules)
     _check(model, norms)
@@ -193,8 +193,8 @@ def _report(
                 unconverted.append(rows[-1])
     now = {*network.parameters()}
     notes = [
-        f"Build the optimizer after converting: {len(now - parameters)} parameters are new, "
-        f"{len(parameters - now)} are gone."
+        f"Build the optimizer after converting: new parameters: {len(now - parameters)}, "
+        f"removed: {len(parameters - now)}."
     ]
     if functions := [*plan.activations.functions]:
         others = f" (and {len(functions) - 1} other modules)" if functions[1:] else ""

@@ -48,7 +48,7 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
     if differing:
         raise RunError(
             f"{path} holds another run: {'; '.join(differing)}. "
-            "Give another --out, or the options of that run to go on with it"
+            "Give another --out, or the options of that run to resume it"
         )
     epochs, more = there.get("epochs"), config.epochs
     if isinstance(epochs, int) and epochs != more:

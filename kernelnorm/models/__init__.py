@@ -1,6 +1,7 @@
 """Networks with any of ``kernelnorm.norms.NORMS``, and KNResNets with the kernel norm."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -106,6 +107,7 @@ def create_model(
     Raises:
         ValueError: if there is no such network, norm or rule, the network does not exist with the
             norm, or a rule does nothing in the network.
+        TypeError: the network has no such option, or it is a rule.
 
     Example::
 
@@ -120,6 +122,9 @@ def create_model(
         return _with_config(network, name=name, norm=norm, rules=rules, options=options)
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}, choose one of: {', '.join(list_models())}")
+    if given := {*options} & {field.name for field in fields(Rules)}:
+        rule = min(given)
+        raise TypeError(f"{rule} is a rule: pass rules={{{rule!r}: {options[rule]!r}}}")
     network = _MODELS[name](norm=norm, rules=rules, **options)
     return _with_config(network, name=name, norm=norm, rules=rules, options=options)
 
