@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -139,3 +140,22 @@ def test_converted_network_can_be_copied_and_saved(tmp_path: Any):
     twin = copy.deepcopy(network)
     twin.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(twin.eval()(IMAGE), network.eval()(IMAGE))
+
+
+@dataclass(slots=True)
+class _Output:
+    scores: torch.Tensor
+
+
+def test_outputs_in_a_dataclass_with_slots():
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+
+        def forward(self, x: torch.Tensor) -> _Output:
+            return _Output(self.layers(x))
+
+    network, report = kernelnorm.convert(Network(), torch.randn(1, 3, 8, 8))
+    assert not report.unconverted
+    assert network(torch.randn(1, 3, 8, 8)).scores.shape == (1, 8, 6, 6)

@@ -9,8 +9,24 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
+
+from kernelnorm.ops.backends import triton
+
+
+@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])
+def test_a_compiler_that_asks_first_does_not_turn_the_kernels_off(tracing_mode: str):
+    if not torch.cuda.is_available() and not triton.INTERPRETED:
+        pytest.skip("nothing runs the kernels")
+    x = torch.ones(2, 3, device="cuda" if torch.cuda.is_available() else "cpu")
+    triton._works.cache_clear()
+    asked = []
+    make_fx(lambda x: asked.append(triton.supports(x)) or x + 1, tracing_mode=tracing_mode)(x)
+    assert asked == [True]
+    assert triton.supports(x)
 
 
 @pytest.mark.slow

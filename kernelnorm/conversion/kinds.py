@@ -21,7 +21,7 @@ __all__ = [
     "kind_of",
     "kind_of_module",
     "name_of_norm",
-    "obstacle",
+    "obstacle_of_convolution",
     "obstacle_of_norm",
     "pools_any_size_to_one_pixel",
     "window_size",
@@ -155,7 +155,7 @@ def is_layer(module: nn.Module) -> bool:
     return own or is_convolution(module) or name_of_norm(module) is not None
 
 
-def obstacle(convolution: nn.Module) -> str | None:
+def obstacle_of_convolution(convolution: nn.Module) -> str | None:
     """Why a convolution cannot become a KNConv, or ``None`` if it can."""
     kind = type(convolution).__name__
     if not isinstance(convolution, CONVOLUTIONS):

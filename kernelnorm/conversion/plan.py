@@ -88,7 +88,7 @@ def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
     """Rule I: the convolutions that a norm belongs to become KNConvs."""
     if not has_norm:
         return Fate.KEPT, "no norm belongs to it"
-    if (obstacle := kinds.obstacle(module)) is not None:
+    if (obstacle := kinds.obstacle_of_convolution(module)) is not None:
         transposed = isinstance(module, kinds.TRANSPOSED)
         return Fate.KEPT if transposed else Fate.UNCONVERTED, obstacle
     assert isinstance(module, kinds.CONVOLUTIONS)

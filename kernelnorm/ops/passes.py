@@ -69,9 +69,12 @@ def forward(
         means = weight.mean(elements, keepdim=True, dtype=dtype)
         sums = means.flatten() * weight[0].numel()
         filters = (weight - means).to(x.dtype)
-        terms = [] if harmless else [(statistics.mu, filters.sum(elements, dtype=dtype))]
-        if statistics.offset is not None and statistics.means is not None:
-            terms = [(statistics.offset, sums), (statistics.means, terms[0][1])]
+        terms = []
+        if not harmless:
+            left = filters.sum(elements, dtype=dtype)  # by rounding
+            terms = [(statistics.mu, left)]
+            if statistics.offset is not None and statistics.means is not None:
+                terms = [(statistics.offset, sums), (statistics.means, left)]
     else:
         sums = weight.sum(elements, dtype=dtype)
         filters, terms = weight, [(statistics.mu, sums)]

@@ -34,8 +34,9 @@ class Statistics(NamedTuple):
 class Backend(Protocol):
     """The primitives of a KNConv.
 
-    A primitive that *writes into* an argument returns that tensor if its layout allows it, else a
-    new one, as ``eager`` always does. Callers use the returned tensor, and not the argument.
+    A primitive that *writes into* an argument saves memory: it returns that tensor if its layout
+    allows it, else a new one. ``eager`` always returns a new one; the tests expect the saving of
+    all others. Callers use the returned tensor, and not the argument.
     """
 
     name: str
@@ -43,7 +44,10 @@ class Backend(Protocol):
     """True if centring the filters takes less time than subtracting a term from the output."""
 
     def supports(self, x: Tensor) -> bool:
-        """True if the primitives work for the device, dtype and number of elements of ``x``."""
+        """True if the primitives work for the device, dtype and number of elements of ``x``.
+
+        Compilers ask with tensors without memory, and then call :meth:`convolution` with them.
+        """
 
     def window_statistics(
         self, x: Tensor, keys: Tensor | None, settings: Settings, with_means: bool

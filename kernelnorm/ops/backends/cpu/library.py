@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PATH", "Call", "Library", "Tensor", "library", "load"]
+__all__ = ["PATH", "Call", "Library", "StridedTensor", "library", "load"]
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ PATH = Path(__file__).with_name("kernels.dll" if os.name == "nt" else "kernels.s
 """Where the installation builds the library."""
 
 
-class Tensor(ctypes.Structure):
+class StridedTensor(ctypes.Structure):
     """A pointer, and the strides of samples, pixels and channels in elements; as in kernels.c."""
 
     _fields_ = [
@@ -42,7 +42,7 @@ class Call(ctypes.Structure):
         ),
         *_fields(ctypes.c_int64 * 3, "sizes positions kernel stride padding dilation"),
         *_fields(ctypes.c_double, "mean square eps grad_mean grad_var slope"),
-        *_fields(Tensor, "x grad out"),
+        *_fields(StridedTensor, "x grad out"),
         *_fields(ctypes.c_void_p, "keys mu rstd offset means sums rest bias pair"),
         *_fields(ctypes.c_void_p, "grad_bias grad_sums workspace"),
     ]

@@ -58,13 +58,16 @@ convolution_backward = eager.convolution_backward
 
 
 def supports(x: Tensor) -> bool:
-    """True for non-empty floating-point tensors on a GPU for which Triton can compile."""
+    """True for non-empty floating-point tensors on a GPU for which Triton can compile.
+
+    While a compiler traces, new tensors are its own and have no memory, so nothing can be tried.
+    """
     return (
         device_functions.AVAILABLE
         and (x.is_cuda or INTERPRETED)
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and x.numel() > 0
-        and _works(x.device, x.dtype)
+        and (type(torch.empty(0)) is not Tensor or _works(x.device, x.dtype))
     )
 
 
