@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import kernelnorm as kn
+from kernelnorm.cli import main
 from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.data import load_images
 from kernelnorm.experiments.errors import DataError, RunError
@@ -20,6 +22,7 @@ from kernelnorm.experiments.networks import read_weights
 from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.trainer import train
+from tests.small_runs import command
 
 SMALL: dict[str, Any] = {
     "batch_size": 8,
@@ -254,6 +257,28 @@ class TestInitFrom:
         torch.save(weights(tmp_path / "first"), tmp_path / "weights.pt")
         with pytest.raises(RunError, match=r"more\. Give the --model, --norm and --model-options"):
             run(tmp_path / "third", init_from=tmp_path / "weights.pt")
+
+    def test_damaged_weights(self, tmp_path: Path) -> None:
+        file = run(tmp_path / "first").path / "best.ckpt"
+        with ZipFile(file) as archive:
+            largest = max(archive.infolist(), key=lambda info: info.file_size)
+        content = bytearray(file.read_bytes())
+        content[largest.header_offset + 512] ^= 1
+        file.write_bytes(content)
+        assert torch.load(file, weights_only=True)  # PyTorch alone does not see it
+        with pytest.raises(RunError, match=r"best\.ckpt holds no weights that can be read safely"):
+            read_weights(tmp_path / "first")
+
+    def test_a_run_that_has_begun_resumes_without_them(self, tmp_path: Path) -> None:
+        first, second = tmp_path / "first", tmp_path / "second"
+        run(first)
+        options = [*command(second, "kernel")[3:], f"--init-from={first}"]
+        main([*options, "--max-steps=1"])
+        (first / "best.ckpt").unlink()
+        main(options)
+        assert len(RunFolder(second).read_metrics()) == 2
+        with pytest.raises(SystemExit, match="cannot read weights from"):
+            main([*command(tmp_path / "third", "kernel")[3:], f"--init-from={first}"])
 
     def test_sparse_weights(self, tmp_path: Path) -> None:
         torch.save({"linear.weight": torch.eye(3).to_sparse()}, tmp_path / "weights.pt")

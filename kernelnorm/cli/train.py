@@ -56,14 +56,13 @@ def run(arguments: Namespace) -> None:
     """Run the command."""
     from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.launch import Launch, leave
-    from kernelnorm.experiments.networks import read_weights
     from kernelnorm.experiments.trainer import train
 
     config = configure_run(arguments, arguments.norm, arguments.batch_size)
     if arguments.agc is not None and config.agc is None:
         raise RunError(f"--agc is for the norm nf: {config.norm} does not need it")
     if arguments.init_from is not None:
-        config = replace(config, init_from=read_weights(arguments.init_from).fingerprint())
+        config = replace(config, init_from=_origin(arguments))
     explain_lr(arguments, [config])
     launch = Launch(
         out=arguments.out,
@@ -79,3 +78,21 @@ def run(arguments: Namespace) -> None:
     if config.finished(folder.read_metrics()):
         echo(f"Next: kernelnorm evaluate {shlex.quote(str(folder.path))}")
     leave()
+
+
+def _origin(arguments: Namespace) -> str:
+    """Return the fingerprint of the weights to start from.
+
+    A run that has begun no longer needs them: if they cannot be read, it is the one in its
+    ``config.yaml``.
+    """
+    from kernelnorm.experiments.errors import RunError
+    from kernelnorm.experiments.networks import read_weights
+    from kernelnorm.experiments.runs import RunFolder
+
+    try:
+        return read_weights(arguments.init_from).fingerprint()
+    except RunError:
+        if arguments.out is None or not (arguments.out / "last.ckpt").exists():
+            raise
+        return str(RunFolder(arguments.out).read_config()["run"].get("init_from", ""))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.saved import load_checked
 from kernelnorm.models import create_model
 
 __all__ = ["Weights", "build_network", "read_weights", "start_from"]
@@ -72,7 +74,9 @@ def read_weights(source: str | Path) -> Weights:
             from safetensors.torch import load_file
 
             found: Any = load_file(file)
-        else:
+        elif is_zipfile(file):
+            found = load_checked(file)
+        else:  # files of PyTorch before 1.6 have no checksums
             found = torch.load(file, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise RunError(f"to read {file}: pip install safetensors") from error
