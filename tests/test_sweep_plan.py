@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.config import RunConfig, configure
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.paper import paper
 from kernelnorm.experiments.recipes import recipe_for
@@ -324,3 +324,15 @@ def test_the_table_has_a_row_for_each_run_and_no_empty_columns() -> None:
     ]
     (variant,) = grid(norms=["kernel"], rules=[{"dropout_p": 0, "evaluation": "plain"}])
     assert "dropout_p=0, evaluation=plain" in table([Status(variant, "missing")])[1]
+
+
+def test_equal_configurations_have_one_name() -> None:
+    def name(lr: float = 1.0, **rules: Any) -> str:
+        options = {"width": 0.125, "rules": rules}
+        recipe = recipe_for("cifar10-vgg8")
+        return configure(recipe, norm="kernel", batch_size=2, lr=lr, model_options=options).name
+
+    assert name(1) == name(1.0) != name(2)
+    assert name(dropout_p=0) == name(dropout_p=0.0) != name()
+    assert name(dropout_p=0.1) == name(dropout_p=0.1, evaluation="expected") == name()
+    assert name(dropout_p=0.1, evaluation="plain") != name()

@@ -15,7 +15,7 @@ from kernelnorm.experiments.paper import auto_lr
 from kernelnorm.experiments.private_options import Privacy
 from kernelnorm.experiments.recipes import NAMED_DATASETS, Recipe, plain_dataset
 from kernelnorm.experiments.runs import Metrics
-from kernelnorm.models import list_models
+from kernelnorm.models import Rules, list_models
 from kernelnorm.norms import NORMS, describe
 
 __all__ = ["AGC", "OPTIMIZERS", "SCHEDULES", "RunConfig", "configure"]
@@ -28,6 +28,9 @@ MAX_FLOAT = 3e38
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("steps", "cosine")
+
+_PAPER = asdict(Rules())
+"""The paper's rules for kernel networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,7 @@ def configure(
         values["private"].check(
             norm=norm, precision=values.get("precision", "32-true"), augment=values["augment"]
         )
+    values["model_options"] = _model_options(values["model_options"])
     values["agc"] = _agc(norm, values.get("agc"), values.get("precision"))
     if not 0 <= values.get("seed", 0) < 1 << 63:
         raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")
@@ -224,7 +228,29 @@ def configure(
         lr = auto_lr(recipe, norm, batch_size, values["optimizer"]).lr
     if not 0 < lr <= MAX_FLOAT:
         raise RunError(f"the learning rate must be positive, at most {MAX_FLOAT:g}, got {lr}")
-    return RunConfig(**values, lr=lr)
+    numbers = {name: float(values[name]) for name in ("weight_decay", "warmup_epochs")}
+    return RunConfig(**{**values, **numbers}, lr=float(lr))
+
+
+def _model_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the one form in which equal ones give the same name of a run's folder.
+
+    Whole numbers are ints, and rules that are all the paper's are left out.
+    """
+    plain: dict[str, Any] = _whole(options)
+    rules = plain.get("rules")
+    if isinstance(rules, dict) and all(_PAPER.get(name) == value for name, value in rules.items()):
+        del plain["rules"]
+    return plain
+
+
+def _whole(value: Any) -> Any:
+    """Return a value with ints in place of whole floats, also in nested mappings and lists."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {name: _whole(item) for name, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
 
 
 def _agc(norm: str, factor: float | None, precision: str | None) -> float | None:
