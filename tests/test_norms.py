@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kernelnorm.norms import (
     LocalContextNorm2d,
     PositionalNorm2d,
     ScaledWSConv2d,
+    SlidingLocalContextNorm2d,
     describe,
     make_norm,
 )
@@ -154,14 +156,17 @@ def test_half_precision_inputs_have_float32_statistics(norm, dtype):
     assert torch.equal(norm(x), norm(x.float()).to(dtype))
 
 
-@pytest.mark.parametrize("norm", [PositionalNorm2d(4), LocalContextNorm2d(4, 2, 3)])
+@pytest.mark.parametrize(
+    "norm", [PositionalNorm2d(4), LocalContextNorm2d(4, 2, 3), SlidingLocalContextNorm2d(4, 2, 3)]
+)
 def test_constant_units_and_empty_batches(norm):
     x = torch.full((2, 4, 5, 5), 7.0, requires_grad=True)
     y = norm(x)
     y.sum().backward()
     assert torch.equal(y, torch.zeros_like(y))
     assert x.grad.isfinite().all()
-    assert norm(torch.empty(0, 4, 5, 5)).shape == (0, 4, 5, 5)
+    for shape in ((0, 4, 5, 5), (2, 4, 0, 5)):
+        assert norm(torch.empty(shape)).shape == shape
 
 
 def test_repr_shows_the_arguments():
@@ -220,3 +225,14 @@ def test_what_is_known_of_the_norms():
     assert len({describe(name).label for name in NORMS}) == len(NORMS)
     with_activation = [name for name in NORMS if describe(name).has_activation]
     assert with_activation == ["evonorm_s0", "frn", "nf"]
+
+
+def test_the_page_has_each_norm_with_what_it_needs():
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    found = {}
+    for row in rows:
+        if len(row) == 5 and row[0].startswith("`"):
+            known = (row[3] == "yes", ("agc",) if row[4] == "adaptive gradient clipping" else ())
+            found.update({name.strip("`"): known for name in row[0].split(", ")})
+    assert found == {name: (describe(name).batch_one, describe(name).needs) for name in NORMS}

@@ -53,7 +53,9 @@ class AffineNorm2d(nn.Module, ABC):
         """Returns ``x`` normalised, in its own dtype."""
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected an input (n, {self.channels}, h, w), got {tuple(x.shape)}")
-        y = self.normalise(x.to(torch.promote_types(x.dtype, torch.float32)))
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        if y.numel() > 0:
+            y = self.normalise(y)
         return (y * per_channel(self.weight) + per_channel(self.bias)).to(x.dtype)
 
     def extra_repr(self) -> str:
