@@ -98,3 +98,12 @@ def test_ctrl_c_is_an_exception_again_when_the_command_runs(
         main(["report", "runs"])
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_output_that_nobody_reads_ends_the_command_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "kernelnorm", "info"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (1, b"")

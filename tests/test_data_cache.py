@@ -136,6 +136,18 @@ def test_other_errors_of_the_disk_are_left_as_they_are(tmp_path):
         raise PermissionError
 
 
+def test_no_folder_can_be_written(tmp_path):
+    """No cache folder can be made below a file."""
+    (tmp_path / "home").write_bytes(b"")
+    target = tmp_path / "home" / "cache" / "pixels"
+    for block in (disk.locked(target), disk.space_for(1, target)):
+        with (
+            pytest.raises(DataError, match=r"cannot write to .*: Not a directory\. .*XDG_CACHE"),
+            block,
+        ):
+            pass
+
+
 def test_read_only_data_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(disk.os, "access", lambda path, _: path != folder)

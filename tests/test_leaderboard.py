@@ -164,8 +164,10 @@ def test_time_of_a_step_is_a_median(tmp_path: Path) -> None:
     assert (batch["seconds_per_step"], group["seconds_per_step"]) == (0.5, None)
     assert row_of(tmp_path, "32", "1")[9] == "500"
     assert row_of(tmp_path, "32", "2")[9] == "-"
-    write_result(tmp_path, 78.0, norm="layer", found={"environment": {"device": "cuda: H100"}})
+    elsewhere = {"later_environments": [{"device": "cuda: H100"}]}
+    write_result(tmp_path, 78.0, norm="layer", found=elsewhere)
     assert {standing["seconds_per_step"] for standing in standings_of(tmp_path)} == {None}
+    assert "; later device cuda: H100" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("norm", ["batch", "ws_group", "kernel"])

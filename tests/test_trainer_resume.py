@@ -164,6 +164,33 @@ def test_changed_data_is_an_error(
         train(small(), Launch(out=tmp_path))
 
 
+def test_images_may_change_before_anything_is_trained(tmp_path: Path) -> None:
+    train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
+    (tmp_path / "last.ckpt").unlink()
+    folder = train(small(subset=50), Launch(out=tmp_path, max_steps=1, verbose=False))
+    assert folder.read_config()["train_images"] == 50
+
+
+def test_a_run_that_resumes_elsewhere_lists_both_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launch(out=tmp_path, max_steps=1, verbose=False)
+    first = train(small(), launch).read_config()["environment"]
+    monkeypatch.setattr(trainer, "environment", lambda _: {"device": "another"})
+    for _ in range(2):
+        content = train(small(), launch).read_config()
+        assert content["environment"] == first
+        assert content["later_environments"] == [{"device": "another"}]
+
+
+def test_a_pause_tells_the_steps_that_were_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for max_steps, line in ((1, "paused after 1 step:"), (3, "3 steps:"), (2, "3 steps:")):
+        train(small(), Launch(out=tmp_path, max_steps=max_steps))
+        assert line in capsys.readouterr().out
+
+
 def test_another_process_in_the_folder_is_an_error(tmp_path: Path) -> None:
     with (
         RunFolder(tmp_path).lock(),

@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         _main(*arguments or ["--help"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the program that reads the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(_stopped(*arguments), file=sys.stderr)
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def make_parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> None:
     """Run the command."""
+    from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.sweep import reproduction
 
     case = arguments.get("case", "cifar10-vgg8")
@@ -64,6 +66,13 @@ def run(arguments: Namespace) -> None:
     out = arguments.out or Path("runs/reproduce") / f"{case}-{arguments.scale}"
     try:
         execute_plan(plan, out, arguments)
-    finally:
-        if not arguments.dry_run and any(out.glob("*/metrics.jsonl")):
-            write_report(out)
+    except BaseException:
+        with suppress(RunError):  # the first problem is the one to know
+            _report(out, arguments)
+        raise
+    _report(out, arguments)
+
+
+def _report(out: Path, arguments: Namespace) -> None:
+    if not arguments.dry_run and any(out.glob("*/metrics.jsonl")):
+        write_report(out)

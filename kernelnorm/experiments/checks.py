@@ -34,6 +34,8 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
     path = folder.path
     if not (path / "last.ckpt").exists():
         _check_is_free(path)  # nothing was trained
+        if (path / "config.yaml").exists():
+            folder.read_config()  # refuses the file of another program
         return
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} has a checkpoint but no config.yaml: give another --out")
@@ -82,7 +84,7 @@ def check_data(folder: RunFolder, found: Mapping[str, Any]) -> None:
 
     Args:
         folder: the run's folder.
-        found: what :func:`.inputs.describe` returns for the images.
+        found: what :func:`.inputs.describe_images` returns for the images.
 
     Raises:
         RunError: the images have changed since the run started.

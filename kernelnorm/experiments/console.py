@@ -85,7 +85,7 @@ def epoch_line(config: RunConfig, metrics: Metrics) -> str:
     return line.format(**metrics)
 
 
-def pause_line(max_steps: int | None, sums: Sums) -> str:
+def pause_line(steps: int, sums: Sums) -> str:
     """Return the line that is printed when a run pauses; between two epochs it has no figures."""
     figures = ""
     if sums.images:
@@ -93,4 +93,5 @@ def pause_line(max_steps: int | None, sums: Sums) -> str:
             f": train loss {sums.loss / sums.images:.4f}, accuracy "
             f"{sums.correct / sums.images:.2%}, {sums.images_per_second:,.0f} images/s"
         )
-    return f"paused after {max_steps} steps{figures}. Run it without --max-steps to resume."
+    taken = "1 step" if steps == 1 else f"{steps} steps"
+    return f"paused after {taken}{figures}. Run it without --max-steps to resume."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -18,12 +19,12 @@ from kernelnorm.arguments import Evaluation
 from kernelnorm.experiments.checks import check_data
 from kernelnorm.experiments.data import Images, Preprocess, batches
 from kernelnorm.experiments.errors import DataError, RunError
-from kernelnorm.experiments.inputs import describe, load_split
+from kernelnorm.experiments.inputs import describe_images, load_split
 from kernelnorm.experiments.launch import make_fabric, over_processes
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.trained import Checkpoint, Trained, load
 
-__all__ = ["Score", "evaluate", "measure", "predict"]
+__all__ = ["Score", "evaluate", "measure", "predict", "seeded"]
 
 EVALUATIONS: tuple[Evaluation, ...] = get_args(Evaluation)
 TEST_BATCH_SIZE = 128
@@ -114,7 +115,7 @@ def evaluate(
     except DataError as error:
         moved = dataset is None and "is not a folder" in str(error)
         raise DataError(f"{error}. If it has moved, give --dataset" if moved else error) from error
-    check_data(RunFolder(Path(run).expanduser()), describe(test=images))
+    check_data(RunFolder(Path(run).expanduser()), describe_images(test=images))
     scores = []
     if config.norm != "kernel":
         return [Score("-", *measure(network, images, trained.to_input, fabric))]
@@ -122,10 +123,18 @@ def evaluate(
         set_evaluation(network, evaluation)
         results = []
         for seed in range(passes if evaluation == "monte_carlo" else 1):
-            torch.manual_seed(seed)
-            results.append(measure(network, images, trained.to_input, fabric))
+            with seeded(seed, fabric.device):
+                results.append(measure(network, images, trained.to_input, fabric))
         scores.append(Score.over_passes(evaluation, results))
     return scores
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the random numbers of a block; they continue after it as if it had not been."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images, Preprocess, load_images
 from kernelnorm.experiments.errors import RunError
 
-__all__ = ["check_splits", "describe", "load_split", "make_preprocess"]
+__all__ = ["check_splits", "describe_images", "load_split", "make_preprocess"]
 
 
 def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str | Path) -> Images:
@@ -23,7 +23,7 @@ def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str
     )
 
 
-def describe(**splits: Images) -> dict[str, Any]:
+def describe_images(**splits: Images) -> dict[str, Any]:
     """Return what ``config.yaml`` says about the images: classes, shape, numbers, fingerprints."""
     first = next(iter(splits.values()))
     own_split = {"split": first.split} if first.split else {}

@@ -129,7 +129,7 @@ def share(fabric: Fabric, network: nn.Module, seed: int) -> nn.Module:
 
 
 def environment(fabric: Fabric) -> dict[str, Any]:
-    """Return versions and devices, for people to read."""
+    """Return versions, device, processes and threads, for people to read."""
     device = fabric.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -137,6 +137,7 @@ def environment(fabric: Fabric) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "device": f"{device.type}: {name}",
         "processes": fabric.world_size,
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
     }
 
 

@@ -17,7 +17,7 @@ from kernelnorm.experiments.data import Preprocess, read_image
 from kernelnorm.experiments.data.folder import Files, all_images
 from kernelnorm.experiments.data.images import balanced
 from kernelnorm.experiments.errors import RunError
-from kernelnorm.experiments.evaluation import EVALUATIONS, Score
+from kernelnorm.experiments.evaluation import EVALUATIONS, Score, seeded
 from kernelnorm.experiments.launch import make_fabric
 from kernelnorm.models import load_published
 from kernelnorm.models.knresnet import KNResNet
@@ -84,8 +84,8 @@ def evaluate_published(
             for name in evaluations:
                 set_evaluation(model, name)
                 for seed in seeds[name]:
-                    torch.manual_seed(number * passes + seed)
-                    scores = model(x)
+                    with seeded(number * passes + seed, fabric.device):
+                        scores = model(x)
                     loss = F.cross_entropy(scores, y, reduction="sum")
                     sums[name][seed] += torch.stack([loss, (scores.argmax(1) == y).sum()])
             bar.update(len(y))

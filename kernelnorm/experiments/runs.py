@@ -33,12 +33,39 @@ def final_accuracy(history: Sequence[Metrics]) -> float:
     return sum(metrics["test_accuracy"] for metrics in last) / len(last)
 
 
+def resumed(
+    content: Mapping[str, Any], record: Mapping[str, Any], environment: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of ``config.yaml`` for a run that resumes.
+
+    Args:
+        content: what the file holds.
+        record: the configuration, which may have more epochs and another folder of images.
+        environment: versions and device of this process.
+    """
+    before = content["run"]
+    changed: dict[str, Any] = {"run": {**record, "case": before["case"]}}
+    if before["epochs"] != record["epochs"]:
+        extension = {"after": before["epochs"], "to": record["epochs"]}
+        changed["extended"] = [*content.get("extended", []), extension]
+    if environment not in environments(content):
+        changed["later_environments"] = [*content.get("later_environments", []), environment]
+    return {**content, **changed}
+
+
+def environments(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the environments in ``config.yaml``: of the first process, and of later ones."""
+    found = [content.get("environment"), *(content.get("later_environments") or [])]
+    return [environment for environment in found if isinstance(environment, Mapping)]
+
+
 class RunFolder:
     """The folder of one run.
 
     ``config.yaml``
         the configuration under ``run``, then facts about the images and the machine: ``classes``,
-        ``image_shape``, ``standardise`` (mean and deviation, if used), ``environment``, and others.
+        ``image_shape``, ``standardise`` (mean and deviation, if used), ``environment``,
+        ``later_environments`` (if the run resumed elsewhere), and others.
     ``metrics.jsonl``
         one line per finished epoch.
     ``last.ckpt``

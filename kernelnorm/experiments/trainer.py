@@ -20,7 +20,12 @@ from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.console import Bar, epoch_line, pause_line, start_line
 from kernelnorm.experiments.errors import DivergedError, RunError, to_install
 from kernelnorm.experiments.evaluation import measure
-from kernelnorm.experiments.inputs import check_splits, describe, load_split, make_preprocess
+from kernelnorm.experiments.inputs import (
+    check_splits,
+    describe_images,
+    load_split,
+    make_preprocess,
+)
 from kernelnorm.experiments.launch import (
     Launch,
     check_shares,
@@ -30,7 +35,7 @@ from kernelnorm.experiments.launch import (
     share,
 )
 from kernelnorm.experiments.networks import build_network, read_weights, start_from
-from kernelnorm.experiments.runs import RunFolder
+from kernelnorm.experiments.runs import RunFolder, resumed
 from kernelnorm.experiments.state import Progress
 from kernelnorm.experiments.steps import Material, PlainSteps, Steps
 
@@ -45,9 +50,9 @@ def train(
 ) -> RunFolder:
     """Train a network, or resume its training, and return the run's folder.
 
-    A stopped run resumes from its last checkpoint; on one CPU it ends with the weights of an
-    uninterrupted run, bit for bit. A finished run is extended likewise if the configuration has
-    more epochs than before; otherwise it is left as it is.
+    A stopped run resumes from its last checkpoint; on one CPU, with the same number of threads, it
+    ends with the weights of an uninterrupted run, bit for bit. A finished run is extended likewise
+    if the configuration has more epochs than before; otherwise it is left as it is.
 
     Args:
         config: what to train, from :func:`kernelnorm.experiments.config.configure`.
@@ -243,7 +248,8 @@ class _Training:
     def _pause(self) -> None:
         self._save()
         if self.fabric.is_global_zero:
-            tqdm.write(pause_line(self.launch.max_steps, self.progress.sums))
+            done = len(self.progress.history) * self.steps.per_epoch + self.progress.step
+            tqdm.write(pause_line(done, self.progress.sums))
 
     def _save_if_due(self) -> None:
         due = time.perf_counter() - self.saved >= 60 * self.launch.checkpoint_minutes
@@ -257,21 +263,14 @@ class _Training:
         self.last_saved = str(self.progress)
 
     def _write_config(self) -> None:
-        """Write ``config.yaml``, or update the images' folder and the number of epochs in it."""
-        found = describe(train=self.train_images, test=self.test_images)
-        content: dict[str, Any] = {}
-        if (self.folder.path / "config.yaml").exists():
-            check_data(self.folder, found)
-            content = self.folder.read_config()
-        record = self.config.as_dict()
+        """Write ``config.yaml``, or update what may change when a run resumes."""
+        found = describe_images(train=self.train_images, test=self.test_images)
+        record, where = self.config.as_dict(), environment(self.fabric)
+        before: dict[str, Any] = {}
         if (self.folder.path / "last.ckpt").exists():
-            before = content["run"]
-            if before == record:
-                return
-            if before["epochs"] != record["epochs"]:
-                extension = {"after": before["epochs"], "to": record["epochs"]}
-                content["extended"] = [*content.get("extended", []), extension]
-            content = {**content, "run": {**record, "case": before["case"]}}
+            check_data(self.folder, found)
+            before = self.folder.read_config()
+            content = resumed(before, record, where)
         else:
             mean, std = self.preprocess.mean, self.preprocess.std
             content = {
@@ -279,9 +278,9 @@ class _Training:
                 **found,
                 "standardise": mean and std and {"mean": [*mean], "std": [*std]},
                 **self.steps.record(),
-                "environment": environment(self.fabric),
+                "environment": where,
             }
-        if self.fabric.is_global_zero:
+        if self.fabric.is_global_zero and content != before:
             self.folder.write_config(content)
 
 

@@ -13,7 +13,7 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from kernelnorm.experiments.files import Lock
+from kernelnorm.experiments.files import Lock, remove_parts
 from kernelnorm_federated import task
 from kernelnorm_federated.aggregation import (
     WEIGHT,
@@ -57,7 +57,8 @@ def serve(grid: Grid, settings: Settings, say: Say) -> RunState:
     with ExitStack() as stack:
         try:
             settings.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(Lock(settings.folder / ".lock").hold())
+            if stack.enter_context(Lock(settings.folder / ".lock").hold()):
+                remove_parts(settings.folder)  # of processes that were killed
         except BlockingIOError as error:
             raise BlockingIOError(
                 f"another process trains the run in {settings.folder}: wait for it, or give "

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -38,9 +38,13 @@ def space_for(needed: int, folder: Path) -> Iterator[None]:
     """Make ``folder`` for a block that writes ``needed`` bytes.
 
     Raises:
-        DataError: the disk has too little space, before or during the block.
+        DataError: the folder cannot be made, or the disk has too little space, before or during
+            the block.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     free = shutil.disk_usage(folder).free
     message = (
         f"no disk space in {folder}: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB were "
@@ -62,16 +66,30 @@ def locked(target: Path) -> Iterator[None]:
 
     The other processes wait, and should then check whether ``target`` exists. If the file system
     has no locks, no process waits and nothing is removed.
+
+    Raises:
+        DataError: the folder of ``target`` cannot be made or written to.
     """
 
     def say() -> None:
         tqdm.write(f"waiting for another process, which makes {target}", file=sys.stderr)
 
     lock = Lock(target.with_name(f".lock-{target.name}"))
-    with lock.hold(on_wait=say) as held:
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(lock.hold(on_wait=say))
+        except OSError as error:
+            raise _not_writable(target.parent, error) from error
         if held:
             remove_parts(target.parent, target.name)
         try:
             yield
         finally:
             lock.file.unlink(missing_ok=True)
+
+
+def _not_writable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot write to {folder}: {error.strerror}. Name a data folder that is writable, or let "
+        "XDG_CACHE_HOME name one for the cache"
+    )

@@ -183,7 +183,6 @@ def _check(config: RunConfig, found: dict[str, Any]) -> None:
             shown = str(value)[:20]
             raise RunError(f"config.yaml: {name} must be a positive number, got {shown!r}")
     try:
-        assert config.name
-        assert config.variant is not None
+        _ = config.name, config.variant
     except TypeError as error:  # YAML has dates, and keys of any type
         raise RunError(f"config.yaml: model_options cannot be read ({error})") from error

@@ -16,6 +16,7 @@ from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.networks import build_network
 from kernelnorm.experiments.report.cells import Cell
 from kernelnorm.experiments.report.collect import Record
+from kernelnorm.experiments.runs import environments
 from kernelnorm.experiments.statistics import Difference, Estimate, difference
 from kernelnorm.norms import describe
 
@@ -82,7 +83,8 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
         return []
     sizes = sorted({batch_size for _, batch_size in cells})
     memory = _measure(cells)
-    one_device = len({_device(record) for cell in cells.values() for record in _done(cell)}) < 2
+    records = [record for cell in cells.values() for record in _done(cell)]
+    one_device = len(set[str]().union(*map(_devices, records))) < 2
     standings = []
     for batch_size in sizes:
         tried = [cell for cell in cells.values() if cell.batch_size == batch_size and cell.rates]
@@ -126,9 +128,8 @@ def _order(cell: Cell) -> tuple[bool, bool, float]:
     return cell.accuracy is None, cell.diverged > 0, -mean
 
 
-def _device(record: Record) -> str:
-    environment = record.found.get("environment")
-    return str(environment.get("device")) if isinstance(environment, dict) else ""
+def _devices(record: Record) -> set[str]:
+    return {str(environment.get("device")) for environment in environments(record.found)}
 
 
 def _done(cell: Cell) -> list[Record]:

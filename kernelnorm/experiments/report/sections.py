@@ -14,6 +14,7 @@ from kernelnorm.experiments.recipes import RECIPES, Recipe
 from kernelnorm.experiments.report.cells import Cell, Variant, make_cell, make_variants
 from kernelnorm.experiments.report.collect import STATES, Record
 from kernelnorm.experiments.report.leaderboard import Standing, make_standings
+from kernelnorm.experiments.runs import environments
 from kernelnorm.experiments.statistics import Difference, difference
 from kernelnorm.experiments.style import LABELS
 
@@ -195,10 +196,11 @@ def _setting(config: RunConfig) -> dict[str, Any]:
 
 
 def _environment(found: dict[str, Any]) -> str:
-    environment = found.get("environment")
-    if not isinstance(environment, dict):
-        return "unknown versions and device"
-    return ", ".join(f"{name} {value}" for name, value in environment.items())
+    texts = [
+        ", ".join(f"{name} {value}" for name, value in environment.items())
+        for environment in environments(found)
+    ]
+    return "; later ".join(texts) or "unknown versions and device"
 
 
 def _deviations(config: RunConfig, found: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.launch import Launch, make_fabric
+from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.sweep.execute import COMPILE_THREADS, execute
 
 __all__ = ["LocalPool", "cores", "default_jobs"]
@@ -158,17 +159,20 @@ def _begin(leash: Connection, threads: int) -> None:
 
 
 def _run(config: RunConfig, launch: Launch, out: Path) -> str:
-    """Execute a run; what the process prints goes to ``output.txt`` in the run's folder."""
+    """Execute a run; what the process prints goes to the end of ``output.txt`` in its folder.
+
+    Another sweep may be training the run, and printing to the same file.
+    """
     file = out / "output.txt"
     with suppress(OSError):  # the run itself reports it better
         out.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as stream:
+        with file.open("a") as stream:
             os.dup2(stream.fileno(), sys.stdout.fileno())
             os.dup2(stream.fileno(), sys.stderr.fileno())
     faulthandler.enable()
     message = execute(config, launch, out)
     sys.stdout.flush()
     sys.stderr.flush()
-    if file.exists() and not file.stat().st_size:
+    if file.exists() and not file.stat().st_size and not RunFolder(out).is_locked():
         file.unlink()
     return message
