@@ -190,7 +190,7 @@ def _run_all(survey: _Survey, pool: Pool) -> None:
                 return
             ended = []
             if in_flight:
-                finished, _ = wait(in_flight, timeout=1, return_when=FIRST_COMPLETED)
+                finished, _ = wait(in_flight, timeout=3, return_when=FIRST_COMPLETED)
                 ended = [survey.end(in_flight.pop(future), future) for future in finished]
                 tried -= {status.config.name for status in ended if status.state == "running"}
             else:  # another process trains the missing runs, or the cluster has no machine
