@@ -380,3 +380,12 @@ def test_the_first_steps_of_a_process_are_left_out_of_speed(
     assert metrics["images_per_second"] == pytest.approx(16)
     assert metrics["seconds"] == pytest.approx(40 / 16)
     assert metrics["startup_seconds"] > 90
+
+
+def test_evaluation_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run").path
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    evaluate(folder, passes=2, accelerator="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.initial_seed() == 1

@@ -46,6 +46,15 @@ class Deadly(LocalGrid):
         return super().answer(message)
 
 
+def test_what_a_killed_server_was_writing_is_removed(settings: Make) -> None:
+    choice = settings(num_server_rounds=1)
+    choice.folder.mkdir(parents=True)
+    part = choice.folder / ".state.pt.01234567.part"
+    part.write_bytes(b"half of a network")
+    run(choice, quiet)
+    assert not part.exists()
+
+
 @pytest.mark.parametrize(
     "values",
     [
