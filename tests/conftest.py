@@ -20,6 +20,9 @@ if not torch.cuda.is_available():  # has to be known when Triton is imported, by
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests fill fresh memory with NaN by deterministic mode, for which cuBLAS wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# PyTorch keeps compiled graphs on disk, and does not notice that the operators have changed.
+for cache in ("FX_GRAPH", "AUTOGRAD"):
+    os.environ[f"TORCHINDUCTOR_{cache}_CACHE"] = "0"
 
 pytest.register_assert_rewrite("tests.oracle", "tests.converting", "tests.small_runs")
 
