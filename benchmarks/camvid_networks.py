@@ -38,7 +38,7 @@ class DenseLayer(nn.Module):
         self.conv = nn.Conv2d(in_channels, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the input with ``growth`` more channels."""
+        """Return the input with ``growth`` more channels."""
         return torch.cat([x, self.conv(self.relu(self.norm(x)))], dim=1)
 
 
@@ -84,7 +84,7 @@ class FCDenseNet(nn.Module):
         self.head = nn.Conv2d(channels, CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns a score for each class and pixel."""
+        """Return a score for each class and pixel."""
         y, skips = self.stem(x), []
         for block, down in zip(self.blocks_down, self.transitions_down, strict=False):
             skips.append(block(y))
@@ -110,7 +110,7 @@ class Standardized(nn.Module):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the standardised weights."""
+        """Return the standardised weights."""
         deviation, mean = torch.std_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
         return (weight - mean) / (deviation * math.sqrt(weight[0].numel()) + 1e-5)
 
@@ -122,7 +122,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def build(network: str, norm: str) -> nn.Module:
-    """Returns a network; its first weights depend on PyTorch's seed, not on the norm."""
+    """Return a network; its first weights depend on PyTorch's seed, not on the norm."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     built = NETWORKS[network](group_norm if norm.endswith("group") else nn.BatchNorm2d)

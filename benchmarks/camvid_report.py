@@ -36,7 +36,7 @@ COLOURS = {  # of the classes, in their order
 
 
 def full_runs(results: Results, network: str, norm: str, batch_size: int) -> dict[int, Run]:
-    """Returns the runs at the best rate, by seed."""
+    """Return the runs at the best rate, by seed."""
     best = best_rate(scores(results, network, norm, batch_size))
     runs = (Run(network, norm, batch_size, best, seed, EPOCHS) for seed in SEEDS if best)
     return {run.seed: run for run in runs if run in results}

@@ -67,20 +67,20 @@ def mean_iou(result: dict[str, list[float]], split: str) -> float:
 
 
 def tuning_runs(network: str, batch_size: int, norms: Iterable[str]) -> list[Run]:
-    """Returns the runs of the first seed at all rates, from which the best rate is chosen."""
+    """Return the runs of the first seed at all rates, from which the best rate is chosen."""
     return [
         Run(network, norm, batch_size, rate, SEEDS[0], EPOCHS) for norm in norms for rate in RATES
     ]
 
 
 def scores(results: Results, network: str, norm: str, batch_size: int) -> dict[float, float]:
-    """Returns the mean IoU on the validation images for the first seed, by learning rate."""
+    """Return the mean IoU on the validation images for the first seed, by learning rate."""
     tried = [run for run in tuning_runs(network, batch_size, [norm]) if run in results]
     return {run.rate: mean_iou(results[run], "val") for run in tried}
 
 
 def next_run(results: Results) -> Run | None:
-    """Returns the run to train next: the rates of a stage come before its other seeds."""
+    """Return the run to train next: the rates of a stage come before its other seeds."""
     for network, batch_size, norms, seeds in STAGES:
         for norm in norms:
             tried = scores(results, network, norm, batch_size)
@@ -115,7 +115,7 @@ def load(archive: Path | None) -> Data:
 
 
 def train(run: Run, data: Data, folder: Path) -> nn.Module:
-    """Returns the trained network; resumes at the last epoch that is in the checkpoint.
+    """Return the trained network; resume at the last epoch that is in the checkpoint.
 
     An epoch depends only on the weights, the state of the optimizer, the seed and its number.
     """

@@ -42,7 +42,7 @@ BATCH_SIZE, CLASSES = 2, 10
 
 
 def make_network(name: str, norm: str, image_size: int) -> nn.Module:
-    """Returns a network with random weights; for ``kernel``, the same network converted.
+    """Return a network with random weights; for ``kernel``, the same network converted.
 
     BatchNorm makes the scale of the weights before it irrelevant, so networks draw them in many
     ways. In a KNConvNet the scale matters, so the weights of its convolutions are drawn again.
@@ -107,7 +107,7 @@ def train(run: dict, data: list[Images]) -> float:
 
 
 def rates_tried(results: list[dict], **run: object) -> dict[float, float]:
-    """Returns the accuracies of the first seed, by learning rate."""
+    """Return the accuracies of the first seed, by learning rate."""
     return {
         result["rate"]: result["accuracy"]
         for result in results

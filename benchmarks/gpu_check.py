@@ -88,7 +88,7 @@ def primitives(options: argparse.Namespace) -> list[Step]:
 
 
 def bench(options: argparse.Namespace) -> list[Step]:
-    """Returns the steps; the eager ones come first, since compiling takes most of the time."""
+    """Return the steps; the eager ones come first, since compiling takes most of the time."""
     networks, batches = ("vgg8", "resnet18", "densenet121"), ("2", "32", "256")
     cases = [(network, "eager", ",".join(batches)) for network in networks]
     cases += [
@@ -127,7 +127,7 @@ PIECES = {"suite": suite, "primitives": primitives, "bench": bench, "train": tra
 
 
 def run(step: Step, seconds: float, folder: Path, environment: dict[str, str]) -> str:
-    """Runs a step, and tells how it ended: ``ok``, ``failed`` or ``out of time``."""
+    """Run a step, and tell how it ended: ``ok``, ``failed`` or ``out of time``."""
     with (folder / f"{step.name}.txt").open("w") as output:
         process = subprocess.Popen(
             step.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
@@ -163,7 +163,7 @@ def has_data(options: argparse.Namespace) -> bool:
 
 
 def keep_metrics(runs: Path, folder: Path) -> None:
-    """Copies the metrics and options of the runs, which the page shows, but no checkpoints."""
+    """Copy the metrics and options of the runs, which the page shows, but no checkpoints."""
     for file in runs.glob("*/metrics.jsonl"):
         place = folder / "train" / file.parent.name
         place.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def keep_metrics(runs: Path, folder: Path) -> None:
 
 
 def run_piece(piece: str, options: argparse.Namespace, environment: dict[str, str]) -> list[str]:
-    """Runs the steps of a piece, and returns the names of those that failed."""
+    """Run the steps of a piece, and return the names of those that failed."""
     folder, failed = options.folder, []
     deadline = time.monotonic() + (options.seconds or (600 if options.dry else SECONDS[piece]))
     for step in PIECES[piece](options):

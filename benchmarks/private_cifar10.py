@@ -59,7 +59,7 @@ Results = dict[tuple[str, float], dict[int, float]]
 def stage(
     epsilon: float, norms: tuple[str, ...], seeds: tuple[int, ...], *, standardise: bool
 ) -> Tuned:
-    """Returns the runs of a stage."""
+    """Return the runs of a stage."""
     private = Privacy(epsilon=epsilon, micro_batch_size=256)
     recipe = RECIPES["cifar10-vgg8"]
     cells = make_grid(
@@ -69,7 +69,7 @@ def stage(
 
 
 def read(out: Path) -> Results:
-    """Returns the accuracies at the best rate; the tuning seed counts if there is no other."""
+    """Return the accuracies at the best rate; the tuning seed counts if there is no other."""
     found: defaultdict[tuple[str, float], dict[tuple[float, int], float]] = defaultdict(dict)
     for path in sorted(out.glob("*/config.yaml")):
         folder = RunFolder(path.parent)
@@ -89,7 +89,7 @@ def read(out: Path) -> Results:
 
 
 def cells_of(results: Results) -> tuple[list[str], list[float]]:
-    """Returns the norms, in the order of legends, and the budgets."""
+    """Return the norms, in the order of legends, and the budgets."""
     norms = [norm for norm in LABELS if any(norm == cell[0] for cell in results)]
     return norms, sorted({epsilon for _, epsilon in results})
 
@@ -144,7 +144,7 @@ def draw(results: Results, standardised: Results) -> Figure:
 
 
 def main() -> None:
-    """Runs or lists the stages one after the other, or prints or draws their results."""
+    """Run or list the stages one after the other, or print or draw their results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

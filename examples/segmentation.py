@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x):
-        """Returns maps of the same size, or of half the size if the stride is 2."""
+        """Return maps of the same size, or of half the size if the stride is 2."""
         return self.relu(self.body(x) + self.shortcut(x))
 
 
@@ -58,7 +58,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], CLASSES, 1)
 
     def forward(self, x):
-        """Returns a score for each class and pixel."""
+        """Return a score for each class and pixel."""
         maps = [self.stem(x)]
         for down in self.down:
             maps.append(down(maps[-1]))
@@ -70,7 +70,7 @@ class UNet(nn.Module):
 
 
 def load(archive, split):
-    """Returns images (n, 3, height, width) and masks (n, height, width)."""
+    """Return images (n, 3, height, width) and masks (n, height, width)."""
     if archive is None:
         masks = torch.randint(CLASSES, (4, HEIGHT // 16, WIDTH // 16))
         masks = masks.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
@@ -103,7 +103,7 @@ def train_epoch(network, optimizer, images, masks, batch_size, seed):
 
 
 def ious(network, images, masks):
-    """Returns intersection over union for each class, over the pixels of all images."""
+    """Return intersection over union for each class, over the pixels of all images."""
     network.eval()
     with torch.no_grad():
         predicted = torch.cat([network(x).argmax(dim=1) for x in images.split(8)])

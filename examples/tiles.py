@@ -15,7 +15,7 @@ def block(norm: str, in_channels: int, out_channels: int) -> nn.Module:
 
 
 def in_tiles(network: nn.Module, image: Tensor, tile: int, overlap: int) -> Tensor:
-    """Runs the network on each tile with ``overlap`` pixels around it, and joins the outputs."""
+    """Run the network on each tile with ``overlap`` pixels around it, and join the outputs."""
     rows: list[list[Tensor]] = []
     for top in range(0, image.shape[-2], tile):
         rows.append([])

@@ -87,7 +87,7 @@ def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int)
 
 
 def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
-    """Checks the arguments that KernelNorm and KNConv share."""
+    """Check the arguments that KernelNorm and KNConv share."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     if not 0 < eps < math.inf:
@@ -121,7 +121,7 @@ def slope(activation: str | None, negative_slope: float) -> float | None:
 
 
 def check_convolution(activation: str | None, negative_slope: float, padding_mode: str) -> None:
-    """Checks the activation and the padding mode of a KNConv."""
+    """Check the activation and the padding mode of a KNConv."""
     if activation not in (None, "relu", "leaky_relu"):
         raise ValueError(
             f"activation must be None, 'relu', 'leaky_relu' or a layer's module, got {activation!r}"
@@ -133,7 +133,7 @@ def check_convolution(activation: str | None, negative_slope: float, padding_mod
 
 
 def check_input(shape: Sequence[int], dtype: torch.dtype, d: int) -> None:
-    """Checks for a floating-point input with ``d`` spatial dimensions, with or without a batch."""
+    """Check for a floating-point input with ``d`` spatial dimensions, with or without a batch."""
     if not dtype.is_floating_point:
         raise TypeError(f"input must be a real floating-point tensor, got {dtype}")
     if len(shape) not in (d + 1, d + 2):
@@ -144,7 +144,7 @@ def check_input(shape: Sequence[int], dtype: torch.dtype, d: int) -> None:
 
 
 def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
-    """Checks that the argument ``name`` is for one, two or three spatial dimensions."""
+    """Check that the argument ``name`` is for one, two or three spatial dimensions."""
     if d not in (1, 2, 3):
         raise ValueError(
             f"{name} must be for 1, 2 or 3 spatial dimensions, not {d}, got {tuple(shape)}"
@@ -152,7 +152,7 @@ def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
 
 
 def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Checks that ``groups`` divides the numbers of channels."""
+    """Check that ``groups`` divides the numbers of channels."""
     if groups < 1 or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must be positive and divide in_channels={in_channels} and "
@@ -167,7 +167,7 @@ def check_filters(
     bias: Sequence[int] | None,
     groups: int,
 ) -> None:
-    """Checks that the shapes of input, weight and bias fit each other."""
+    """Check that the shapes of input, weight and bias fit each other."""
     out_channels, in_channels, d = weight[0], weight[1] * groups, len(weight) - 2
     if not weight_dtype.is_floating_point:
         raise TypeError(f"weight must be a real floating-point tensor, got {weight_dtype}")
@@ -185,7 +185,7 @@ def check_filters(
 
 
 def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Checks that input, weight and bias have one dtype."""
+    """Check that input, weight and bias have one dtype."""
     dtype = input.dtype
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         others = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
@@ -193,13 +193,13 @@ def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
 
 def check_tensor(input: Tensor) -> None:
-    """Checks that the input is a tensor, not a NumPy array for example."""
+    """Check that the input is a tensor, not a NumPy array for example."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
 
 
 def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Checks that input, weight and bias are on one device."""
+    """Check that input, weight and bias are on one device."""
     check_tensor(input)
     device = input.device
     if weight.device != device or (bias is not None and bias.device != device):
@@ -212,7 +212,7 @@ def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 
 def check_windows_fit(sizes: Sequence[int], geometry: Geometry) -> None:
-    """Checks that a window fits into the padded input; ``sizes`` are those without the padding."""
+    """Check that a window fits into the padded input; ``sizes`` are those without the padding."""
     for i, size in enumerate(sizes):
         padded = size + 2 * geometry.padding[i]
         if geometry.reach(i) > padded:

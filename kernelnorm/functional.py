@@ -167,7 +167,7 @@ def kn_conv(
 
 
 def backend(input: Tensor) -> str:
-    """Returns the name of the backend that computes a KNConv of the input.
+    """Return the name of the backend that computes a KNConv of the input.
 
     ``"cpu"`` are the C kernels, ``"triton"`` the Triton kernels for GPUs, and ``"eager"`` PyTorch
     operations, for every other device and dtype and for installations without a C compiler.
@@ -193,7 +193,7 @@ class _Plan(NamedTuple):
 
 
 def _plan_for(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> _Plan:
-    """Checks the arguments of :func:`kn_conv` and returns its plan, which is cached.
+    """Check the arguments of :func:`kn_conv` and return its plan, which is cached.
 
     Args:
         options: the arguments of :func:`kn_conv` after the tensors, in the same order

@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 
 def save_pretrained(network: nn.Module, folder: str | Path) -> None:
-    """Writes a network to a folder, as ``config.json`` and ``model.safetensors``.
+    """Write a network to a folder, as ``config.json`` and ``model.safetensors``.
 
     ``hf upload NAME/REPOSITORY FOLDER`` puts the folder on the Hub.
 
@@ -63,7 +63,7 @@ def save_pretrained(network: nn.Module, folder: str | Path) -> None:
 
 
 def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
-    """Returns the network that :func:`save_pretrained` wrote, in evaluation mode.
+    """Return the network that :func:`save_pretrained` wrote, in evaluation mode.
 
     Args:
         source: a folder, or the name of a repository on the Hub, ``user/name``

@@ -217,7 +217,7 @@ class KNConv3d(KNConvNd, nn.Conv3d):
 
 
 def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
-    """Sets what every KernelNorm and KNConv in a network does in evaluation.
+    """Set what every KernelNorm and KNConv in a network does in evaluation.
 
     Args:
         module: a layer or a network; it is changed in place

@@ -105,11 +105,11 @@ class KernelNetwork(nn.Module):
         return list(self.get_submodule(child).children())[:-1] if index else []
 
     def get_classifier(self) -> Any:
-        """Returns the last linear layer, or an identity."""
+        """Return the last linear layer, or an identity."""
         return self.get_submodule(self._classifier)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last linear layer by one of ``num_classes`` outputs, or an identity."""
+        """Replace the last linear layer by one of ``num_classes`` outputs, or an identity."""
         if global_pool is not None:
             self._set_pool(global_pool)
         if num_classes and not self.global_pool:
@@ -127,7 +127,7 @@ class KernelNetwork(nn.Module):
         self.num_classes = num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Returns the last feature maps, the input of the pooling."""
+        """Return the last feature maps, the input of the pooling."""
         for name, child in self.named_children():
             if name == _POOL:
                 break
@@ -135,7 +135,7 @@ class KernelNetwork(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Returns the scores of the classes, or with ``pre_logits`` the last layer's input."""
+        """Return the scores of the classes, or with ``pre_logits`` the last layer's input."""
         x = self.get_submodule(_POOL)(x)
         if not self.global_pool:
             return x
@@ -148,7 +148,7 @@ class KernelNetwork(nn.Module):
         return scores
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, ``(n, num_classes)``; features if there are none."""
+        """Return the scores of the classes, ``(n, num_classes)``; features if there are none."""
         return self.forward_head(self.forward_features(x))
 
     @cached_property
@@ -177,7 +177,7 @@ class KernelNetwork(nn.Module):
 
 
 def _feature_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the layers before the pooling in order, for an ``nn.Sequential`` the layers in it."""
+    """Yield the layers before the pooling in order, for an ``nn.Sequential`` the layers in it."""
     for name, child in network.named_children():
         if name == _POOL:
             return
@@ -208,7 +208,7 @@ class _FeatureMaps(FeatureListNet):  # type: ignore[misc]
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """Returns the function that timm calls to build a network."""
+    """Return the function that timm calls to build a network."""
 
     def create(
         pretrained: bool = False,

@@ -35,7 +35,7 @@ print(kernelnorm.__file__, kernelnorm.backend(x))
 
 
 def run(command: Sequence[str | Path], folder: Path, **variables: str) -> str:
-    """Runs a command in a folder and returns what it prints."""
+    """Run a command in a folder and return what it prints."""
     done = subprocess.run(
         command,
         cwd=folder,

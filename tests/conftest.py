@@ -101,7 +101,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """Sets PyTorch's number of threads for a test; the order of sums depends on it."""
+    """Set PyTorch's number of threads for a test; the order of sums depends on it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

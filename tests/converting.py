@@ -69,7 +69,7 @@ class Calling(nn.Module):
 
 
 def convert(model: nn.Module, x: Any = IMAGE, **options: Any) -> tuple[Any, kernelnorm.Report]:
-    """Converts, and checks that the result runs forward and backward with one image."""
+    """Convert, and check that the result runs forward and backward with one image."""
     names = [name for name, _ in model.named_modules()]
     network, report = kernelnorm.convert(model, x, **options)
     assert type(network) is type(model)

@@ -22,7 +22,7 @@ PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 
 @pytest.fixture(scope="module", params=["default", "eager"])
 def backend(request):
-    """Runs a test with the backend that layers select by themselves, and in PyTorch operations."""
+    """Run a test with the backend that layers select by themselves, and in PyTorch operations."""
     if request.param == "default":
         yield
     else:

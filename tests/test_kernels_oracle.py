@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def on_random_cases(
     *strategies: st.SearchStrategy[Any], examples: int = 150
 ) -> Callable[[Callable[..., None]], Callable[[Subject], None]]:
-    """Runs a test with random arguments on each backend.
+    """Run a test with random arguments on each backend.
 
     Triton's interpreter is slow, so it gets few and small ones. Several threads run the code of
     one, on parts of the tensors.

@@ -72,7 +72,7 @@ for use in (unpickled, graph, compiled, operators):
 
 
 def run(code: str, folder: Path) -> None:
-    """Runs code in a process that has imported nothing else."""
+    """Run code in a process that has imported nothing else."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=folder,

@@ -28,7 +28,7 @@ if cpu.library() is None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes a file the installed library, for this test."""
+    """Make a file the installed library, for this test."""
 
     def install(path: Path) -> None:
         monkeypatch.setattr(module, "PATH", path)

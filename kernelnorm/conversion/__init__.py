@@ -32,7 +32,7 @@ def convert(
     norms: Collection[str] = ("batch",),
     inplace: bool = False,
 ) -> tuple[Network, Report]:
-    r"""Converts a network to a KNConvNet: a KNConv replaces each convolution and its norm.
+    r"""Convert a network to a KNConvNet: a KNConv replaces each convolution and its norm.
 
     The network keeps its class, the names of its modules, its control flow and the weights of its
     convolutions; a KNConv gets a bias of zeros if its convolution had none. The conversion follows
@@ -167,7 +167,7 @@ def _recorded(network: nn.Module, example_input: Any) -> list[Call]:
 
 
 def _cloned(value: Any) -> Any:
-    """Returns the value with its tensors copied: the network may change its input in place."""
+    """Return the value with its tensors copied: the network may change its input in place."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):

@@ -14,7 +14,7 @@ __all__ = ["spatial_dims"]
 
 
 def spatial_dims(plan: Plan, calls: Sequence[Call]) -> dict[nn.Module, int]:
-    """Returns the number of spatial dimensions for each layer that becomes a KernelNorm.
+    """Return the number of spatial dimensions for each layer that becomes a KernelNorm.
 
     It follows from the name of the layer's class, from the shape of its input, or from the layers
     around it. A KernelNorm of one more dimension would take a batch of maps as one map, and mix the

@@ -14,7 +14,7 @@ __all__ = ["guessed_calls"]
 
 
 def guessed_calls(network: nn.Module, recorded: Iterable[Call]) -> list[Call]:
-    """Returns one call for each layer without a recorded call.
+    """Return one call for each layer without a recorded call.
 
     The layers of an :class:`torch.nn.Sequential` follow each other. In other modules only a
     convolution and a norm with the same number of channels do, in either order: where the module

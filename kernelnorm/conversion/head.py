@@ -34,7 +34,7 @@ class Head:
 
 
 def plan_head(flow: Flow, rules: Rules) -> Head | None:
-    """Finds the place of the KernelNorm, or returns ``None`` if the network gets none.
+    """Find the place of the KernelNorm, or return ``None`` if the network gets none.
 
     The KernelNorm comes before the pooling of a sum, of a concatenation, of a pre-activation, or of
     a KNConv with an activation other than a ReLU. After a KNConv that takes over its ReLU there is

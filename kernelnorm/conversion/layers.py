@@ -17,7 +17,7 @@ class Copy(nn.Module):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Copies the input."""
+        """Copy the input."""
         return input.clone()
 
 
@@ -25,7 +25,7 @@ class KNConv2dSame(KNConv2d):
     """A KNConv with TensorFlow's "same" padding; the end gets the larger half of an odd padding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pads the input, and convolves its normalised windows."""
+        """Pad the input, and convolve its normalised windows."""
         sides: list[int] = []
         for size, k, stride, dilation in zip(
             reversed(input.shape[-2:]),

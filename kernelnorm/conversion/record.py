@@ -61,7 +61,7 @@ def record(
     options: Mapping[str, Any],
     is_layer: Callable[[nn.Module], bool],
 ) -> list[Call]:
-    """Runs the network once, in evaluation and without gradients, and returns its calls in order.
+    """Run the network once, in evaluation and without gradients, and return its calls in order.
 
     The last call is the network's return. Random number generators and the training modes of all
     modules are left as they were.
@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
     def end(self, output: Any) -> None:
-        """Records what the network returned."""
+        """Record what the network returned."""
         self._begin(Call("return", None, ""), (output,), {})
         self._end(output)
 
@@ -140,7 +140,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def _own_work(self) -> Iterator[None]:
-        """Keeps the recorder's own function calls (such as a tensor's shape) out of the record."""
+        """Keep the recorder's own function calls (such as a tensor's shape) out of the record."""
         self._at_work = True
         try:
             yield

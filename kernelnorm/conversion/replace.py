@@ -72,7 +72,7 @@ def _pixel_norm(dims: int, dropout_p: float, rules: Rules) -> nn.Module:
 
 
 def _become_kn_conv(convolution: nn.Module, activation: nn.Module | None, rules: Rules) -> None:
-    """Makes a convolution a KNConv with the same parameters, and a bias of zeros if it has none."""
+    """Make a convolution a KNConv with the same parameters, and a bias of zeros if it has none."""
     kind = next(new for old, new in _KN_CONVS if isinstance(convolution, old))
     if type(convolution).__name__ == "Conv2dSame":
         kind = KNConv2dSame
@@ -107,7 +107,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _become(module: nn.Module, new: nn.Module) -> None:
-    """Gives ``module`` the class and attributes of ``new``; its hooks and training mode stay."""
+    """Give ``module`` the class and attributes of ``new``; its hooks and training mode stay."""
     hooks = {name: value for name, value in vars(module).items() if "hook" in name}
     new.training = module.training
     for layer in new.children():

@@ -65,7 +65,7 @@ _KERNEL_MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def list_models(norm: str = "kernel") -> list[str]:
-    """Returns the names that :func:`create_model` takes with a norm.
+    """Return the names that :func:`create_model` takes with a norm.
 
     Args:
         norm: one of ``kernelnorm.norms.NORMS``. With ``"kernel"`` these are all networks; KNResNets
@@ -91,7 +91,7 @@ def create_model(
     rules: Rules | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Returns the network ``name``, normalised by ``norm``.
+    """Return the network ``name``, normalised by ``norm``.
 
     Args:
         name: one of :func:`list_models`

@@ -43,7 +43,7 @@ class NormLayers:
         before_sum: bool = False,
         before_head: bool = False,
     ) -> nn.Conv2d:
-        """Returns a convolution.
+        """Return a convolution.
 
         ``before_sum`` says that it is the last before an addition, ``before_head`` that it is the
         last before :meth:`head`.
@@ -53,7 +53,7 @@ class NormLayers:
         )
 
     def norm(self, channels: int, *, in_stream: bool = False) -> nn.Module:
-        """Returns the norm of a convolution's input or output.
+        """Return the norm of a convolution's input or output.
 
         ``in_stream`` says that the result goes to an addition or into the first residual block. In
         pre-activated networks there is no norm at these places.
@@ -72,7 +72,7 @@ class NormLayers:
         activation: Activation | None = None,
         before_head: bool = False,
     ) -> nn.Sequential:
-        """Returns a convolution, its norm and, where there is one, the activation.
+        """Return a convolution, its norm and, where there is one, the activation.
 
         The padding is half the kernel size. ``groups`` is 1, or ``in_channels`` in a depthwise
         convolution; ``before_head`` is that of :meth:`conv`. A norm's own activation replaces
@@ -93,11 +93,11 @@ class NormLayers:
         return nn.Sequential(conv, self.spec.layer(out_channels), *_activations(after))
 
     def relu(self) -> nn.Module:
-        """Returns the activation that follows a norm."""
+        """Return the activation that follows a norm."""
         return nn.Identity() if self.spec.has_activation else nn.ReLU()
 
     def preact(self, channels: int, additions: int) -> nn.Module:
-        """Returns the norm, activation and scale before a residual block, or after the last block.
+        """Return the norm, activation and scale before a residual block, or after the last block.
 
         ``additions`` is the number of additions since the stem or the last shortcut that is a
         convolution. The result is an identity if the norm has no activation of its own.
@@ -110,15 +110,15 @@ class NormLayers:
         return nn.Sequential(layer, Scale((1 + additions * self.spec.alpha**2) ** -0.5))
 
     def branch_scale(self) -> nn.Module:
-        """Returns the factor of a residual block's branch."""
+        """Return the factor of a residual block's branch."""
         return nn.Identity() if self.spec.alpha is None else Scale(self.spec.alpha)
 
     def sum_relu(self) -> nn.Module:
-        """Returns the activation that follows an addition."""
+        """Return the activation that follows an addition."""
         return self.relu()
 
     def head(self, activation: Activation = nn.ReLU) -> nn.Module:
-        """Returns an identity: these norms add no layer before the final average pooling."""
+        """Return an identity: these norms add no layer before the final average pooling."""
         return nn.Identity()
 
 
@@ -198,11 +198,11 @@ class KernelLayers:
         return nn.Identity()
 
     def preact(self, channels: int, additions: int) -> nn.Module:
-        """Returns an identity: blocks begin with a KNConv."""
+        """Return an identity: blocks begin with a KNConv."""
         return nn.Identity()
 
     def branch_scale(self) -> nn.Module:
-        """Returns an identity: branches have no factor."""
+        """Return an identity: branches have no factor."""
         return nn.Identity()
 
     def sum_relu(self) -> nn.Module:
@@ -249,7 +249,7 @@ def layers_for(
     family: str = "",
     unused: Mapping[str, str] | None = None,
 ) -> Layers:
-    """Returns the layers of a network.
+    """Return the layers of a network.
 
     Args:
         norm: one of ``kernelnorm.norms.NORMS``

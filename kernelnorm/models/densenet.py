@@ -32,7 +32,7 @@ class DenseLayer(nn.Module):
         self.conv2 = layers.conv(width, growth, 3, padding=1, before_head=before_head)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` with ``growth`` more channels."""
+        """Return ``x`` with ``growth`` more channels."""
         y = self.conv1(self.relu1(self.norm1(x)))
         y = self.conv2(self.relu2(self.norm2(y)))
         return concatenate(x, y)
@@ -107,7 +107,7 @@ class DenseNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         x = self.head(self.features(x))
         scores: Tensor = self.classifier(self.avgpool(x).flatten(1))
         return scores

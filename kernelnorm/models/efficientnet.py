@@ -62,7 +62,7 @@ class StochasticDepth(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x``, in training with some samples set to 0."""
+        """Return ``x``, in training with some samples set to 0."""
         if x.dim() != 4:
             raise ValueError(f"expected a batch (n, c, h, w), got an input of {tuple(x.shape)}")
         if not self.training or self.p == 0:
@@ -71,7 +71,7 @@ class StochasticDepth(nn.Module):
         return x * (kept / (1 - self.p)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         return f"p={self.p}"
 
 
@@ -102,7 +102,7 @@ class MBConv(InvertedResidual):
         self.stochastic_depth = StochasticDepth(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        """Return the block's output, at ``1 / stride`` of the resolution."""
         y: Tensor = self.block(x)
         return self.stochastic_depth(y) + x if self.residual else y
 
@@ -153,7 +153,7 @@ class EfficientNet(nn.Module):
         nn.init.zeros_(classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         x = self.head(self.features(x))
         scores: Tensor = self.classifier(self.avgpool(x).flatten(1))
         return scores

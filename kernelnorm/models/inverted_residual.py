@@ -46,6 +46,6 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        """Return the block's output, at ``1 / stride`` of the resolution."""
         y: Tensor = self.block(x)
         return y + x if self.residual else y

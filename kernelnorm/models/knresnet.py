@@ -73,7 +73,7 @@ class KNResNet(nn.Module):
         init_convolutions(self, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         x = self.stage1(self.maxpool(self.stem(x)))
         x = self.stage2(self.transition1(x))
         x = self.stage3(self.transition2(x))
@@ -205,7 +205,7 @@ class KNResNet13(nn.Module):
         init_convolutions(self, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
         scores: Tensor = self.fc(self.avgpool(self.head(x)).flatten(1))
         return scores

@@ -32,7 +32,7 @@ class Layers(NamedTuple):
         *,
         activated: bool = False,
     ) -> KNConv2d:
-        """Returns a KNConv with a bias and, if ``activated``, with the activation on its output."""
+        """Return a KNConv with a bias and, if ``activated``, with the activation on its output."""
         return KNConv2d(
             in_channels,
             out_channels,
@@ -45,7 +45,7 @@ class Layers(NamedTuple):
         )
 
     def head(self, dropout_p: float) -> nn.Sequential:
-        """Returns the KernelNorm and the activation before the final average pooling."""
+        """Return the KernelNorm and the activation before the final average pooling."""
         norm = KernelNorm2d(1, 1, dropout_p=dropout_p, evaluation=self.evaluation)
         return nn.Sequential(norm, self.activation())
 
@@ -54,7 +54,7 @@ class Residual(nn.Sequential):
     """Adds the input to the output of the layers; nothing follows the addition."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` plus the output of the layers."""
+        """Return ``x`` plus the output of the layers."""
         y = x
         for layer in self:
             y = layer(y)

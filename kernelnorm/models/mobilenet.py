@@ -36,7 +36,7 @@ activation, and the stride."""
 
 
 def _squeezed(width: int) -> int:
-    """Returns the multiple of 8 nearest to a quarter; the next one if it is below 90 % of that."""
+    """Return the multiple of 8 nearest to a quarter; the next one if it is below 90 % of that."""
     quarter = width / 4
     nearest = max(8, int(quarter + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * quarter else nearest + 8
@@ -91,7 +91,7 @@ class MobileNetV3(nn.Module):
                 module.eps, module.momentum = 1e-3, 0.01  # MobileNetV3's; trained weights need it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         x = self.head(self.features(x))
         scores: Tensor = self.classifier(self.avgpool(x).flatten(1))
         return scores

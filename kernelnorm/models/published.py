@@ -21,7 +21,7 @@ PUBLISHED: dict[str, Callable[..., KNResNet]] = {
 
 
 def load_published(network: str | nn.Module, file: str | Path) -> KNResNet:
-    """Loads the weights of a KNResNet from a file that the paper's authors have published.
+    """Load the weights of a KNResNet from a file that the paper's authors have published.
 
     The file is read with ``weights_only=True``. Besides tensors it may hold the options of the
     authors' program, an :class:`argparse.Namespace`; nothing else is unpickled.
@@ -65,7 +65,7 @@ def load_published(network: str | nn.Module, file: str | Path) -> KNResNet:
 
 
 def published_names(network: KNResNet) -> dict[str, str]:
-    """Returns the published name of each parameter with its name in ``network``.
+    """Return the published name of each parameter with its name in ``network``.
 
     The published names number the blocks through all stages, and have one more level for 1x1
     convolutions.

@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(layers, in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        """Return the block's output, at ``1 / stride`` of the resolution."""
         a = self.preact(x)
         y: Tensor = self.relu(self.bn1(self.conv1(a)))
         y = self.scale(self.bn2(self.conv2(y)))
@@ -84,7 +84,7 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(layers, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the block's output, at ``1 / stride`` of the resolution."""
+        """Return the block's output, at ``1 / stride`` of the resolution."""
         a = self.preact(x)
         y: Tensor = self.relu(self.bn1(self.conv1(a)))
         y = self.relu(self.bn2(self.conv2(y)))
@@ -101,7 +101,7 @@ def _downsample(layers: Layers, in_channels: int, out_channels: int, stride: int
 
 
 def _shortcut(downsample: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-    """Returns the block's input ``x``, or its convolution, which takes the activated ``a``."""
+    """Return the block's input ``x``, or its convolution, which takes the activated ``a``."""
     shortcut: Tensor = x if isinstance(downsample, nn.Identity) else downsample(a)
     return shortcut
 
@@ -155,7 +155,7 @@ class ResNet(nn.Module):
         init_convolutions(self, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.head(self.postact(x))

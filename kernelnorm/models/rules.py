@@ -96,7 +96,7 @@ class Rules:
 
 
 def check_unused(rules: Rules, unused: Mapping[str, str]) -> None:
-    """Raises ``ValueError``, with the reason, for a rule in ``unused`` that is not its default."""
+    """Raise ``ValueError``, with the reason, for a rule in ``unused`` that is not its default."""
     for name, reason in unused.items():
         value = getattr(rules, name)
         if value != getattr(Rules, name):
@@ -104,7 +104,7 @@ def check_unused(rules: Rules, unused: Mapping[str, str]) -> None:
 
 
 def as_rules(rules: Rules | Mapping[str, Any]) -> Rules:
-    """Returns the rules, made from a mapping's fields if it is one."""
+    """Return the rules, made from a mapping's fields if it is one."""
     if isinstance(rules, Rules):
         return rules
     names = [field.name for field in fields(Rules)]

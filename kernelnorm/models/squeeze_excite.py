@@ -43,7 +43,7 @@ class SqueezeExcite(nn.Module):
         self.scale_activation = scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` with each channel scaled."""
+        """Return ``x`` with each channel scaled."""
         gate: Tensor = self.fc2(self.activation(self.fc1(self.avgpool(x))))
         gate = self.scale_activation(gate)
         return x * gate

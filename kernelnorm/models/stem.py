@@ -8,7 +8,7 @@ from torch import nn
 def stem(
     conv: Callable[..., nn.Conv2d], in_channels: int, channels: int, small_images: bool
 ) -> tuple[nn.Conv2d, nn.Module]:
-    """Returns a 7x7 convolution of stride 2, and 3x3 max-pooling of stride 2.
+    """Return a 7x7 convolution of stride 2, and 3x3 max-pooling of stride 2.
 
     Args:
         conv: makes the convolution, from the first arguments of :class:`torch.nn.Conv2d`

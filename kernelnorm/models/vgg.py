@@ -52,7 +52,7 @@ class VGG8(nn.Module):
             init_convolutions(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the scores of the classes, shape ``(n, num_classes)``."""
+        """Return the scores of the classes, shape ``(n, num_classes)``."""
         scores: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
         return scores
 

@@ -126,7 +126,7 @@ class Norm:
 
 
 def _group_size(channels: int) -> int:
-    """Returns the paper's 32 where it divides ``channels``, else the largest divisor below it."""
+    """Return the paper's 32 where it divides ``channels``, else the largest divisor below it."""
     return max(size for size in range(1, 33) if channels % size == 0)
 
 
@@ -213,7 +213,7 @@ NORMS = tuple(_NORMS)
 
 
 def describe(name: str) -> Norm:
-    """Returns the label, the properties and the layers of a normalisation.
+    """Return the label, the properties and the layers of a normalisation.
 
     Args:
         name: one of :data:`NORMS`
@@ -232,7 +232,7 @@ def describe(name: str) -> Norm:
 
 
 def make_norm(name: str, channels: int) -> nn.Module:
-    """Returns the normalisation layer ``name`` for feature maps of ``channels`` channels.
+    """Return the normalisation layer ``name`` for feature maps of ``channels`` channels.
 
     - ``group``, ``local_context``, ``local_context_sliding`` and ``evonorm_s0`` take groups of 32
       channels, as the paper does. If 32 does not divide ``channels``, the group size is the

@@ -60,13 +60,13 @@ class EvoNorm2dS0(AffineNorm2d):
         self.register_parameter("v", v)
 
     def reset_parameters(self) -> None:
-        """Makes the scale and ``v`` 1, and the shift 0."""
+        """Make the scale and ``v`` 1, and the shift 0."""
         super().reset_parameters()
         if self.v is not None:
             nn.init.ones_(self.v)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Returns the fraction of the formula, or ``x`` without the activation."""
+        """Return the fraction of the formula, or ``x`` without the activation."""
         if self.v is None:
             return x
         groups = x.unflatten(1, (-1, self.group_size))
@@ -76,7 +76,7 @@ class EvoNorm2dS0(AffineNorm2d):
         return x * torch.sigmoid(per_channel(self.v) * x) * scale[..., None, None]
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         activation = "" if self.v is not None else ", activation=False"
         return f"{super().extra_repr()}, group_size={self.group_size}{activation}"
 
@@ -129,7 +129,7 @@ class FilterResponseNorm2d(AffineNorm2d):
         self.register_parameter("tau", tau if activation else None)
 
     def reset_parameters(self) -> None:
-        """Makes the scale 1, and the shift and the threshold 0."""
+        """Make the scale 1, and the shift and the threshold 0."""
         super().reset_parameters()
         if self.tau is not None:
             nn.init.zeros_(self.tau)
@@ -139,10 +139,10 @@ class FilterResponseNorm2d(AffineNorm2d):
         return x * torch.rsqrt(x.square().mean(dim=(2, 3), keepdim=True) + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` normalised and thresholded, in its own dtype."""
+        """Return ``x`` normalised and thresholded, in its own dtype."""
         y = super().forward(x)
         return y if self.tau is None else torch.maximum(y, per_channel(self.tau).to(y.dtype))
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         return super().extra_repr() + ("" if self.tau is not None else ", activation=False")

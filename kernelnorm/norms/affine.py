@@ -41,16 +41,16 @@ class AffineNorm2d(nn.Module, ABC):
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Makes the scale 1 and the shift 0."""
+        """Make the scale 1 and the shift 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     @abstractmethod
     def normalise(self, x: Tensor) -> Tensor:
-        """Returns ``x``, in float32 or float64, normalised."""
+        """Return ``x``, in float32 or float64, normalised."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` normalised, in its own dtype."""
+        """Return ``x`` normalised, in its own dtype."""
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected an input (n, {self.channels}, h, w), got {tuple(x.shape)}")
         y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -59,12 +59,12 @@ class AffineNorm2d(nn.Module, ABC):
         return (y * per_channel(self.weight) + per_channel(self.bias)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         return f"{self.channels}, eps={self.eps:g}"
 
 
 def check_group_size(channels: int, group_size: int) -> None:
-    """Raises ``ValueError`` if ``group_size`` does not divide ``channels``."""
+    """Raise ``ValueError`` if ``group_size`` does not divide ``channels``."""
     if group_size < 1 or channels % group_size:
         raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
 

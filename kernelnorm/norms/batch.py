@@ -75,14 +75,14 @@ class BatchRenorm2d(AffineNorm2d):
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device).long())
 
     def reset_parameters(self) -> None:
-        """Resets scale, shift, running statistics and number of steps to those of a new layer."""
+        """Reset scale, shift, running statistics and number of steps to those of a new layer."""
         super().reset_parameters()
         self.running_mean.zero_()
         self.running_std.fill_(1)
         self.num_batches_tracked.zero_()
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """Returns the limits of ``r`` and of ``d`` for the next step."""
+        """Return the limits of ``r`` and of ``d`` for the next step."""
         steps = (self.num_batches_tracked - 5000).clamp(min=0)
         return 1 + 2 * (steps / 35000).clamp(max=1), 5 * (steps / 20000).clamp(max=1)
 
@@ -162,7 +162,7 @@ class BatchChannelNorm2d(nn.Module):
         self.channel = nn.GroupNorm(groups, channels, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` normalised, in its own dtype."""
+        """Return ``x`` normalised, in its own dtype."""
         y: Tensor = self.channel(self.batch(x))
         return y.to(x.dtype)
 
@@ -187,13 +187,13 @@ class _RunningNorm2d(AffineNorm2d):
         self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Resets scale, shift and running statistics to those of a new layer."""
+        """Reset scale, shift and running statistics to those of a new layer."""
         super().reset_parameters()
         self.running_mean.zero_()
         self.running_var.fill_(1)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Moves the running statistics in training, and normalises by them."""
+        """Move the running statistics in training, and normalise by them."""
         if self.training and x.numel():
             with torch.no_grad():
                 deviation = x - per_channel(self.running_mean)
@@ -203,7 +203,7 @@ class _RunningNorm2d(AffineNorm2d):
         return (x - per_channel(mean)) * per_channel(torch.rsqrt(variance + self.eps))
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         return f"{super().extra_repr()}, momentum={self.momentum}"
 
 

@@ -62,14 +62,14 @@ def adaptive_clip_grad_(
 
 
 def _unit_norm(x: Tensor) -> Tensor:
-    """Returns the norm of each unit, in float32 or more, in a shape that broadcasts."""
+    """Return the norm of each unit, in float32 or more, in a shape that broadcasts."""
     vector = x.squeeze().dim() <= 1
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     return (squares.sum() if vector else squares.sum(tuple(range(1, x.dim())), True)).sqrt()
 
 
 def clipped_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters whose gradients are clipped: all but the last linear layer's.
+    """Return the parameters whose gradients are clipped: all but the last linear layer's.
 
     Example::
 

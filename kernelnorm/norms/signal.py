@@ -31,11 +31,11 @@ class Scale(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x`` times the constant."""
+        """Return ``x`` times the constant."""
         return x * self.factor
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         return f"{self.factor:g}"
 
 
@@ -60,5 +60,5 @@ class ScaledReLU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the ReLU of ``x``, scaled."""
+        """Return the ReLU of ``x``, scaled."""
         return x.relu() * RELU_GAIN

@@ -16,7 +16,7 @@ class _UnitNorm2d(AffineNorm2d):
 
     @abstractmethod
     def unit_mean(self, x: Tensor) -> Tensor:
-        """Returns each element's mean over its unit, in a shape that broadcasts to ``x``'s."""
+        """Return each element's mean over its unit, in a shape that broadcasts to ``x``'s."""
 
     def normalise(self, x: Tensor) -> Tensor:
         """Subtracts each unit's mean and divides by its deviation."""
@@ -56,7 +56,7 @@ class PositionalNorm2d(_UnitNorm2d):
     """
 
     def unit_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean over the channels."""
+        """Return the mean over the channels."""
         return x.mean(dim=1, keepdim=True)
 
 
@@ -80,7 +80,7 @@ class _LocalContextNorm2d(AffineNorm2d):
             raise ValueError(f"window must be one or two positive numbers, got {window}")
 
     def group_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean over the channels of each group, ``(n, groups, h, w)``."""
+        """Return the mean over the channels of each group, ``(n, groups, h, w)``."""
         groups: Tensor = x.unflatten(1, (-1, self.group_size))
         return groups.mean(dim=2)
 
@@ -89,7 +89,7 @@ class _LocalContextNorm2d(AffineNorm2d):
         return x.repeat_interleave(self.group_size, dim=1)
 
     def extra_repr(self) -> str:
-        """Returns the arguments, as ``print`` shows them."""
+        """Return the arguments, as ``print`` shows them."""
         return f"{super().extra_repr()}, group_size={self.group_size}, window={self.window}"
 
 
@@ -132,7 +132,7 @@ class LocalContextNorm2d(_LocalContextNorm2d, _UnitNorm2d):
     """
 
     def unit_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean over each tile, at each of its elements."""
+        """Return the mean over each tile, at each of its elements."""
         height, width = x.shape[2:]
         rows, columns = min(self.window[0], height), min(self.window[1], width)
         # Not by ceil_mode: Inductor computes its backward pass wrongly for the smaller tiles.
@@ -201,7 +201,7 @@ class SlidingLocalContextNorm2d(_LocalContextNorm2d):
         return (x - self.spread(mean)) * self.spread(torch.rsqrt(variance + self.eps))
 
     def window_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean over the window around each position."""
+        """Return the mean over the window around each position."""
         height, width = x.shape[2:]
         rows, columns = min(self.window[0], height), min(self.window[1], width)
         means = F.avg_pool2d(x, (rows, columns), stride=1)

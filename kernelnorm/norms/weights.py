@@ -70,21 +70,21 @@ class WSConv2d(nn.Conv2d):
         self.eps = eps
 
     def effective_weight(self) -> Tensor:
-        """Returns the standardised filters that the convolution uses."""
+        """Return the standardised filters that the convolution uses."""
         return self.standardise(self.weight)
 
     def standardise(self, filters: Tensor) -> Tensor:
-        """Returns filters standardised, in their own dtype."""
+        """Return filters standardised, in their own dtype."""
         weight = filters.to(torch.promote_types(filters.dtype, torch.float32))
         variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
         return ((weight - mean) * self.scale_of(variance)).to(filters.dtype)
 
     def scale_of(self, variance: Tensor) -> Tensor:
-        """Returns the factor of centred filters, given their variance."""
+        """Return the factor of centred filters, given their variance."""
         return torch.rsqrt(variance + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the convolution of ``x`` with the standardised filters."""
+        """Return the convolution of ``x`` with the standardised filters."""
         weight = self.effective_weight()
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -140,12 +140,12 @@ class ScaledWSConv2d(WSConv2d):
             nn.init.ones_(self.gain)
 
     def scale_of(self, variance: Tensor) -> Tensor:
-        """Returns the factor of centred filters, given their variance."""
+        """Return the factor of centred filters, given their variance."""
         return self.gain * torch.rsqrt((variance * self.weight[0].numel()).clamp(min=self.eps))
 
 
 def weight_norm_conv(*args: Any, **options: Any) -> nn.Conv2d:
-    r"""Returns a :class:`torch.nn.Conv2d` with PyTorch's Weight Normalization.
+    r"""Return a :class:`torch.nn.Conv2d` with PyTorch's Weight Normalization.
 
     The filter of each output channel is :math:`g_c V / \|V\|`, with the direction :math:`V` and the
     length :math:`g_c` as parameters. The first weights are those of

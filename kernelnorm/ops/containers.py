@@ -12,7 +12,7 @@ __all__ = ["tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested containers, in order; other objects are skipped."""
+    """Yield the tensors in nested containers, in order; other objects are skipped."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

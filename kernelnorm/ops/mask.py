@@ -73,7 +73,7 @@ def count_keys(shape: Sequence[int]) -> int:
 
 
 def expand_keys(keys: Tensor, shape: Sequence[int], p: float) -> Keys:
-    """Expands drawn keys to one per pixel and one per channel.
+    """Expand drawn keys to one per pixel and one per channel.
 
     A pixel's key is the product of the keys of its row, column, ..., modulo :math:`2^{32}`.
     """

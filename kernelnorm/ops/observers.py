@@ -102,7 +102,7 @@ def version(x: Tensor) -> int:
 
 
 def called_as_leaf(module: torch.nn.Module, input: object) -> Any:
-    """Records a call of the module for ``torch.fx``, as it records those of ``torch.nn``.
+    """Record a call of the module for ``torch.fx``, as it records those of ``torch.nn``.
 
     Returns ``None`` if ``input`` is no proxy of ``torch.fx``: then nothing is being traced.
     """

@@ -21,7 +21,7 @@ from kernelnorm.ops.windows import Geometry
 def kn_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, settings: Settings
 ) -> Tensor:
-    """Calls the operator ``kernelnorm::kn_conv``; see :func:`kernelnorm.ops.knconv.kn_conv`."""
+    """Call the operator ``kernelnorm::kn_conv``; see :func:`kernelnorm.ops.knconv.kn_conv`."""
     y: Tensor = torch.ops.kernelnorm.kn_conv(x, weight, bias, keys, *_flat(settings))[0]
     return y
 

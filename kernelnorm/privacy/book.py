@@ -110,7 +110,7 @@ class Book:
         self._rows: set[int] = set()
 
     def begin(self, rows: set[int]) -> None:
-        """Starts a forward pass.
+        """Start a forward pass.
 
         Args:
             rows: the sizes of the first dimensions of all tensors among the network's inputs
@@ -125,7 +125,7 @@ class Book:
         self._rows = rows
 
     def call(self, layer: nn.Module, input: Tensor) -> None:
-        """Records a call of a layer, and raises if it is the second one in a forward pass."""
+        """Record a call of a layer, and raise if it is the second one in a forward pass."""
         if len(input) % self.augmentations:
             raise ValueError(
                 f"layer {self._names[layer]!r} got a batch of {len(input)} rows, expected a "
@@ -140,7 +140,7 @@ class Book:
         self._called.add(layer)
 
     def enter(self, layer: nn.Module, entries: list[Entry]) -> None:
-        """Stores the entries of a layer in the backward pass; a frozen layer has none."""
+        """Store the entries of a layer in the backward pass; a frozen layer has none."""
         if torch.is_grad_enabled():
             raise NotImplementedError("private training takes no backward(create_graph=True)")
         if layer in self._entries:

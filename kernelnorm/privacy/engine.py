@@ -68,7 +68,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         self._refuse_other_gradients()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Registers the hooks of the parameters on a copy, since copied parameters have none."""
+        """Register the hooks of the parameters on a copy, since copied parameters have none."""
         super().__setstate__(state)
         self._refuse_other_gradients()
 
@@ -85,7 +85,7 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
                 self._handles.append(parameter.register_hook(hook))
 
     def remove_hooks(self) -> None:
-        """Removes all hooks and restores the forward methods of the layers."""
+        """Remove all hooks and restore the forward methods of the layers."""
         self.book.clear()
         while self._handles:
             self._handles.pop().remove()
@@ -99,7 +99,7 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
     book: Book
 
     def accumulate(self) -> None:
-        """Adds the clipped gradients of the last backward pass to the sums of the step."""
+        """Add the clipped gradients of the last backward pass to the sums of the step."""
         sums = self.book.clipped_sums(self.max_grad_norm)
         unknown = [tuple(p.shape) for p in sums.keys() - {*self.params}]
         if unknown:

@@ -134,7 +134,7 @@ LAYERS: dict[type[nn.Module], Forward] = {
 
 
 def keep_book(layer: nn.Module, book: Book) -> None:
-    """Replaces the forward method of a layer by one that fills the book, until ``close_book``."""
+    """Replace the forward method of a layer by one that fills the book, until ``close_book``."""
     layer.forward = partial(_forward, layer, book)
 
 

@@ -55,7 +55,7 @@ class Product(NamedTuple):
         return self.augmentations * prod(self.x.shape[2:])
 
     def chunks(self, size: int) -> Iterator[Product]:
-        """Yields the product of ``size`` samples at a time."""
+        """Yield the product of ``size`` samples at a time."""
         for start in range(0, len(self.x), size * self.augmentations):
             rows = slice(start, start + size * self.augmentations)
             mu, sums = (None if t is None else t[rows] for t in (self.mu, self.sums))

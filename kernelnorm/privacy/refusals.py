@@ -74,7 +74,7 @@ def norms_with_statistics(network: nn.Module) -> dict[nn.Module, str]:
 
 
 def check_statistics(norms: dict[nn.Module, str]) -> None:
-    """Checks that no norm normalises by statistics of the batch or updates running statistics.
+    """Check that no norm normalises by statistics of the batch or updates running statistics.
 
     Raises:
         RuntimeError: a norm does, and neither clipping nor noise covers these statistics
@@ -93,7 +93,7 @@ def check_statistics(norms: dict[nn.Module, str]) -> None:
 def check_options(
     module: nn.Module, optimizer: Optimizer, max_grad_norm: float, noise_multiplier: float | None
 ) -> None:
-    """Checks the arguments of ``make_private``.
+    """Check the arguments of ``make_private``.
 
     Raises:
         ValueError: bookkeeping does not support one of them, or the optimizer lacks a parameter

@@ -87,7 +87,7 @@ class Memory:
 
 
 def with_call(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Extends a forward hook of Opacus to keep a KNConv's call; returns other hooks unchanged."""
+    """Extend a forward hook of Opacus to keep a KNConv's call; return other hooks unchanged."""
     owner = getattr(hook, "__self__", None)
     if not isinstance(owner, AbstractGradSampleHooks) or getattr(owner, "force_functorch", False):
         return hook

@@ -35,7 +35,7 @@ class Standardisation(NamedTuple):
     scale: Tensor
 
     def back_(self, gradients: Tensor) -> Tensor:
-        """Turns gradients of the filters into gradients of the weight, in place.
+        """Turn gradients of the filters into gradients of the weight, in place.
 
         Shape:
             - gradients, Output: :math:`(N, K, C / groups, *)`

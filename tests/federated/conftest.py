@@ -43,7 +43,7 @@ def run_config(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def settings(run_config: dict[str, Any]) -> Callable[..., Settings]:
-    """Makes settings of a small run with some other values."""
+    """Make settings of a small run with some other values."""
 
     def make(**values: Any) -> Settings:
         changes = {name.replace("_", "-"): value for name, value in values.items()}

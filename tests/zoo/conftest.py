@@ -27,7 +27,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Writes the table, if this process collected all of it."""
+    """Write the table, if this process collected all of it."""
     yield
     if session.testsfailed or hasattr(session.config, "workerinput") or len(ROWS) < 100:
         return

@@ -103,11 +103,11 @@ class Backend(Protocol):
     def statistics_backward(
         self, grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
     ) -> Tensor:
-        """Adds the gradient through the statistics to ``grad``. Writes into ``grad``."""
+        """Add the gradient through the statistics to ``grad``. Writes into ``grad``."""
 
 
 def backend_for(x: Tensor) -> Backend:
-    """Selects the backend for inputs like ``x``."""
+    """Select the backend for inputs like ``x``."""
     from kernelnorm.ops.backends import cpu, eager
 
     if x.is_cuda:

@@ -216,7 +216,7 @@ def convolution_backward(
 def statistics_backward(
     grad: Tensor, x: Tensor, pair: Tensor, keys: Tensor | None, settings: Settings
 ) -> Tensor:
-    r"""Adds the gradient that comes through the statistics to the convolution's gradient.
+    r"""Add the gradient that comes through the statistics to the convolution's gradient.
 
     .. math:: \text{grad} + m (a + b x)
 

@@ -58,7 +58,7 @@ class Library(NamedTuple):
 
 
 def load(path: Path) -> Library:
-    """Loads the kernels from a file.
+    """Load the kernels from a file.
 
     Raises:
         OSError: the file does not exist or is no library for this machine.

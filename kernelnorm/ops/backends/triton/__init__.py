@@ -171,7 +171,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _launch(kernel: Any, large: list[Tensor], *arguments: Any, **options: Any) -> None:
-    """Runs a kernel on large tensors of one shape, and on its other arguments."""
+    """Run a kernel on large tensors of one shape, and on its other arguments."""
     programs, strides, sizes = _tiles(large[0].shape, *(x.stride() for x in large))
     layout = [item for x, of_x in zip(large, strides, strict=True) for item in (x, *of_x)]
     with torch.cuda.device_of(large[0]):  # Triton launches on the current device

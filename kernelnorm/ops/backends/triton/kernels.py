@@ -110,7 +110,7 @@ def epilogue(
     size, pixels, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output to ``y`` and, if ``SLOPE`` is ``None``, the numerator to ``z``."""
+    """Write the output to ``y`` and, if ``SLOPE`` is ``None``, the numerator to ``z``."""
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     z += sample * z_n + pixel * z_p
     y += sample * y_n + pixel * y_p
@@ -146,7 +146,7 @@ def epilogue_backward(
     volume, size, pixels, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``grad_z`` and ``pair``; each program also writes its part of the sums over pixels."""
+    """Write ``grad_z`` and ``pair``; each program also writes its part of the sums over pixels."""
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     kept += sample * kept_n + pixel * kept_p
     grad += sample * grad_n + pixel * grad_p
@@ -197,7 +197,7 @@ def statistics_backward(
     size, pixels, channels,
     DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums ``pair`` over the windows that contain each pixel; adds to ``grad`` in place."""
+    """Sum ``pair`` over the windows that contain each pixel; add to ``grad`` in place."""
     sample, pixel, exists, place = block_of_pixels(pixels, BLOCK_P)
     x += sample * x_n + pixel * x_p
     grad += sample * grad_n + pixel * grad_p
