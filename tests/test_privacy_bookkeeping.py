@@ -238,7 +238,10 @@ def test_large_gradients_are_not_kept(channels: int, entry: type) -> None:
 @pytest.mark.parametrize("kind", [partial(kn.KNConv2d, dropout_p=0), WSConv2d])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_ghost_norms_in_float32_are_exact(mean: float, kind: Callable[..., nn.Module]) -> None:
-    """Also with a large mean, and with windows of zeros, whose gradients are large."""
+    """Also with a large mean, and with windows of zeros, whose gradients are large.
+
+    They are larger by the bound on the rounding of the sum, which is relative to the mean.
+    """
     torch.manual_seed(0)
     layer = kind(8, 4, 3, padding=1)
     x = torch.randn(3, 8, 8, 8).relu() + mean
@@ -251,7 +254,9 @@ def test_ghost_norms_in_float32_are_exact(mean: float, kind: Callable[..., nn.Mo
             (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
         results.append(wrapped.book.norms().double())
         layer = wrapped.to_standard_module()
-    assert_close(*results, tolerance=1e-4 if mean else 1e-5)
+    norms, exact = results
+    assert (norms > (1 - 1e-5) * exact).all()
+    assert (norms < (1 + (1e-3 if mean else 1e-5)) * exact).all()
 
 
 def test_batch_memory_manager_splits_batches() -> None:

@@ -47,26 +47,43 @@ def test_subclasses_are_unknown() -> None:
 OF_BATCHES = {name for name in NORMS if describe(name).group == "batch-dependent"}
 
 
+MODES = pytest.mark.parametrize("mode", ["bookkeeping", "hooks", "ghost"])
+
+
+@MODES
 @pytest.mark.parametrize("norm", sorted(OF_BATCHES - {"batch"}))  # PyTorch's has other tests below
-def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(norm: str) -> None:
+def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(
+    norm: str, mode: str
+) -> None:
     layer = describe(norm).layer(32).requires_grad_(False)
-    with pytest.raises(NotImplementedError, match="'1' takes statistics of batches"):
-        private(nn.Sequential(nn.Conv2d(3, 32, 3), layer), images(2))
+    with pytest.raises(NotImplementedError, match=r"'1' is a .* takes statistics of batches"):
+        private(nn.Sequential(nn.Conv2d(3, 32, 3), layer), images(2), grad_sample_mode=mode)
 
 
+class OwnBatchNorm(nn.BatchNorm2d.__mro__[1]):  # type: ignore[misc]
+    """A batch norm that is none of PyTorch's public classes."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+@MODES
 @pytest.mark.parametrize(
     "norm",
     [
         nn.BatchNorm2d(4, affine=False),
         nn.BatchNorm2d(4).requires_grad_(False),
         nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+        nn.LazyBatchNorm2d(affine=False),
+        OwnBatchNorm(4, affine=False),
         nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.LazyInstanceNorm2d(track_running_stats=True),
     ],
 )
-def test_statistics_of_images_are_refused(norm: nn.Module) -> None:
+def test_statistics_of_images_are_refused(norm: nn.Module, mode: str) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
-    with pytest.raises(RuntimeError, match=r"'1' is a .*Norm2d that takes statistics of the"):
-        private(network, images(2))
+    with pytest.raises(RuntimeError, match=r"'1' is a .*Norm.* that takes statistics of the"):
+        private(network, images(2), grad_sample_mode=mode)
     assert "forward" not in vars(network[0])
 
 
@@ -78,8 +95,9 @@ def test_frozen_batch_norm_is_checked_in_each_step() -> None:
     optimizer.step()
     optimizer.zero_grad()
     wrapped.train()
-    with pytest.raises(RuntimeError, match=r"'1' is a BatchNorm2d .* call eval\(\) on it"):
-        wrapped(x)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context, pytest.raises(RuntimeError, match=r"'1' is a BatchNorm2d .* call eval\(\)"):
+            wrapped(x)
 
 
 def test_instance_norm_without_running_statistics_is_taken() -> None:
@@ -277,6 +295,72 @@ def test_gradients_are_not_accumulated() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass through layer"):
         loss.backward()
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        y: Tensor = self.second(x)
+        return self.first(x) + y if both else y
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_two_forward_passes_before_one_backward_pass_are_refused(both: bool) -> None:
+    """Each pass would count as a sample of its own, but be clipped as one."""
+    x = torch.randn(4, 3)
+    network, _, _ = private(Branches(), x)
+    loss = (network(x, both=True) + network(x.flip(0), both=both)).mean()
+    with pytest.raises(RuntimeError, match="of an earlier forward pass than the last"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sample_whose_gradient_is_not_finite_is_refused(value: float) -> None:
+    x = torch.ones(4, 3)
+    x[2, 1] = value
+    network, optimizer, _ = private(nn.Sequential(nn.Linear(3, 2)), x)
+    network(x).mean().backward()
+    before = [p.clone() for p in network.parameters()]
+    with pytest.raises(FloatingPointError, match="sample 2 of the batch has the norm"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    optimizer.zero_grad()
+    network(torch.ones(4, 3)).mean().backward()
+    optimizer.step()
+
+
+def test_parameters_that_become_bfloat16_are_refused() -> None:
+    x = torch.randn(2, 3)
+    network, optimizer, _ = private(nn.Sequential(nn.Linear(3, 2)), x)
+    network.to(torch.bfloat16)(x.bfloat16()).mean().backward()
+    with pytest.raises(RuntimeError, match=r"in torch\.bfloat16, .*: expected float32 or float64"):
+        optimizer.step()
+
+
+def test_data_parallel_is_refused() -> None:
+    network = nn.DataParallel(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="around the network, got DataParallel"):
+        private(network, torch.randn(2, 3))
+
+
+def test_inputs_without_tensors_are_refused() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Any) -> Tensor:
+            y: Tensor = self.layer(x())
+            return y
+
+    x = torch.randn(2, 3)
+    network, optimizer, _ = private(Wrapped(), x)
+    network(lambda: x).mean().backward()
+    with pytest.raises(RuntimeError, match="found no tensor among the network's inputs"):
+        optimizer.step()
 
 
 def test_a_step_needs_a_backward_pass() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernelnorm.experiments import trainer
+from kernelnorm.experiments import state, trainer
 from kernelnorm.experiments.data import Images
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
@@ -73,6 +73,32 @@ def test_run_paused_in_and_between_epochs_ends_with_the_same_weights(
     train(config, Launch(out=paused, verbose=False))
     assert_same_weights(whole, paused)
     assert without_times(whole) == without_times(paused)
+
+
+@pytest.mark.parametrize("lost", ["best.ckpt", "metrics.jsonl"])
+def test_a_run_that_is_killed_between_its_files_gets_the_others_back(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(small(), Launch(out=whole, verbose=False))
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    place = state if lost == "best.ckpt" else RunFolder
+    monkeypatch.setattr(place, "_save_best" if lost == "best.ckpt" else "write_metrics", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), Launch(out=killed, verbose=False))
+    monkeypatch.undo()
+    assert (killed / "best.ckpt").exists() == (lost == "metrics.jsonl")
+    folder = train(small(), Launch(out=killed, verbose=False, max_steps=8))
+    best = folder.load("best.ckpt")
+    assert best is not None
+    assert best["epoch"] == len(folder.read_metrics()) == 1
+    train(small(), Launch(out=killed, verbose=False))
+    assert_same_weights(whole, killed)
+    for name, tensor in weights(whole, "best.ckpt").items():
+        assert torch.equal(tensor, weights(killed, "best.ckpt")[name])
 
 
 def test_metrics_are_had_back_from_the_checkpoint(tmp_path: Path) -> None:

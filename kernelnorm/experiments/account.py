@@ -17,7 +17,9 @@ from kernelnorm.experiments.private_options import Privacy
 __all__ = ["ORDERS", "Account", "noise_multiplier"]
 
 _SEARCHED = [1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5, 5.5, *range(2, 64)]
-"""Orders of the Renyi divergence in the noise search. Few are fractions: these are slow."""
+_SEARCHED += [80, 96, 128, 192, 256, 384, 512]
+"""Orders of the Renyi divergence in the noise search. Few are fractions: these are slow. The large
+ones are for budgets far below 1."""
 
 ORDERS = sorted({*RDPAccountant.DEFAULT_ALPHAS, *_SEARCHED})
 """Orders for the reported epsilon, which is the smallest bound over all orders. More orders than

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images
+from kernelnorm.experiments.private_options import rounded_up
 from kernelnorm.experiments.runs import Metrics
 from kernelnorm.experiments.state import Progress, Sums
 from kernelnorm.experiments.style import LABELS
@@ -52,11 +53,11 @@ class Bar:
         )
 
     def show(self, steps: int, sums: Sums, metrics: Metrics) -> None:
-        """Advance by ``steps``, and show the epoch's loss and accuracy and further metrics."""
+        """Advance by ``steps``, and show the epoch's loss and accuracy, and epsilon."""
         images = max(1, sums.images)
         self.tqdm.update(steps)
         shown = {"loss": f"{sums.loss / images:.3f}", "accuracy": f"{sums.correct / images:.1%}"}
-        shown |= {name: f"{value:.2f}" for name, value in metrics.items()}
+        shown |= {name: rounded_up(value) for name, value in metrics.items()}
         self.tqdm.set_postfix(shown, refresh=False)
 
 
@@ -80,7 +81,7 @@ def epoch_line(config: RunConfig, metrics: Metrics) -> str:
     losses = "train loss {train_loss:.4f}, test loss {test_loss:.4f}"
     accuracies = "train accuracy {train_accuracy:.2%}, test accuracy {test_accuracy:.2%}"
     speed = "{seconds:.1f} s, {images_per_second:,.0f} images/s"
-    spent = "; epsilon {epsilon:.2f}" if "epsilon" in metrics else ""
+    spent = f"; epsilon {rounded_up(metrics['epsilon'])}" if "epsilon" in metrics else ""
     line = f"epoch {{epoch}}/{config.epochs}: {losses}; {accuracies}; {speed}{spent}"
     return line.format(**metrics)
 

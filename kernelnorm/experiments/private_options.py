@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.norms import describe
 
-__all__ = ["Privacy"]
+__all__ = ["Privacy", "rounded_up"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +97,8 @@ class Privacy:
                 f"{self.augmentations} augmentations of a sample would be the same image: add "
                 "--augment true"
             )
+
+
+def rounded_up(epsilon: float) -> str:
+    """Return an epsilon with two decimals; it is an upper bound, so it is rounded up."""
+    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"

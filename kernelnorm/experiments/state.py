@@ -59,7 +59,11 @@ class Progress:
 
 
 def save(folder: RunFolder, fabric: Fabric, steps: Steps[Any], progress: Progress) -> None:
-    """Write ``last.ckpt``, and ``metrics.jsonl``, which is a readable copy of a part of it."""
+    """Write ``last.ckpt``, ``best.ckpt`` if it is due, and a readable part as ``metrics.jsonl``.
+
+    In this order ``best.ckpt`` never has weights of steps that ``last.ckpt`` does not know, and a
+    run that ``metrics.jsonl`` calls finished has all of its files.
+    """
     rng = _of_all(fabric, _rng(fabric))
     if fabric.is_global_zero:
         state = {
@@ -70,8 +74,16 @@ def save(folder: RunFolder, fabric: Fabric, steps: Steps[Any], progress: Progres
             "rng": rng,
         }
         folder.save("last.ckpt", state)
+        _save_best(folder, state["model"], progress)
         folder.write_metrics(progress.history)
     fabric.barrier()
+
+
+def _save_best(folder: RunFolder, weights: dict[str, Tensor], progress: Progress) -> None:
+    """Write ``best.ckpt`` if an epoch has just ended with the highest test accuracy so far."""
+    accuracies = [metrics["test_accuracy"] for metrics in progress.history]
+    if not progress.step and accuracies and accuracies[-1] > max(accuracies[:-1], default=-1):
+        folder.save("best.ckpt", {"model": weights, "epoch": len(accuracies)})
 
 
 def restore(folder: RunFolder, fabric: Fabric, steps: Steps[Any]) -> Progress:
@@ -89,9 +101,11 @@ def restore(folder: RunFolder, fabric: Fabric, steps: Steps[Any]) -> Progress:
             f"the processes have found different states of the run in {folder.path}: "
             "it must be on a file system that all of them share"
         )
-    # A process may have been killed after writing last.ckpt and before writing metrics.jsonl.
-    if fabric.is_global_zero and folder.read_metrics() != progress.history:
-        folder.write_metrics(progress.history)
+    # A process may have been killed after writing last.ckpt and before the other files.
+    if fabric.is_global_zero and state is not None:
+        _save_best(folder, state["model"], progress)
+        if folder.read_metrics() != progress.history:
+            folder.write_metrics(progress.history)
     fabric.barrier()
     return progress
 

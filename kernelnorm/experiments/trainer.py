@@ -164,7 +164,10 @@ class _Training:
             time_ = epoch + progress.step / self.steps.per_epoch
             for group in self.steps.optimizer.param_groups:
                 group["lr"] = config.lr_at(time_, 1 / self.steps.per_epoch)
-            pending.append(self.steps.take(batch))
+            try:
+                pending.append(self.steps.take(batch))
+            except FloatingPointError as error:
+                raise self._diverged(str(error), progress.step + 1) from error
             progress.step += 1
             if len(pending) == self.look_every:
                 self._look(pending)
@@ -233,12 +236,7 @@ class _Training:
             "startup_seconds": max(0.0, sums.seconds - sums.images / sums.images_per_second),
             **self.steps.metrics(),
         }
-        is_best = all(accuracy > earlier["test_accuracy"] for earlier in history)
         self.progress = Progress(history=[*history, metrics])
-        if is_best and self.fabric.is_global_zero:
-            weights = self.steps.evaluated.state_dict()
-            best = {"model": weights, "epoch": metrics["epoch"]}
-            self.folder.save("best.ckpt", best)
         self._save()
         if self.fabric.is_global_zero and self.launch.tensorboard:
             self.folder.write_tensorboard(metrics)

@@ -44,7 +44,7 @@ class Vectors:
     def weighted_sums(self, weights: Tensor) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """See :class:`Entry`."""
         for parameter, gradient in self.of.items():
-            total = weights.to(gradient.dtype) @ gradient.flatten(1)
+            total = weights.to(gradient) @ gradient.flatten(1)
             yield parameter, total.view(parameter.shape)
 
 
@@ -89,6 +89,39 @@ def weight_entry(
     return Weight(parameter, product, standardised)
 
 
+class Page:
+    """The calls of one forward pass; its backward pass fills the book.
+
+    Args:
+        book: the book that the page belongs to
+        rows: the sizes of the first dimensions of all tensors among the network's inputs
+    """
+
+    def __init__(self, book: Book, rows: set[int]) -> None:
+        self.book, self.rows, self.augmentations = book, rows, book.augmentations
+        self._called: set[nn.Module] = set()
+
+    def call(self, layer: nn.Module, input: Tensor) -> None:
+        """Record a call of a layer, and raise if it is the second one."""
+        name = self.book.names[layer]
+        if len(input) % self.augmentations:
+            raise ValueError(
+                f"layer {name!r} got a batch of {len(input)} rows, expected a multiple of "
+                f"augmentations={self.augmentations}: consecutive rows are a sample"
+            )
+        if layer in self._called:
+            raise NotImplementedError(
+                f"layer {name!r} is called more than once in a forward pass, which bookkeeping "
+                'does not support: use grad_sample_mode="hooks", or use_reentrant=True if '
+                "activation checkpointing repeats the call"
+            )
+        self._called.add(layer)
+
+    def enter(self, layer: nn.Module, entries: list[Entry]) -> None:
+        """Store the entries of a layer in the backward pass; a frozen layer has none."""
+        self.book.enter(self, layer, entries)
+
+
 class Book:
     """The entries of all layers of a network in one step.
 
@@ -100,14 +133,14 @@ class Book:
         augmentations: the number of consecutive rows of a batch that make a sample (default: 1).
             The gradient of a sample is that of the mean of their losses (of their sum, if the loss
             is the sum over the batch)
+        page: the page of the last forward pass
     """
 
     def __init__(self, names: dict[nn.Module, str], mean: bool) -> None:
         self.augmentations = 1
-        self._names, self._mean = names, mean
+        self.names, self._mean = names, mean
         self._entries: dict[nn.Module, list[Entry]] = {}
-        self._called: set[nn.Module] = set()
-        self._rows: set[int] = set()
+        self.page = Page(self, set())
 
     def begin(self, rows: set[int]) -> None:
         """Start a forward pass.
@@ -121,31 +154,21 @@ class Book:
                 "Call optimizer.step() and optimizer.zero_grad() after each backward pass; for "
                 "batches larger than the memory use opacus.utils.batch_memory_manager"
             )
-        self._called.clear()
-        self._rows = rows
+        self.page = Page(self, rows)
 
-    def call(self, layer: nn.Module, input: Tensor) -> None:
-        """Record a call of a layer, and raise if it is the second one in a forward pass."""
-        if len(input) % self.augmentations:
-            raise ValueError(
-                f"layer {self._names[layer]!r} got a batch of {len(input)} rows, expected a "
-                f"multiple of augmentations={self.augmentations}: consecutive rows are a sample"
-            )
-        if layer in self._called:
-            raise NotImplementedError(
-                f"layer {self._names[layer]!r} is called more than once in a forward pass, or by "
-                "activation checkpointing, which bookkeeping does not support: use "
-                'grad_sample_mode="hooks"'
-            )
-        self._called.add(layer)
-
-    def enter(self, layer: nn.Module, entries: list[Entry]) -> None:
-        """Store the entries of a layer in the backward pass; a frozen layer has none."""
+    def enter(self, page: Page, layer: nn.Module, entries: list[Entry]) -> None:
+        """Store the entries of a layer, which was called in the forward pass of ``page``."""
         if torch.is_grad_enabled():
             raise NotImplementedError("private training takes no backward(create_graph=True)")
+        if page is not self.page:
+            raise RuntimeError(
+                f"a backward pass through layer {self.names[layer]!r} of an earlier forward pass "
+                "than the last: a step takes one forward and one backward pass. Concatenate the "
+                "inputs, or give the network all of them in one call"
+            )
         if layer in self._entries:
             raise RuntimeError(
-                f"a second backward pass through layer {self._names[layer]!r} before "
+                f"a second backward pass through layer {self.names[layer]!r} before "
                 "optimizer.step(): gradients cannot be accumulated"
             )
         if entries:
@@ -154,7 +177,7 @@ class Book:
     def norms(self) -> Tensor:
         """The norm of each sample's gradient over all parameters, shape :math:`(N,)`."""
         sizes = {
-            self._names[layer]: len(entries[0].squared_norms)
+            self.names[layer]: len(entries[0].squared_norms)
             for layer, entries in self._entries.items()
         }
         if len({*sizes.values()}) != 1:
@@ -163,9 +186,14 @@ class Book:
                 f"{sizes}"
             )
         (samples,) = {*sizes.values()}
-        if self._rows != {samples * self.augmentations}:
+        if not self.page.rows:
             raise RuntimeError(
-                f"the network got batches of {sorted(self._rows)}, and its layers batches of "
+                "found no tensor among the network's inputs, so it is not known what the samples "
+                "are: give tensors, or lists, tuples, dicts or dataclasses of them"
+            )
+        if self.page.rows != {samples * self.augmentations}:
+            raise RuntimeError(
+                f"the network got batches of {sorted(self.page.rows)}, and its layers batches of "
                 f"{samples * self.augmentations}: their rows are not the rows of its input, so "
                 "samples cannot be clipped"
             )
@@ -178,8 +206,18 @@ class Book:
 
         The gradient of each sample is multiplied by
         :math:`\\min(1, \\text{max\\_norm} / (\\text{norm} + 10^{-6}))`, as Opacus does it.
+
+        Raises:
+            FloatingPointError: the gradient of a sample is not finite
         """
         norms = self.norms()
+        finite = norms.isfinite()
+        if not finite.all():
+            (bad,) = finite.logical_not().nonzero()[0].tolist()
+            raise FloatingPointError(
+                f"the gradient of sample {bad} of the batch has the norm {norms[bad]:g}, which "
+                "cannot be clipped"
+            )
         weights = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         if self._mean:
             weights = weights * len(weights)

@@ -73,9 +73,9 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]
         self._refuse_other_gradients()
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Begins a forward pass of the network, if it computes gradients."""
+        """Check the norms, and begin a forward pass of the network if it computes gradients."""
+        check_statistics(self._norms)
         if torch.is_grad_enabled():
-            check_statistics(self._norms)
             self.book.begin({len(x) for x in tensors_in([args, options]) if x.dim()})
 
     def _refuse_other_gradients(self) -> None:
@@ -113,6 +113,11 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
                 raise RuntimeError(
                     f"a parameter of shape {tuple(parameter.shape)} is trained now but was not "
                     "when the network was made private: call make_private again"
+                )
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} is in {parameter.dtype}, in "
+                    "which clipped gradients would be rounded: expected float32 or float64"
                 )
             gradient = sums.get(parameter)
             if gradient is None:  # the layer was not called
@@ -216,9 +221,10 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         return result
 
     def _prepare_model(self, module: nn.Module, **options: Any) -> Any:
+        self.validate(module=module, optimizer=None, data_loader=None)
+        check_statistics(norms_with_statistics(module))
         if options.get("grad_sample_mode") != MODE:
             return super()._prepare_model(module, **options)
-        self.validate(module=module, optimizer=None, data_loader=None)
         if isinstance(module, BookkeepingModule):
             module = module.to_standard_module()
         self._prepared = BookkeepingModule(

@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops.backends import backend_for, compute_dtype
+from kernelnorm.ops.backends.eager import accumulate_dtype
 from kernelnorm.ops.settings import Settings
+from kernelnorm.ops.windows import box_sum
 from kernelnorm.privacy.ghost import ghost_is_faster, ghost_norms
 from kernelnorm.privacy.product import Product
 from kernelnorm.privacy.standardised import Standardisation
 
 _KEPT = 4
 """The gradients of the samples are kept up to this multiple of the size of input and output."""
+
+_ROUNDING = 8
+"""The rounding errors of a sum of products, in units of the last place of its largest terms."""
 
 _SAMPLES = 8
 """Number of samples whose gradients one convolution computes; one at a time takes longer."""
@@ -39,12 +44,39 @@ def per_sample(product: Product, standardised: Standardisation | None = None) ->
 
 
 def squared_norms(product: Product, standardised: Standardisation | None = None) -> Tensor:
-    """The squared norm of the weight's gradient for each sample, shape :math:`(N,)`."""
+    """The squared norm of the weight's gradient for each sample, shape :math:`(N,)`.
+
+    The norm includes a bound on what rounding adds to the sample in :func:`weighted_sum`, so that
+    its share of the sum is never larger than its norm says.
+    """
     if ghost_is_faster(product, kept=False):
         norms = ghost_norms(product, standardised)
     else:
         norms = [squares(gradients) for gradients in _per_sample(product, standardised)]
-    return torch.cat(norms) if norms else product.z.new_zeros(0, dtype=compute_dtype(product.z))
+    if not norms:
+        return product.z.new_zeros(0, dtype=compute_dtype(product.z))
+    return (torch.cat(norms).sqrt() + _rounding(product, standardised)).square()
+
+
+def _rounding(product: Product, standardised: Standardisation | None) -> Tensor:
+    r"""A bound on the norm of the rounding errors of each sample's gradient, shape :math:`(N,)`.
+
+    .. math::
+        \text{ROUNDING} \cdot \text{eps} \sum_t \|z_t\| \|u_t\|
+
+    The gradient itself can be much smaller: for windows with hardly any variance :math:`z_t` is
+    large, and the terms :math:`z_t (u_t - \mu_t)^\top` cancel.
+    """
+    x, z, settings, _, _, augmentations = product
+    dtype, groups = compute_dtype(z), settings.groups
+    if standardised is not None:
+        z = z * standardised.scale.view(1, -1, *[1] * (z.dim() - 2))
+    of_z, of_x = (
+        torch.linalg.vector_norm(t.unflatten(1, (groups, -1)), dim=2, dtype=dtype) for t in (z, x)
+    )
+    of_windows = box_sum(of_x.square(), settings.geometry).sqrt()
+    bound = _ROUNDING * torch.finfo(dtype).eps * (of_z * of_windows).flatten(1).sum(1)
+    return of_samples(bound, augmentations)
 
 
 def weighted_sum(product: Product, weights: Tensor) -> Tensor:
@@ -55,7 +87,7 @@ def weighted_sum(product: Product, weights: Tensor) -> Tensor:
     """
     x, z, settings, mu, sums, augmentations = product
     dtype = compute_dtype(z)
-    weights = weights.repeat_interleave(augmentations).to(dtype)
+    weights = weights.repeat_interleave(augmentations).to(z.device, dtype)
     z = z.to(dtype) * weights.view(-1, *[1] * (z.dim() - 1))
     if settings.geometry.pointwise and x.dim() == 3 and settings.groups == 1 and mu is None:
         total: Tensor = torch.tensordot(z, x.to(z.dtype), dims=([0, 2], [0, 2]))
@@ -95,9 +127,13 @@ def of_samples(rows: Tensor, augmentations: int) -> Tensor:
 
 
 def squares(gradients: Tensor) -> Tensor:
-    """The squared norm of each sample's gradient, from shape :math:`(N, *)` to :math:`(N,)`."""
-    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
-    return norms.square()
+    """The squared norm of each sample's gradient, from shape :math:`(N, *)` to :math:`(N,)`.
+
+    Added up in float64: in float32 a sum of many equal squares is too small.
+    """
+    dtype = accumulate_dtype(gradients)
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1, dtype=dtype)
+    return norms.square().to(gradients.dtype)
 
 
 def _per_sample(product: Product, standardised: Standardisation | None) -> Iterator[Tensor]:

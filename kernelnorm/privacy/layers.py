@@ -23,15 +23,15 @@ from kernelnorm.ops.knconv import node_behind
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
 from kernelnorm.privacy import gradients
-from kernelnorm.privacy.book import Book, Entry, Vectors, weight_entry
+from kernelnorm.privacy.book import Book, Entry, Page, Vectors, weight_entry
 from kernelnorm.privacy.product import Product, unnormalised
 from kernelnorm.privacy.standardised import Standardisation, standardisation
 
-Forward = Callable[[Any, Book, Tensor], Tensor]
-"""A forward pass whose backward pass enters the gradients of the layer into a book."""
+Forward = Callable[[Any, Page, Tensor], Tensor]
+"""A forward pass whose backward pass enters the gradients of the layer on a page of the book."""
 
 
-def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) -> Tensor:
+def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, page: Page, input: Tensor) -> Tensor:
     """KNConv: its own backward pass computes what the book needs."""
     _check_batch(layer, input, layer.weight.dim())
     y = type(layer).forward(layer, input)
@@ -44,28 +44,28 @@ def kn_conv(layer: KNConv1d | KNConv2d | KNConv3d, book: Book, input: Tensor) ->
 
     def receive(x: Tensor, z: Tensor, mu: Tensor, rstd: Tensor, settings: Settings) -> None:
         sums, of_bias = gradients.per_filter(z, torch.cat([mu, 1 / rstd], 1)).unbind(2)
-        _enter(book, layer, Product(x.detach(), z, settings, mu, sums), of_bias)
+        _enter(page, layer, Product(x.detach(), z, settings, mu, sums), of_bias)
 
     node.receive = receive
     return y
 
 
-def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, book: Book, input: Tensor) -> Tensor:
+def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, page: Page, input: Tensor) -> Tensor:
     """The convolutions of torch.nn."""
-    return _convolve(layer, book, input, layer.weight)
+    return _convolve(layer, page, input, layer.weight)
 
 
-def standardised_convolution(layer: WSConv2d, book: Book, input: Tensor) -> Tensor:
+def standardised_convolution(layer: WSConv2d, page: Page, input: Tensor) -> Tensor:
     """Weight Standardization: the gradients of the filters go back through the standardisation."""
     standardised = standardisation(layer)
     filters = standardised.filters.to(layer.weight.dtype).detach()
     filters.requires_grad_(layer.weight.requires_grad)
-    return _convolve(layer, book, input, filters, standardised)
+    return _convolve(layer, page, input, filters, standardised)
 
 
 def _convolve(
     layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
-    book: Book,
+    page: Page,
     input: Tensor,
     filters: Tensor,
     standardised: Standardisation | None = None,
@@ -80,36 +80,36 @@ def _convolve(
     settings = unnormalised(geometry, layer.groups)
 
     def receive(x: Tensor, z: Tensor) -> None:
-        _enter(book, layer, Product(x, z, settings), standardised=standardised)
+        _enter(page, layer, Product(x, z, settings), standardised=standardised)
 
     options = geometry, layer.groups, receive
     y: Tensor = _Convolution.apply(input, filters, layer.bias, *options)  # type: ignore[no-untyped-call]
     return y
 
 
-def linear(layer: nn.Linear, book: Book, input: Tensor) -> Tensor:
+def linear(layer: nn.Linear, page: Page, input: Tensor) -> Tensor:
     """Linear; dimensions between the first and the last are positions."""
     _check_batch(layer, input, max(2, input.dim()))
 
     def receive(x: Tensor, z: Tensor) -> None:
         x, z = (t.flatten(1, -2).mT if t.dim() > 2 else t.unsqueeze(2) for t in (x, z))
-        _enter(book, layer, Product(x, z, _LINEAR))
+        _enter(page, layer, Product(x, z, _LINEAR))
 
     y: Tensor = _Linear.apply(input, layer.weight, layer.bias, receive)  # type: ignore[no-untyped-call]
     return y
 
 
-def group_norm(layer: nn.GroupNorm, book: Book, input: Tensor) -> Tensor:
+def group_norm(layer: nn.GroupNorm, page: Page, input: Tensor) -> Tensor:
     """GroupNorm with weight and bias."""
 
     def receive(of_weight: Tensor, of_bias: Tensor) -> None:
         of = ((layer.weight, of_weight), (layer.bias, of_bias))
         entries: list[Entry] = [
-            Vectors({p: gradients.of_samples(g, book.augmentations)})
+            Vectors({p: gradients.of_samples(g, page.augmentations)})
             for p, g in of
             if p is not None and p.requires_grad
         ]
-        book.enter(layer, entries)
+        page.enter(layer, entries)
 
     x = F.group_norm(input, layer.num_groups, None, None, layer.eps)
     y: Tensor = _Affine.apply(x, layer.weight, layer.bias, receive)  # type: ignore[no-untyped-call]
@@ -147,8 +147,9 @@ def _forward(layer: nn.Module, book: Book, input: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         y: Tensor = type(layer).forward(layer, input)
         return y
-    book.call(layer, input)
-    return LAYERS[type(layer)](layer, book, input)
+    page = book.page
+    page.call(layer, input)
+    return LAYERS[type(layer)](layer, page, input)
 
 
 def _check_batch(layer: nn.Module, input: Tensor, dims: int) -> None:
@@ -160,13 +161,13 @@ def _check_batch(layer: nn.Module, input: Tensor, dims: int) -> None:
 
 
 def _enter(
-    book: Book,
+    page: Page,
     layer: Any,
     product: Product,
     of_bias: Tensor | None = None,
     standardised: Standardisation | None = None,
 ) -> None:
-    """Enters the gradients of a convolution or linear layer.
+    """Enter the gradients of a convolution or linear layer.
 
     Args:
         of_bias: the gradients of the bias for each row, shape :math:`(N, K)`. Default: the sums of
@@ -175,14 +176,14 @@ def _enter(
     """
     entries: list[Entry] = []
     if layer.weight.requires_grad:
-        product = product._replace(augmentations=book.augmentations)
+        product = product._replace(augmentations=page.augmentations)
         entries.append(weight_entry(layer.weight, product, standardised))
     if layer.bias is not None and layer.bias.requires_grad:
         if of_bias is None:
             of_bias = product.z.flatten(2).sum(2, dtype=compute_dtype(product.z))
-        of_bias = gradients.of_samples(of_bias, book.augmentations)
+        of_bias = gradients.of_samples(of_bias, page.augmentations)
         entries.append(Vectors({layer.bias: of_bias}))
-    book.enter(layer, entries)
+    page.enter(layer, entries)
 
 
 class _Convolution(torch.autograd.Function):

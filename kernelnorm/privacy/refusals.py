@@ -17,8 +17,10 @@ from kernelnorm.privacy.layers import LAYERS
 _OF_BATCHES = (BatchRenorm2d, BatchChannelNorm2d)
 """Norms that mix samples, which Opacus' validator does not know."""
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_INSTANCE_NORMS = (
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
+)
 
 
 def trained_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -32,14 +34,12 @@ def layers_of(network: nn.Module) -> dict[nn.Module, str]:
     """The layers with trained parameters, and their names.
 
     Raises:
-        NotImplementedError: bookkeeping cannot train one of them, or a norm mixes samples
+        NotImplementedError: bookkeeping cannot train one of them
     """
     names: dict[nn.Module, str] = {}
     owners: dict[nn.Parameter, str] = {}
     problems = []
     for name, layer in network.named_modules(remove_duplicate=False):
-        if isinstance(layer, _OF_BATCHES):
-            problems.append(f"{name!r} takes statistics of batches")
         parameters = dict(trained_parameters(layer))
         if not parameters:
             continue
@@ -68,9 +68,21 @@ def layers_of(network: nn.Module) -> dict[nn.Module, str]:
 
 
 def norms_with_statistics(network: nn.Module) -> dict[nn.Module, str]:
-    """The norms that take or track statistics of batches in some modes, and their names."""
-    kinds = (*_BATCH_NORMS, *_INSTANCE_NORMS)
-    return {layer: name for name, layer in network.named_modules() if isinstance(layer, kinds)}
+    """The norms that take or track statistics of batches in some modes, and their names.
+
+    Raises:
+        NotImplementedError: a norm takes them in all modes
+    """
+    norms = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, _OF_BATCHES):
+            raise NotImplementedError(
+                f"{name!r} is a {type(layer).__name__}, which takes statistics of batches, so "
+                "samples cannot be clipped: replace it by another norm"
+            )
+        if hasattr(layer, "track_running_stats"):  # BatchNorm, InstanceNorm, and those like them
+            norms[layer] = name
+    return norms
 
 
 def check_statistics(norms: dict[nn.Module, str]) -> None:
@@ -81,7 +93,7 @@ def check_statistics(norms: dict[nn.Module, str]) -> None:
     """
     for layer, name in norms.items():
         running = layer.running_mean is not None
-        mixes = isinstance(layer, _BATCH_NORMS) and (layer.training or not running)
+        mixes = not isinstance(layer, _INSTANCE_NORMS) and (layer.training or not running)
         if mixes or (layer.training and running):
             raise RuntimeError(
                 f"{name!r} is a {type(layer).__name__} that takes statistics of the training "
@@ -98,7 +110,7 @@ def check_options(
     Raises:
         ValueError: bookkeeping does not support one of them, or the optimizer lacks a parameter
     """
-    if isinstance(module, DistributedDataParallel | FSDPModule):
+    if isinstance(module, DistributedDataParallel | FSDPModule | nn.DataParallel):
         raise ValueError(
             'grad_sample_mode="bookkeeping" needs opacus.distributed.'
             "DifferentiallyPrivateDistributedDataParallel around the network, got "

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kernelnorm.experiments.config import AGC, RunConfig
 from kernelnorm.experiments.paper import paper
-from kernelnorm.experiments.private_options import Privacy
+from kernelnorm.experiments.private_options import Privacy, rounded_up
 from kernelnorm.experiments.report.blocks import Entry, Picture, Table
 from kernelnorm.experiments.report.collect import Collection
 from kernelnorm.experiments.report.figures import section_pictures
@@ -157,7 +157,7 @@ def _unlike_the_paper(config: RunConfig) -> str:
 def _privacy(section: Section, private: Privacy) -> str:
     ends = [record.history[-1] for record in section.records if record.history]
     spent = [metrics["epsilon"] for metrics in ends if "epsilon" in metrics]
-    most = f"; spent: epsilon {max(spent):.2f}" if spent else ""
+    most = f"; spent: epsilon {rounded_up(max(spent))}" if spent else ""
     return f"Differentially private: {private}{most}. The search for options is not counted."
 
 
