@@ -73,25 +73,41 @@ def pad_first(
 
 def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int) -> tuple[int, ...]:
     """One integer for each of ``d`` dimensions, from a number or a sequence."""
-    several = isinstance(value, Iterable) and not isinstance(value, str)
-    values: tuple[Any, ...] = tuple(value) if several else (value,) * d  # type: ignore[arg-type]
+    given: Any = value.tolist() if hasattr(value, "tolist") else value  # of a tensor or an array
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    values: tuple[Any, ...] = tuple(given) if several else (given,) * d
     if not all(isinstance(v, int) for v in values):  # such as the integers of NumPy
         values = tuple(v.__index__() if hasattr(v, "__index__") else v for v in values)
     if len(values) == 1:
         values = values * d
-    if len(values) != d or not all(isinstance(v, int) and v >= at_least for v in values):
+    if len(values) != d or not all(_is_integer(v, at_least) for v in values):
         raise ValueError(
             f"{name} must be an integer of at least {at_least}, or {d} of them, got {value!r}"
         )
     return values
 
 
+def _is_integer(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _check_number(name: str, value: object) -> None:
+    """Check for a number, also a symbolic one of a compiler, but no tensor."""
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+_LEAST_EPS = torch.finfo(torch.float32).tiny  # a smaller one would be 0 in float32
+
+
 def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
     """Check the arguments that KernelNorm and KNConv share."""
+    _check_number("dropout_p", dropout_p)
+    _check_number("eps", eps)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    if not _LEAST_EPS <= eps < math.inf:
+        raise ValueError(f"eps must be at least {_LEAST_EPS:.1e} and finite, got {eps}")
     if evaluation not in _EVALUATIONS:
         raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 
@@ -132,10 +148,14 @@ def check_convolution(activation: str | None, negative_slope: float, padding_mod
         raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
 
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NAMES_OF_DTYPES = "float32, float64, bfloat16 or float16"
+
+
 def check_input(shape: Sequence[int], dtype: torch.dtype, d: int) -> None:
     """Check for a floating-point input with ``d`` spatial dimensions, with or without a batch."""
-    if not dtype.is_floating_point:
-        raise TypeError(f"input must be a real floating-point tensor, got {dtype}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"input must be in {_NAMES_OF_DTYPES}, got {dtype}")
     if len(shape) not in (d + 1, d + 2):
         raise ValueError(
             f"input must have {d + 2} dimensions, or {d + 1} without a batch, "
@@ -152,11 +172,14 @@ def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
 
 
 def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Check that ``groups`` divides the numbers of channels."""
-    if groups < 1 or in_channels % groups or out_channels % groups:
+    """Check the numbers of channels, and that ``groups`` divides them."""
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if not _is_integer(value, at_least=1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not _is_integer(groups, at_least=1) or in_channels % groups or out_channels % groups:
         raise ValueError(
-            f"groups must be positive and divide in_channels={in_channels} and "
-            f"out_channels={out_channels}, got {groups}"
+            f"groups must be a positive integer that divides in_channels={in_channels} and "
+            f"out_channels={out_channels}, got {groups!r}"
         )
 
 
@@ -168,13 +191,15 @@ def check_filters(
     groups: int,
 ) -> None:
     """Check that the shapes of input, weight and bias fit each other."""
-    out_channels, in_channels, d = weight[0], weight[1] * groups, len(weight) - 2
-    if not weight_dtype.is_floating_point:
-        raise TypeError(f"weight must be a real floating-point tensor, got {weight_dtype}")
-    if groups < 1 or out_channels % groups:
+    out_channels, d = weight[0], len(weight) - 2
+    if weight_dtype not in _DTYPES:
+        raise TypeError(f"weight must be in {_NAMES_OF_DTYPES}, got {weight_dtype}")
+    if not _is_integer(groups, at_least=1) or out_channels % groups:
         raise ValueError(
-            f"groups must be positive and divide the {out_channels} output channels, got {groups}"
+            f"groups must be a positive integer that divides the {out_channels} output channels, "
+            f"got {groups!r}"
         )
+    in_channels = weight[1] * groups
     if input[-d - 1] != in_channels:
         raise ValueError(
             f"input must have {in_channels} channels for a weight of shape {tuple(weight)} "
@@ -192,15 +217,20 @@ def check_same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise TypeError(f"input must have the weight's dtype, got input {dtype}, {others}")
 
 
-def check_tensor(input: Tensor) -> None:
-    """Check that the input is a tensor, not a NumPy array for example."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+def check_tensor(name: str, value: Tensor) -> None:
+    """Check for a dense tensor, not a NumPy array or a sparse tensor for example."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
 
 
 def check_same_device(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check that input, weight and bias are on one device."""
-    check_tensor(input)
+    """Check that input, weight and bias are tensors on one device."""
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
     device = input.device
     if weight.device != device or (bias is not None and bias.device != device):
         others = f"weight on {weight.device}"

@@ -54,7 +54,7 @@ def kernel_norm(
         >>> kernel_norm(x, 3, stride=2, padding=1).shape
         torch.Size([8, 3, 48, 48])
     """
-    arguments.check_tensor(input)
+    arguments.check_tensor("input", input)
     if isinstance(kernel_size, Sequence):
         d = len(kernel_size)
         arguments.check_spatial_dims("kernel_size", d, kernel_size)
@@ -180,6 +180,7 @@ def backend(input: Tensor) -> str:
         >>> backend(torch.ones(1, 3, 8, 8, dtype=torch.float16))
         'eager'
     """
+    arguments.check_tensor("input", input)
     return backend_for(input).name
 
 
@@ -201,7 +202,7 @@ def _plan_for(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any)
     sizes = observers.sizes(input), observers.sizes(weight)
     shape_of_bias = None if bias is None else observers.sizes(bias)
     key = sizes[0], input.dtype, sizes[1], weight.dtype, shape_of_bias, *options
-    if torch.compiler.is_compiling() or not _hashable(key):
+    if torch.compiler.is_compiling() or not _hashable(key) or any(map(_may_change, options[:3])):
         return _plan(*key)
     return _remembered_plan(*key)
 
@@ -256,6 +257,12 @@ def _hashable(key: tuple[Any, ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _may_change(option: Any) -> bool:
+    """True for stride, padding or dilation as tensors, which are hashed by identity."""
+    several = option if isinstance(option, tuple) else (option,)
+    return any(isinstance(value, Tensor) for value in several)
 
 
 def _dropout(p: float, training: bool, evaluation: Evaluation) -> tuple[float, bool]:

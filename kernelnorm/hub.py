@@ -15,6 +15,7 @@ from dataclasses import asdict
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -58,8 +59,11 @@ def save_pretrained(network: nn.Module, folder: str | Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    safetensors.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with TemporaryDirectory(prefix=".", dir=folder) as part:  # a failure leaves the old files
+        safetensors.save_file(tensors, Path(part, WEIGHTS), metadata={"format": "pt"})
+        Path(part, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name in (WEIGHTS, CONFIG):
+            Path(part, name).replace(folder / name)
 
 
 def from_pretrained(source: str | Path, **download: Any) -> nn.Module:

@@ -227,6 +227,7 @@ def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
         The module.
 
     Raises:
+        TypeError: ``module`` is not a module
         ValueError: ``evaluation`` is none of the three
 
     Example::
@@ -236,6 +237,8 @@ def set_evaluation(module: nn.Module, evaluation: Evaluation) -> nn.Module:
         'plain'
     """
     arguments.check_normalization(dropout_p=0, eps=1, evaluation=evaluation)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     for layer in module.modules():
         if isinstance(layer, (KernelNormNd, KNConvNd)):
             layer.evaluation = evaluation

@@ -162,6 +162,14 @@ def test_a_relu_moves_through_padding(pad: Callable[[Tensor], Tensor]):
         lambda s, y: s.relu(y * y.tanh()),
         lambda s, y: s.relu(torch.add(y, y, alpha=-2)),
         lambda s, y: s.relu(F.pad(y, [1, 1, 1, 1], value=-1.0)),
+        lambda s, y: s.relu(y) + F.relu(-1 * y),
+        lambda s, y: s.relu(y) + F.relu(y / -2),
+        lambda s, y: s.relu(y) + F.relu(y + 1),
+        lambda s, y: s.relu(y) + F.relu(y * y.flip(1)),
+        lambda s, y: s.relu(y) + F.relu(F.max_pool2d(-1 * y, 3, 1, 1)),
+        lambda s, y: s.relu(y) + F.relu(F.avg_pool2d(y, 3, 1, 1)),
+        lambda s, y: s.relu(y) + F.relu(y.mean(1, keepdim=True)),
+        lambda s, y: s.relu(y) + F.relu(F.interpolate(y, None, 1.0, mode="bilinear")),
     ],
 )
 def test_a_relu_moves_only_if_nothing_else_sees_the_difference(uses: Callable[[Any, Tensor], Any]):
@@ -175,6 +183,41 @@ def test_a_relu_moves_only_if_nothing_else_sees_the_difference(uses: Callable[[A
     outputs = (one.eval()(IMAGE) for one in (network, expected))
     torch.testing.assert_close(*outputs)
     assert isinstance(network.relu, nn.ReLU), str(report)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda s, y: F.relu(y),
+        lambda s, y: F.relu(2 * y),
+        lambda s, y: F.relu(F.max_pool2d(y, 3, 1, 1)),
+        lambda s, y: F.relu(s.up(y))[..., ::2, ::2],
+        lambda s, y: F.relu(y * y.mean((2, 3), keepdim=True).sigmoid()),
+    ],
+)
+def test_a_relu_moves_if_another_takes_the_same_elements(other: Callable[[Any, Tensor], Any]):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        result: Tensor = self.relu(y) + other(self, y)
+        return result
+
+    model = Calling(forward, up=nn.Upsample(scale_factor=2), **copy.deepcopy(CONV))
+    network, report = kernelnorm.convert(model, IMAGE, rules={"head": False})
+    assert isinstance(network.relu, nn.Identity), str(report)
+
+
+@pytest.mark.parametrize("residual_relu", ["branch", "sum"])
+def test_no_relu_moves_before_a_sum_whose_own_relu_stays(residual_relu: str):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return torch.cat([self.relu(y + self.skip(x)), self.aux(y)], 1)
+
+    layers = {**copy.deepcopy(CONV), "skip": nn.Conv2d(3, 8, 1), "aux": nn.ReLU()}
+    rules = {"head": False, "residual_relu": residual_relu}
+    network, report = kernelnorm.convert(Calling(forward, **layers), IMAGE, rules=rules)
+    assert isinstance(network.relu, nn.ReLU)
+    assert isinstance(network.aux, nn.ReLU)
+    assert "has another use, too: relu" in why(report, "aux")
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU(inplace=True), nn.ReLU(inplace=True)])

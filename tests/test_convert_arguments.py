@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -98,6 +101,52 @@ def test_model_that_cannot_be_copied_can_be_converted_itself():
         kernelnorm.convert(model, IMAGE)
     network, _ = kernelnorm.convert(model, IMAGE, inplace=True)
     assert isinstance(network[0], KNConv2d)
+
+
+def test_containers_of_the_example_keep_their_class():
+    class Batch(dict):  # type: ignore[type-arg]
+        def __getattr__(self, name: str) -> Any:
+            return self[name]
+
+    model = Calling(
+        lambda self, batch: self.layers(batch.image.add_(1)), layers=conv_norm_relu(3, 8)
+    )
+    batch = Batch(image=IMAGE.clone(), lock=threading.Lock())
+    _, report = kernelnorm.convert(model, (batch,))
+    assert not report.unconverted
+    assert torch.equal(batch.image, IMAGE)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, y: sum(s.layers(y) for _ in range(2)) + sum(y[:, :1] for _ in range(1500)),
+        lambda s, y: s.layers[1:](functools.reduce(_view, range(1500), s.layers[0](y))),
+        lambda s, y: s.layers(y) * functools.reduce(_square, range(40), y.sigmoid()),
+        lambda s, y: s.layers[1:](functools.reduce(_shuffle, range(40), s.layers[0](y))),
+    ],
+)
+def test_long_chains_of_functions(function: Callable[[Any, Tensor], Tensor]):
+    x = torch.randn(1, 8, 2, 2)
+    model = Calling(
+        lambda s, x: s.last(function(s, x)), layers=conv_norm_relu(8, 8), last=nn.ReLU()
+    )
+    start = time.perf_counter()
+    kernelnorm.convert(model, x)
+    assert time.perf_counter() - start < 30
+
+
+def _view(y: Tensor, _: int) -> Tensor:
+    return y.view(y.shape)
+
+
+def _square(y: Tensor, _: int) -> Tensor:
+    return y * y
+
+
+def _shuffle(y: Tensor, _: int) -> Tensor:
+    first, second = y.chunk(2, 1)
+    return torch.cat([second, first], 1)
 
 
 def test_converts_in_inference_mode_and_leaves_the_example():

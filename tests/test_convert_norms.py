@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import kernelnorm
 from kernelnorm import KernelNorm2d, KNConv2d
@@ -63,6 +64,38 @@ def test_relu_inside_of_a_norm_is_fused():
 def test_activation_of_a_norm_that_becomes_a_kernel_norm_is_kept():
     network, _ = convert(nn.Sequential(nn.ConvTranspose2d(3, 8, 3), BatchNormAct2d(8, nn.ReLU())))
     assert [type(layer) for layer in network[1]] == [KernelNorm2d, nn.Identity, nn.ReLU]
+
+
+def test_layers_that_a_norm_only_holds_are_not_called():
+    class Probed(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.probe = nn.Dropout(1.0)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Probed(8), nn.ReLU())
+    network, _ = kernelnorm.convert(model, IMAGE)
+    assert isinstance(network[1], nn.Identity)
+    assert network.train()(IMAGE).any()
+
+
+@pytest.mark.parametrize("kind", ["parametrised", "pruned", "weight norm"])
+def test_norms_that_compute_their_weight_stay(kind: str):
+    norm = nn.BatchNorm2d(8)
+    if kind == "parametrised":
+        parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    elif kind == "pruned":
+        prune.l1_unstructured(norm, "weight", 2)
+    else:
+        with pytest.warns(FutureWarning, match="weight_norm` is deprecated"):
+            nn.utils.weight_norm(norm)
+    network, report = kernelnorm.convert(
+        nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        IMAGE,
+        inplace=True,
+    )
+    assert [row.name for row in report.unconverted] == ["1"]
+    assert "computes its weight" in report.unconverted[0].why
+    network(IMAGE)
 
 
 def test_norm_with_a_layer_called_norm():
@@ -130,6 +163,18 @@ def test_pooled_sum_gets_a_kernel_norm():
     assert [type(layer) for layer in network[2]] == [KernelNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d]
     assert network[2][0].dropout_p == 0.2
     assert network[1].conv2.activation is None
+
+
+def test_other_outputs_do_not_change_the_kernel_norm_before_the_pooling():
+    def forward(self: Any, x: Tensor) -> Any:
+        early = self.stem(x)
+        late = self.block(early)
+        return {"logits": self.classifier(self.pool(late).flatten(1)), "early": early}
+
+    layers = {"stem": conv_norm_relu(3, 8), "block": Block(), "pool": nn.AdaptiveAvgPool2d(1)}
+    layers["classifier"] = nn.Linear(8, 2)
+    network, _ = kernelnorm.convert(Calling(forward, **layers), IMAGE)
+    assert any(isinstance(layer, KernelNorm2d) for layer in network.modules())
 
 
 def test_pooled_preactivation_norm_becomes_the_kernel_norm():

@@ -147,6 +147,8 @@ def test_set_evaluation_reaches_every_layer():
     with pytest.raises(ValueError, match=r"evaluation must be one of .*got 'bayes'"):
         kn.set_evaluation(network, "bayes")
     assert network[0].evaluation == "monte_carlo"
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got list"):
+        kn.set_evaluation([network], "plain")
 
 
 @pytest.mark.parametrize("size", [np.int64(3), np.array([3, 3]), torch.tensor([3, 3]), [3, 3]])
@@ -169,19 +171,25 @@ def test_sizes_are_whatever_convolutions_of_pytorch_take(size: Any):
         (lambda: kn.KNConv2d(3, 8, 3, dilation=0), "dilation must be an integer of at least 1"),
         (
             lambda: kn.KNConv2d(3, 8, 3, groups=2),
-            "groups must .* divide in_channels=3 and .* got 2",
+            "groups must .* divides in_channels=3 and .* got 2",
         ),
+        (lambda: kn.KNConv2d(0, 8, 3), "in_channels must be an integer of at least 1, got 0"),
+        (lambda: kn.KNConv2d(3, "8", 3), "out_channels must be an integer of at least 1, got '8'"),
+        (lambda: kn.KNConv2d(3, 8, 3, groups=None), "groups must be a positive .* got None"),
         (lambda: kn.KNConv2d(3, 8, 3, padding_mode="x"), "padding_mode must be one of .*got 'x'"),
         (lambda: kn.KNConv2d(3, 8, 3, dropout_p=1), "dropout_p must be at least 0 and below 1"),
-        (lambda: kn.KNConv2d(3, 8, 3, eps=0), "eps must be positive and finite, got 0"),
-        (lambda: kn.KNConv2d(3, 8, 3, eps=torch.inf), "eps must be positive and finite, got inf"),
+        (lambda: kn.KNConv2d(3, 8, 3, eps=0), "eps must be at least 1.2e-38 and finite, got 0"),
+        (
+            lambda: kn.KNConv2d(3, 8, 3, eps=torch.inf),
+            "eps must be at least 1.2e-38 and finite, got inf",
+        ),
         (lambda: kn.KNConv2d(3, 8, 3, activation="x"), "activation must be None, 'relu', "),
         (lambda: kn.KNConv2d(3, 8, 3, evaluation="x"), "evaluation must be one of"),
         (lambda: kn.KernelNorm2d(0), "kernel_size must be an integer of at least 1"),
         (lambda: kn.KernelNorm2d(3, 1, "same"), "padding must be an integer .* got 'same'"),
         (lambda: kn.KernelNorm2d(2, 0), "stride must be an integer of at least 1"),
         (lambda: kn.KernelNorm2d(2, dropout_p=-1), "dropout_p must be at least 0"),
-        (lambda: kn.KernelNorm2d(2, eps=-1), "eps must be positive"),
+        (lambda: kn.KernelNorm2d(2, eps=-1), "eps must be at least"),
         (lambda: kn.KernelNorm3d((2, 2)), r"kernel_size must be .*3 of them, got \(2, 2\)"),
     ],
 )
@@ -197,7 +205,7 @@ def test_input_errors():
         kn.KernelNorm3d(1)(torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"input must have 3 channels .* got 4"):
         kn.KNConv2d(3, 8, 3)(torch.randn(2, 4, 8, 8))
-    with pytest.raises(TypeError, match=r"input must be a real floating-point tensor.*int64"):
+    with pytest.raises(TypeError, match=r"input must be in float32, .*int64"):
         kn.KernelNorm2d(1)(torch.ones(2, 3, 4, 4).long())
 
 

@@ -18,6 +18,7 @@ from kernelnorm.conversion.record import Call, record
 from kernelnorm.conversion.replace import carry_out
 from kernelnorm.conversion.report import Report, Row
 from kernelnorm.models.rules import Rules, as_rules
+from kernelnorm.ops.containers import with_tensors_copied
 
 __all__ = ["Report", "Row", "convert"]
 
@@ -114,7 +115,7 @@ def _check(model: nn.Module, norms: Collection[str]) -> None:
             "cannot convert a DistributedDataParallel: convert its module, then wrap it"
         )
     listed = isinstance(norms, Collection) and not isinstance(norms, str)
-    if not listed or not norms or not {*norms} <= {*kinds.NORMS}:
+    if not listed or not norms or any(norm not in [*kinds.NORMS] for norm in norms):
         raise ValueError(
             f"norms must be names from {', '.join(kinds.NORMS)}, in a list, got {norms!r}"
         )
@@ -157,24 +158,14 @@ def _recorded(network: nn.Module, example_input: Any) -> list[Call]:
     else:
         arguments = example_input if type(example_input) is tuple else (example_input,)
     try:
-        return record(network, _cloned(arguments), _cloned(options), kinds.is_layer)
+        arguments, options = with_tensors_copied((arguments, options))
+        return record(network, arguments, options, kinds.is_layer)
     except Exception as error:
         raise ValueError(
             f"model cannot run on example_input ({type(error).__name__}: {error}). Pass an input "
             "for which model(example_input) works, a tuple of several arguments, or a dict of "
             "keyword arguments"
         ) from error
-
-
-def _cloned(value: Any) -> Any:
-    """Return the value with its tensors copied: the network may change its input in place."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {name: _cloned(item) for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_cloned, value))
-    return value
 
 
 def _report(

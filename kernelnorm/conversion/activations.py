@@ -2,8 +2,9 @@
 
 A ReLU moves to all KNConvs that compute its input, through sums, concatenations and pooling, or it
 stays. It stays if that would change another use of their outputs: every path from such a KNConv
-must lead to a ReLU, to a pooling that computes a gate, or through a sum to a norm that is not
-removed. A module that is called in several places moves if it can move from all of them.
+must lead to a ReLU that moves, to one that stays and takes the same elements, to a pooling that
+computes a gate, or through a sum to a norm that is not removed. A module that is called in several
+places moves if it can move from all of them.
 """
 
 from __future__ import annotations
@@ -130,34 +131,31 @@ def _origin(
     removed_norms: Collection[nn.Module],
     rules: Rules,
 ) -> _Origin:
-    found, seen = _Origin(), set[int]()
-
-    def walk(value: Value) -> None:
+    found, seen, waiting = _Origin(), set[int](), [activation.inputs[0]]
+    while waiting:
+        value = waiting.pop()
         call = value.maker
         if call is None:
             found.obstacle = "its input is no output of a KNConv"
         if call is None or id(call) in seen:
-            return
+            continue
         seen.add(id(call))
         kind = kind_of(call)
         if call.module in convolutions:
             found.calls.append(call)
         elif call.module in removed_norms or kind is Kind.PASSING:
             found.normalized |= call.module in removed_norms
-            walk(call.inputs[0])
+            waiting.append(call.inputs[0])
         elif kind in _GATHERING and not kinds.pools_any_size_to_one_pixel(call):
             found.gathered = True
             found.summed |= kind is Kind.SUM
             if kind is Kind.SUM and (len(call.inputs) < 2 or call.options.get("alpha", 1) != 1):
                 found.obstacle = "a number is added to its input, or multiplied"
-            for part in call.inputs:
-                walk(part)
+            waiting += reversed(call.inputs)
         elif kind is Kind.PRODUCT and (factor := _gated(call, value)) is not None:
-            walk(factor)
+            waiting.append(factor)
         elif kind not in (Kind.RELU, Kind.BOUNDED):  # whose output is not negative anyway
             found.obstacle = f"its input comes from {call.name or 'another function'}, too"
-
-    walk(activation.inputs[0])
     if any(value.shape != activation.inputs[0].shape for value in activation.outputs):
         found.obstacle = "it changes a part of a tensor in place"
     if found.summed and rules.residual_relu == "sum" and not found.obstacle:
@@ -176,13 +174,23 @@ def _gated(product: Call, value: Value) -> Value | None:
 
 
 def _positive(value: Value) -> bool:
-    """True for the output of a sigmoid or ReLU, perhaps in another shape: it is not negative."""
-    call = value.maker
-    while call is not None and kind_of(call) in (Kind.PASSING, Kind.POOLING):
-        call = call.inputs[0].maker
-    if call is not None and kind_of(call) is Kind.PRODUCT:
-        return all(map(_positive, call.inputs)) and _has_positive_numbers(call)
-    return call is not None and kind_of(call) in (Kind.RELU, Kind.BOUNDED)
+    """True for the output of a sigmoid or ReLU, or of products of these, perhaps reshaped."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        call = waiting.pop().maker
+        if call is None:
+            return False
+        if id(call) in seen:
+            continue
+        seen.add(id(call))
+        kind = kind_of(call)
+        if kind in (Kind.PASSING, Kind.POOLING):
+            waiting.append(call.inputs[0])
+        elif kind is Kind.PRODUCT and _has_positive_numbers(call):
+            waiting += call.inputs
+        elif kind not in (Kind.RELU, Kind.BOUNDED):
+            return False
+    return True
 
 
 def _has_positive_numbers(product: Call) -> bool:
@@ -239,14 +247,17 @@ def _other_uses(
     head: Head | None,
 ) -> Iterator[str]:
     """The names of calls that would get other numbers if the KNConv applied its activation."""
-    waiting, seen = [(convolution, False)], {id(convolution)}
+    # Besides each call: whether a sum is on the path, and whether the path only selects elements.
+    waiting: list[tuple[Call, bool, bool]] = [(convolution, False, True)]
+    seen = set[tuple[int, bool, bool]]()
     while waiting:
-        call, summed = waiting.pop()
-        for user in (user for value in call.outputs for user in value.users):
+        call, summed, selects = waiting.pop()
+        for value, user in ((v, user) for v in call.outputs for user in v.users):
             kind = kind_of(user)
-            if user.module in moving or kind is Kind.RELU or id(user) in seen:
+            state = id(user), summed, selects
+            if user.module in moving or (kind is Kind.RELU and selects) or state in seen:
                 continue
-            seen.add(id(user))
+            seen.add(state)
             if head and (user.module is head.module or user is head.replaces):
                 continue
             if kind is Kind.POOLING and is_global_pooling(user) and _is_gate(user):
@@ -254,9 +265,20 @@ def _other_uses(
             if kind is Kind.NORM and user.module not in removed_norms and summed:
                 continue
             if user.module in removed_norms or kind in COMBINING:
-                waiting.append((user, summed or kind is Kind.SUM))
+                same = user.module in removed_norms or _commutes_with_relu(user, value)
+                waiting.append((user, summed or kind is Kind.SUM, selects and same))
             else:
                 yield "what the model returns" if user.end else user.name or "a function"
+
+
+def _commutes_with_relu(call: Call, value: Value) -> bool:
+    """True if a ReLU before a combining call gives the same as a ReLU after it, for ``value``."""
+    kind = kind_of(call)
+    if kind is Kind.POOLING:
+        return kinds.selects_elements(call)
+    if kind is Kind.PRODUCT:
+        return any(_gated(call, output) is value for output in call.outputs)
+    return kind is not Kind.SUM
 
 
 def _is_gate(pooling: Call) -> bool:

@@ -64,7 +64,8 @@ class Flow:
         return False
 
     def _before(self, norm: nn.Module) -> list[nn.Module]:
-        makers = [_makers(call.inputs[0]) for call in self.calls_of[norm]]
+        known: dict[Value, list[nn.Module]] = {}
+        makers = [_makers(call.inputs[0], known) for call in self.calls_of[norm]]
         return _unique(makers) if all(makers) else []
 
     def _after(self, norm: nn.Module) -> list[nn.Module]:
@@ -80,33 +81,45 @@ def is_global_pooling(call: Call) -> bool:
     return len(before) > 2 and all(size == 1 for size in after[2:])
 
 
-def _makers(value: Value) -> list[nn.Module]:
-    """The convolutions that a value comes from, perhaps pooled or concatenated."""
+def _makers(value: Value, known: dict[Value, list[nn.Module]]) -> list[nn.Module]:
+    """The convolutions that a value comes from, perhaps pooled or concatenated.
+
+    Args:
+        known: the results for concatenated values, to which this adds
+    """
     call = value.maker
+    while call is not None and (
+        kind_of(call) is Kind.PASSING
+        or (kind_of(call) is Kind.POOLING and not is_global_pooling(call))
+    ):
+        value = call.inputs[0]
+        call = value.maker
     if call is None:
         return []
-    kind = kind_of(call)
-    if kind is Kind.CONVOLUTION and call.module is not None:
+    if kind_of(call) is Kind.CONVOLUTION and call.module is not None:
         return [call.module]
-    if kind is Kind.PASSING or (kind is Kind.POOLING and not is_global_pooling(call)):
-        return _makers(call.inputs[0])
-    if kind is Kind.CONCATENATION:
-        parts = [_makers(part) for part in call.inputs]
-        alone = all(len(part.users) == 1 for part in (value, *call.inputs))
-        return _unique(parts) if alone and all(parts) else []
+    if kind_of(call) is Kind.CONCATENATION:
+        if value not in known:
+            alone = all(len(part.users) == 1 for part in (value, *call.inputs))
+            parts = [_makers(part, known) for part in call.inputs] if alone else []
+            known[value] = _unique(parts) if all(parts) else []
+        return known[value]
     return []
 
 
 def _takers(value: Value) -> list[nn.Module]:
     """The convolutions that take a value, perhaps after an activation."""
     found: list[nn.Module] = []
-    for call in value.users:
+    waiting = [*reversed(value.users)]
+    while waiting:
+        call = waiting.pop()
         kind = kind_of(call)
         if kind is Kind.CONVOLUTION and call.module is not None:
             found.append(call.module)
         elif kind is Kind.PASSING or kind in kinds.ACTIVATIONS:
-            for output in call.outputs:
-                found += _takers(output)
+            waiting += [
+                user for output in reversed(call.outputs) for user in reversed(output.users)
+            ]
     return found
 
 

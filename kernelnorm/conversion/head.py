@@ -81,7 +81,7 @@ def _leads_to_maps(pooling: Call) -> bool:
     while waiting:
         users = [user for value in waiting.pop().outputs for user in value.users]
         for user in users:
-            if id(user) not in seen:
+            if id(user) not in seen and not user.end:
                 if any(len(v.shape) >= dims and v.shape[2:].numel() > 1 for v in user.outputs):
                     return True
                 seen.add(id(user))

@@ -7,7 +7,7 @@ from math import prod
 from typing import TypeAlias
 
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from kernelnorm.conversion.record import Call
 
@@ -20,10 +20,12 @@ __all__ = [
     "is_layer",
     "kind_of",
     "kind_of_module",
+    "layers_inside",
     "name_of_norm",
     "obstacle_of_convolution",
     "obstacle_of_norm",
     "pools_any_size_to_one_pixel",
+    "selects_elements",
     "window_size",
 ]
 
@@ -44,7 +46,7 @@ NORMS = {
 
 _KNOWN_NORMS = (
     *("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "BatchNormAct2d", "SyncBatchNormAct"),
-    *("GroupNormAct", "GroupNorm1Act"),
+    *("GroupNorm1", "GroupNormAct", "GroupNorm1Act"),
 )
 """Norms of torchvision and timm whose own ``forward`` is known; see :func:`obstacle_of_norm`."""
 
@@ -129,6 +131,13 @@ def pools_any_size_to_one_pixel(call: Call) -> bool:
     return kind_of(call) is Kind.POOLING and one and ("daptive" in name or name in ("mean", "amax"))
 
 
+def selects_elements(call: Call) -> bool:
+    """True for a pooling or interpolation whose output has elements of its input: no averages."""
+    name = call.name if call.module is None else type(call.module).__name__
+    mode = getattr(call.module, "mode", call.options.get("mode", "nearest"))
+    return "max" in name.lower() or (name in ("interpolate", "Upsample") and mode == "nearest")
+
+
 def name_of_norm(module: nn.Module) -> str | None:
     """The key of :data:`NORMS`, or ``None`` if the module is none of these norms."""
     classes = {base.__name__ for base in type(module).__mro__}
@@ -178,14 +187,23 @@ def obstacle_of_convolution(convolution: nn.Module) -> str | None:
 
 def obstacle_of_norm(norm: nn.Module) -> str | None:
     """Why the conversion does not know what a norm computes, or ``None`` if it does."""
+    kind = type(norm).__name__
     if "forward" in vars(norm):
-        return f"this {type(norm).__name__} has a forward of its own"
+        return f"this {kind} has a forward of its own"
+    if parametrize.is_parametrized(norm) or prune.is_pruned(norm) or hasattr(norm, "weight_g"):
+        return f"this {kind} computes its weight"
     for base in type(norm).__mro__:
         if base.__module__.startswith("torch.nn.") or base.__name__ in _KNOWN_NORMS:
             break
         if "forward" in vars(base):
-            return f"{type(norm).__name__} has a forward of its own"
+            return f"{kind} has a forward of its own"
     return None
+
+
+def layers_inside(norm: nn.Module) -> dict[str, nn.Module]:
+    """The layers that a norm applies to its output: timm's have an activation and a dropout."""
+    known = any(base.__name__ in _KNOWN_NORMS for base in type(norm).__mro__)
+    return dict(norm.named_children()) if known else {}
 
 
 def window_size(convolution: Convolution) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from kernelnorm.conversion import kinds
 from kernelnorm.conversion.head import Head
 from kernelnorm.conversion.layers import Copy, KNConv2dSame
 from kernelnorm.conversion.plan import Fate, Plan
@@ -92,7 +93,7 @@ def _become_kn_conv(convolution: nn.Module, activation: nn.Module | None, rules:
 
 def _with_rest(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """The layer, followed by the layers inside of the norm, such as its activation."""
-    rest = OrderedDict(norm.named_children())
+    rest = kinds.layers_inside(norm)
     name = "norm" if "norm" not in rest else "kernel_norm"
     return nn.Sequential(OrderedDict([(name, layer), *rest.items()])) if rest else layer
 

@@ -1,14 +1,15 @@
-"""Finds the tensors in nested lists, tuples, mappings and dataclasses."""
+"""Nested lists, tuples, mappings and dataclasses: finds their tensors, or copies these."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["tensors_in"]
+__all__ = ["tensors_in", "with_tensors_copied"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -24,3 +25,35 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def with_tensors_copied(value: Any) -> Any:
+    """Return nested containers of the same classes with copies of the tensors.
+
+    Other objects are the same ones. A mapping that cannot be copied becomes a dict.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        items = {name: with_tensors_copied(item) for name, item in value.items()}
+        return _with_items(value, items)
+    if isinstance(value, (list, tuple)):
+        parts = [with_tensors_copied(item) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in fields(value):  # also of a frozen dataclass
+            object.__setattr__(new, field.name, with_tensors_copied(getattr(value, field.name)))
+        return new
+    return value
+
+
+def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return items
+    try:
+        new = copy.copy(value)
+        new.update(items)
+    except Exception:  # of a class of the user
+        return items
+    return new

@@ -47,6 +47,15 @@ def assert_same(network: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(tensor, weights[name]), name
 
 
+def test_a_save_that_fails_leaves_the_old_files(tmp_path: Path) -> None:
+    before = small_network()
+    save_pretrained(before, tmp_path)
+    with pytest.raises(Exception, match="meta"):
+        save_pretrained(small_network(rules={"evaluation": "plain"}).to("meta"), tmp_path)
+    assert_same(from_pretrained(tmp_path), before)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_network_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     network = models.create_model(**options)
