@@ -66,6 +66,20 @@ def test_activation_of_a_norm_that_becomes_a_kernel_norm_is_kept():
     assert [type(layer) for layer in network[1]] == [KernelNorm2d, nn.Identity, nn.ReLU]
 
 
+def test_norms_that_are_functions_are_unconverted():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        for _ in range(2):
+            y = F.batch_norm(y, None, None, training=True)
+        return F.instance_norm(y)
+
+    model = nn.Sequential(Calling(forward, layers=conv_norm_relu(3, 8)))
+    _, report = convert(model)
+    (row,) = report.unconverted
+    assert (row.name, row.before, row.after) == ("0", "batch_norm()", "batch_norm()")
+    assert "1 unconverted" in str(report)
+
+
 def test_layers_that_a_norm_only_holds_are_not_called():
     class Probed(nn.BatchNorm2d):
         def __init__(self, channels: int) -> None:

@@ -104,7 +104,8 @@ def convert(
         old = {name: type(module).__name__ for name, module in network.named_modules()}
         parameters = {*network.parameters()}
         carry_out(plan, spatial_dims(plan, [*recorded, *guesses]), given)
-    return network, _report(network, plan, old, parameters, {call.module for call in guesses})
+    guessed = {call.module for call in guesses}
+    return network, _report(network, plan, old, parameters, guessed, recorded, norms)
 
 
 def _check(model: nn.Module, norms: Collection[str]) -> None:
@@ -174,6 +175,8 @@ def _report(
     old: Mapping[str, str],
     parameters: set[nn.Parameter],
     guessed: Collection[nn.Module | None],
+    recorded: Collection[Call],
+    norms: Collection[str],
 ) -> Report:
     rows, unconverted = [], []
     for name, module in network.named_modules():
@@ -182,6 +185,14 @@ def _report(
             rows.append(Row(name, old[name], _description(module), why))
             if plan.fates.get(module) is Fate.UNCONVERTED:
                 unconverted.append(rows[-1])
+    called = {f"{name}_norm" for name in norms}
+    for call in recorded:
+        if call.module is None and call.name in called:
+            why = "a norm that is called as a function stays"
+            row = Row(call.owner, f"{call.name}()", f"{call.name}()", why)
+            if row not in unconverted:
+                rows.append(row)
+                unconverted.append(row)
     now = {*network.parameters()}
     notes = [
         f"Build the optimizer after converting: new parameters: {len(now - parameters)}, "

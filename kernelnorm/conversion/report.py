@@ -31,7 +31,8 @@ class Report:
 
     Args:
         rows: the convolutions, the norms to convert, and the activations after KNConvs, in the
-            order of the network's modules
+            order of the network's modules; then norms that are functions, by the module that calls
+            them
         unconverted: the rows of norms that are left, and of convolutions that have a norm but
             could not become KNConvs
         notes: advice that is printed below the table
