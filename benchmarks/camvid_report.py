@@ -43,7 +43,7 @@ def full_runs(results: Results, network: str, norm: str, batch_size: int) -> dic
 
 
 def print_tables(folder: Path) -> None:
-    """Prints the results in results.jsonl as Markdown tables."""
+    """Print the results in results.jsonl as Markdown tables."""
     results = read_results(folder)
     cases = [(n, norm, size) for n in NETWORKS for norm in NORMS for size in (1, 2, 8)]
     print_accuracies(results, cases)
@@ -53,7 +53,7 @@ def print_tables(folder: Path) -> None:
 
 
 def print_accuracies(results: Results, cases: list[tuple[str, str, int]]) -> None:
-    """Prints the mean IoU of the last epoch, at the best rate: mean and deviation over seeds."""
+    """Print the mean IoU of the last epoch, at the best rate: mean and deviation over seeds."""
     print("| network | norm | batch size | rate | seeds | validation [%] | test [%] |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for network, norm, batch_size in cases:
@@ -68,7 +68,7 @@ def print_accuracies(results: Results, cases: list[tuple[str, str, int]]) -> Non
 
 
 def print_differences(results: Results) -> None:
-    """Prints differences, paired by seed, with 95 % confidence intervals."""
+    """Print differences, paired by seed, with 95 % confidence intervals."""
     print("\n| U-Net | split | difference [points] | 95 % interval |\n|---|---|---:|---:|")
     pairs = [(("kernel", b), (other, b)) for b in (1, 2) for other in ("group", "ws_group")]
     for pair in [*pairs, (("kernel", 1), ("kernel", 8))]:
@@ -88,7 +88,7 @@ def print_differences(results: Results) -> None:
 
 
 def print_classes(results: Results, batch_size: int = 1) -> None:
-    """Prints the IoU of each class on the test images, the mean over seeds."""
+    """Print the IoU of each class on the test images, the mean over seeds."""
     print(f"\n| test IoU [%], batch size {batch_size} | {' | '.join(COLOURS)} |")
     print("|---|" + "---:|" * CLASSES)
     for norm, label in NORMS.items():
@@ -99,7 +99,7 @@ def print_classes(results: Results, batch_size: int = 1) -> None:
 
 
 def print_rates(results: Results, cases: list[tuple[str, str, int]]) -> None:
-    """Prints the mean IoU on the validation images at each rate, for the first seed."""
+    """Print the mean IoU on the validation images at each rate, for the first seed."""
     print(f"\n| validation [%] | norm | batch size | {' | '.join(map(str, RATES))} |")
     print("|---|---|---:|" + "---:|" * len(RATES))
     for network, norm, batch_size in cases:
@@ -110,7 +110,7 @@ def print_rates(results: Results, cases: list[tuple[str, str, int]]) -> None:
 
 
 def print_costs(scale: int, rounds: int = 20) -> None:
-    """Prints bytes kept for the backward pass and the CPU time of a step, in interleaved rounds.
+    """Print bytes kept for the backward pass and the CPU time of a step, in interleaved rounds.
 
     Args:
         scale: the factor by which the images are higher and wider than those of the runs
@@ -158,7 +158,7 @@ COLUMNS = {"batch": "BatchNorm", "group": "GroupNorm", "kernel": "kernel, conver
 
 
 def draw_picture(archive: Path | None, folder: Path, file: Path, batch_size: int = 1) -> None:
-    """Draws test images, their masks, and the predictions of networks of the first seed."""
+    """Draw test images, their masks, and the predictions of networks of the first seed."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch

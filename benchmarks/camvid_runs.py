@@ -143,7 +143,7 @@ def train(run: Run, data: Data, folder: Path) -> nn.Module:
 
 
 def run_missing(archive: Path | None, folder: Path, limit: int) -> None:
-    """Trains up to ``limit`` of the missing runs."""
+    """Train up to ``limit`` of the missing runs."""
     folder.mkdir(parents=True, exist_ok=True)
     data = load(archive)
     for _ in range(limit):

@@ -77,7 +77,7 @@ def accuracy(network: nn.Module, images: Images, preprocess: Preprocess) -> floa
 
 
 def train(run: dict, data: list[Images]) -> float:
-    """Trains with SGD and a cosine of learning rates; returns the accuracy on the test images."""
+    """Train with SGD and a cosine of learning rates; return the accuracy on the test images."""
     torch.manual_seed(run["seed"])
     network = make_network(run["network"], run["norm"], run["image_size"]).train()
     images, test = data
@@ -116,7 +116,7 @@ def rates_tried(results: list[dict], **run: object) -> dict[float, float]:
 
 
 def print_table(results: list[dict]) -> None:
-    """Prints the accuracies of each network and norm, by learning rate."""
+    """Print the accuracies of each network and norm, by learning rate."""
     rates = sorted({result["rate"] for result in results})
     print("| network | image size | norm |" + "".join(f" {rate} |" for rate in rates))
     print("|---|---:|---|" + "---:|" * len(rates))
@@ -128,7 +128,7 @@ def print_table(results: list[dict]) -> None:
 
 
 def main() -> None:
-    """Trains the runs that RESULTS lacks, or prints the table."""
+    """Train the runs that RESULTS lacks, or print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -95,7 +95,7 @@ def cells_of(results: Results) -> tuple[list[str], list[float]]:
 
 
 def print_table(results: Results) -> None:
-    """Prints mean and deviation of each norm, and the paired differences of kernel and others."""
+    """Print mean and deviation of each norm, and the paired differences of kernel and others."""
     norms, budgets = cells_of(results)
     print("| norm |" + "".join(f" ε = {epsilon:g} |" for epsilon in budgets))
     print("|---|" + "---:|" * len(budgets))
@@ -118,7 +118,7 @@ def print_table(results: Results) -> None:
 
 
 def draw(results: Results, standardised: Results) -> Figure:
-    """Draws accuracy against budget: a curve for each norm, and for standardised GroupNorm."""
+    """Draw accuracy against budget: a curve for each norm, and for standardised GroupNorm."""
     norms, budgets = cells_of(results)
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -88,7 +88,7 @@ def load(archive, split):
 
 
 def train_epoch(network, optimizer, images, masks, batch_size, seed):
-    """Trains on each image once, in random order; mirrors each with probability 0.5."""
+    """Train on each image once, in random order; mirror each with probability 0.5."""
     random = torch.Generator().manual_seed(seed)
     network.train()
     for batch in torch.randperm(len(images), generator=random).split(batch_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -73,7 +74,9 @@ def pad_first(
 
 def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int) -> tuple[int, ...]:
     """One integer for each of ``d`` dimensions, from a number or a sequence."""
-    given: Any = value.tolist() if hasattr(value, "tolist") else value  # of a tensor or an array
+    given: Any = value
+    if not isinstance(value, (int, str)) and hasattr(value, "tolist"):  # a tensor or an array
+        given = value.tolist()
     several = isinstance(given, Iterable) and not isinstance(given, str)
     values: tuple[Any, ...] = tuple(given) if several else (given,) * d
     if not all(isinstance(v, int) for v in values):  # such as the integers of NumPy
@@ -88,11 +91,15 @@ def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int)
 
 
 def _is_integer(value: object, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    """True for integers, also NumPy's and a compiler's, but not for booleans."""
+    integer = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    return integer and value >= at_least  # type: ignore[operator]
 
 
 def _check_number(name: str, value: object) -> None:
-    """Check for a number, also a symbolic one of a compiler, but no tensor."""
+    """Check for a number, also NumPy's and a compiler's, but no tensor."""
+    if isinstance(value, (int, float)):
+        return
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
 

@@ -42,7 +42,7 @@ class KernelNormNd(nn.Module):
         self.evaluation: Evaluation = evaluation
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises each window of the input."""
+        """Normalise each window of the input."""
         recorded: Tensor | None = observers.called_as_leaf(self, input)
         if recorded is not None:
             return recorded
@@ -122,7 +122,7 @@ class KNConvNd(nn.Module):
         self.evaluation: Evaluation = evaluation
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolves the normalised windows of the input."""
+        """Convolve the normalised windows of the input."""
         recorded: Tensor | None = observers.called_as_leaf(self, input)
         if recorded is not None:
             return recorded

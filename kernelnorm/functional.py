@@ -32,7 +32,7 @@ def kernel_norm(
     eps: float = 1e-5,
     evaluation: Evaluation = "expected",
 ) -> Tensor:
-    r"""Normalises each window of the input by its own mean and variance.
+    r"""Normalise each window of the input by its own mean and variance.
 
     See :class:`~kernelnorm.KernelNorm2d` for the formula and the arguments. A sequence
     ``kernel_size`` has one number for each spatial dimension. If it is one integer, the input must
@@ -45,7 +45,7 @@ def kernel_norm(
           :math:`O_i = k_i \lfloor (L_i + 2 p_i - k_i) / s_i + 1 \rfloor`
 
     Raises:
-        TypeError: ``input`` is not a floating-point tensor
+        TypeError: ``input`` is not a dense floating-point tensor, or a number is none
         ValueError: an argument is out of its range, or no window fits into the padded input
 
     Example::
@@ -94,7 +94,7 @@ def _normalize(x: Tensor, settings: Settings) -> Tensor:
 
 
 def _normalize_masked(x: Tensor, settings: Settings) -> Tensor:
-    """Unfolds the windows and computes Equations 1 to 3, with a mask for each window."""
+    """Unfold the windows and compute Equations 1 to 3, with a mask for each window."""
     geometry, d = settings.geometry, x.dim() - 2
     # (N, C, P_1, ..., P_d, k_1, ..., k_d): each window, as a view of the padded input
     u = F.pad(x, [size for size in reversed(geometry.padding) for _ in range(2)])
@@ -128,7 +128,7 @@ def kn_conv(
     negative_slope: float = 0.01,
     evaluation: Evaluation = "expected",
 ) -> Tensor:
-    r"""Convolves windows that are normalised by their own mean and variance.
+    r"""Convolve windows that are normalised by their own mean and variance.
 
     See :class:`~kernelnorm.KNConv2d` for the formula and the arguments. There are as many spatial
     dimensions as ``weight`` has. ``activation`` is ``None``, ``"relu"`` or ``"leaky_relu"``, with
@@ -142,7 +142,8 @@ def kn_conv(
         - Output: that of :func:`torch.nn.functional.conv2d`
 
     Raises:
-        TypeError: a tensor is not floating-point, or the dtypes differ outside of autocast
+        TypeError: a tensor is not a dense floating-point tensor, the dtypes differ outside of
+            autocast, or a number is none
         ValueError: an argument is out of its range, shapes do not fit each other, or the window is
             larger than the padded input
 

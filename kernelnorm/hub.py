@@ -62,7 +62,7 @@ def save_pretrained(network: nn.Module, folder: str | Path) -> None:
     with TemporaryDirectory(prefix=".", dir=folder) as part:  # a failure leaves the old files
         safetensors.save_file(tensors, Path(part, WEIGHTS), metadata={"format": "pt"})
         Path(part, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for name in (WEIGHTS, CONFIG):
+        for name in (WEIGHTS, CONFIG):  # only a kill between the two could mix old and new
             Path(part, name).replace(folder / name)
 
 

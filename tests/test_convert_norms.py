@@ -108,7 +108,7 @@ def test_norms_that_compute_their_weight_stay(kind: str):
         inplace=True,
     )
     assert [row.name for row in report.unconverted] == ["1"]
-    assert "computes its weight" in report.unconverted[0].why
+    assert "computes its parameters" in report.unconverted[0].why
     network(IMAGE)
 
 

@@ -153,7 +153,7 @@ def test_set_evaluation_reaches_every_layer():
 
 @pytest.mark.parametrize("size", [np.int64(3), np.array([3, 3]), torch.tensor([3, 3]), [3, 3]])
 def test_sizes_are_whatever_convolutions_of_pytorch_take(size: Any):
-    layer = kn.KNConv2d(3, 8, size, stride=np.int64(2))
+    layer = kn.KNConv2d(np.int64(3), 8, size, stride=np.int64(2), groups=np.int64(1))
     assert (layer.kernel_size, layer.stride) == ((3, 3), (2, 2))
     assert "np." not in repr(layer)
     assert layer(torch.randn(1, 3, 7, 7)).shape == (1, 8, 3, 3)

@@ -60,11 +60,13 @@ def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(
         private(nn.Sequential(nn.Conv2d(3, 32, 3), layer), images(2), grad_sample_mode=mode)
 
 
-class OwnBatchNorm(nn.BatchNorm2d.__mro__[1]):  # type: ignore[misc]
-    """A batch norm that is none of PyTorch's public classes."""
+class OwnBatchNorm(nn.Module):
+    """A batch norm that is not derived from PyTorch's."""
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.track_running_stats = True
+        self.register_buffer("running_mean", torch.zeros(channels))
 
 
 @MODES
@@ -75,9 +77,9 @@ class OwnBatchNorm(nn.BatchNorm2d.__mro__[1]):  # type: ignore[misc]
         nn.BatchNorm2d(4).requires_grad_(False),
         nn.BatchNorm2d(4, affine=False, track_running_stats=False),
         nn.LazyBatchNorm2d(affine=False),
-        OwnBatchNorm(4, affine=False),
+        OwnBatchNorm(4),
         nn.InstanceNorm2d(4, track_running_stats=True),
-        nn.LazyInstanceNorm2d(track_running_stats=True),
+        nn.LazyInstanceNorm2d(affine=False),
     ],
 )
 def test_statistics_of_images_are_refused(norm: nn.Module, mode: str) -> None:
@@ -313,8 +315,24 @@ def test_two_forward_passes_before_one_backward_pass_are_refused(both: bool) -> 
     x = torch.randn(4, 3)
     network, _, _ = private(Branches(), x)
     loss = (network(x, both=True) + network(x.flip(0), both=both)).mean()
-    with pytest.raises(RuntimeError, match="of an earlier forward pass than the last"):
+    with pytest.raises(RuntimeError, match="of another forward pass than the gradients so far"):
         loss.backward()
+
+
+def test_a_forward_pass_that_is_only_looked_at_does_no_harm() -> None:
+    x = torch.randn(4, 3)
+    sums = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        network, optimizer, _ = private(Branches(), x)
+        loss = network(x, both=True).sum(1).mean()
+        if looks:
+            network(x[:3], both=False)
+        loss.backward()
+        optimizer.step()
+        sums.append([p.summed_grad for p in network.parameters()])
+    for one, other in zip(*sums, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -324,12 +342,24 @@ def test_a_sample_whose_gradient_is_not_finite_is_refused(value: float) -> None:
     network, optimizer, _ = private(nn.Sequential(nn.Linear(3, 2)), x)
     network(x).mean().backward()
     before = [p.clone() for p in network.parameters()]
-    with pytest.raises(FloatingPointError, match="sample 2 of the batch has the norm"):
+    with pytest.raises(FloatingPointError, match="gradient of sample 2 of the batch is not finite"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     optimizer.zero_grad()
     network(torch.ones(4, 3)).mean().backward()
     optimizer.step()
+
+
+def test_a_sample_whose_norm_overflows_does_not_count() -> None:
+    x = torch.ones(4, 3)
+    sums = []
+    for factor in (1e25, 0.0):
+        torch.manual_seed(0)
+        network, optimizer, _ = private(nn.Sequential(nn.Linear(3, 2, bias=False)), x)
+        (network(x).sum(1) * torch.tensor([1.0, factor, 1, 1])).mean().backward()
+        optimizer.step()
+        sums.append(next(network.parameters()).summed_grad)
+    assert torch.equal(*sums)
 
 
 def test_parameters_that_become_bfloat16_are_refused() -> None:

@@ -187,7 +187,7 @@ def _report(
                 unconverted.append(rows[-1])
     called = {f"{name}_norm" for name in norms}
     for call in recorded:
-        if call.module is None and call.name in called:
+        if call.module is None and call.name in called and _comes_from_a_layer(call):
             why = "a norm that is called as a function stays"
             row = Row(call.owner, f"{call.name}()", f"{call.name}()", why)
             if row not in unconverted:
@@ -210,6 +210,14 @@ def _report(
             "Pass an example_input, or compare with the model's forward."
         )
     return Report(rows, unconverted, notes)
+
+
+def _comes_from_a_layer(call: Call) -> bool:
+    """False for functions of parameters, such as a weight that is standardised."""
+    maker = call.inputs[0].maker if call.inputs else None
+    while maker is not None and kinds.kind_of(maker) is kinds.Kind.PASSING:
+        maker = maker.inputs[0].maker
+    return maker is not None
 
 
 def _description(module: nn.Module) -> str:

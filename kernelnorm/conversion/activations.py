@@ -69,7 +69,7 @@ def plan_activations(
     head: Head | None,
     rules: Rules,
 ) -> Activations:
-    """Decides what becomes of the ReLUs and LeakyReLUs.
+    """Decide what becomes of the ReLUs and LeakyReLUs.
 
     Args:
         flow: the calls

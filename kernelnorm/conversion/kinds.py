@@ -7,7 +7,7 @@ from math import prod
 from typing import TypeAlias
 
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from kernelnorm.conversion.record import Call
 
@@ -135,7 +135,8 @@ def selects_elements(call: Call) -> bool:
     """True for a pooling or interpolation whose output has elements of its input: no averages."""
     name = call.name if call.module is None else type(call.module).__name__
     mode = getattr(call.module, "mode", call.options.get("mode", "nearest"))
-    return "max" in name.lower() or (name in ("interpolate", "Upsample") and mode == "nearest")
+    interpolates = isinstance(call.module, nn.Upsample) or name == "interpolate"
+    return "max" in name.lower() or (interpolates and str(mode).startswith("nearest"))
 
 
 def name_of_norm(module: nn.Module) -> str | None:
@@ -190,8 +191,9 @@ def obstacle_of_norm(norm: nn.Module) -> str | None:
     kind = type(norm).__name__
     if "forward" in vars(norm):
         return f"this {kind} has a forward of its own"
-    if parametrize.is_parametrized(norm) or prune.is_pruned(norm) or hasattr(norm, "weight_g"):
-        return f"this {kind} computes its weight"
+    # Pruning and torch.nn.utils.weight_norm replace a parameter by an ordinary attribute.
+    if parametrize.is_parametrized(norm) or {"weight", "bias"} & vars(norm).keys():
+        return f"this {kind} computes its parameters"
     for base in type(norm).__mro__:
         if base.__module__.startswith("torch.nn.") or base.__name__ in _KNOWN_NORMS:
             break

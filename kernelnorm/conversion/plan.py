@@ -49,7 +49,7 @@ class Plan:
 
 
 def make_plan(calls: Sequence[Call], norms: Collection[str], rules: Rules) -> Plan:
-    """Decides what becomes of each layer.
+    """Decide what becomes of each layer.
 
     Args:
         calls: the calls of all layers

@@ -30,7 +30,7 @@ _KN_CONVS = ((nn.Conv1d, KNConv1d), (nn.Conv2d, KNConv2d), (nn.Conv3d, KNConv3d)
 
 
 def carry_out(plan: Plan, dims: Mapping[nn.Module, int], rules: Rules) -> None:
-    """Carries out a plan: changes the network in place.
+    """Carry out a plan: change the network in place.
 
     Args:
         plan: the plan

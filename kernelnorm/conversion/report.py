@@ -55,7 +55,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """Counts what the layers became, in one line."""
+        """Count what the layers became, in one line."""
         knconvs = sum("KNConv" in row.after for row in self.rows)
         norms = sum("KernelNorm" in row.after for row in self.rows)
         left = f"{len(self.unconverted)} unconverted" if self.unconverted else "nothing unconverted"

@@ -101,4 +101,4 @@ class Privacy:
 
 def rounded_up(epsilon: float) -> str:
     """Return an epsilon with two decimals; it is an upper bound, so it is rounded up."""
-    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}" if epsilon < math.inf else "inf"

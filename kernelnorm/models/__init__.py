@@ -130,7 +130,7 @@ def create_model(
 
 
 def _with_config(network: nn.Module, **config: Any) -> nn.Module:
-    """Remembers what made the network, for :func:`kernelnorm.hub.save_pretrained`."""
+    """Remember what made the network, for :func:`kernelnorm.hub.save_pretrained`."""
     vars(network)["kernelnorm_config"] = config
     return network
 

@@ -228,7 +228,7 @@ FAMILIES = {"nf": ("vgg", "resnet")}
 
 
 def has_norm(network: str, norm: str) -> bool:
-    """Tells whether a network of that name or family exists with a norm.
+    """Tell whether a network of that name or family exists with a norm.
 
     A normalizer-free network needs the variance of the signal after each layer. Its authors derive
     it for residual networks, but not for concatenations, and they report that standardised weights

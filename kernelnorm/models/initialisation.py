@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 def init_convolutions(
     network: nn.Module, mode: Literal["fan_in", "fan_out"], *, fan_of_group: bool = False
 ) -> None:
-    """Draws the weights of all convolutions as He et al. (2015) do, and sets their biases to 0.
+    """Draw the weights of all convolutions as He et al. (2015) do, and set their biases to 0.
 
     Args:
         network: the module whose convolutions are initialised, in place

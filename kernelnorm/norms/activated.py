@@ -135,7 +135,7 @@ class FilterResponseNorm2d(AffineNorm2d):
             nn.init.zeros_(self.tau)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Divides by the root mean square of each channel."""
+        """Divide by the root mean square of each channel."""
         return x * torch.rsqrt(x.square().mean(dim=(2, 3), keepdim=True) + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -70,5 +70,5 @@ def check_group_size(channels: int, group_size: int) -> None:
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Reshapes a vector with one number per channel so that it broadcasts to feature maps."""
+    """Reshape a vector with one number per channel so that it broadcasts to feature maps."""
     return x.view(-1, 1, 1)

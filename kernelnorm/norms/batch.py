@@ -87,7 +87,7 @@ class BatchRenorm2d(AffineNorm2d):
         return 1 + 2 * (steps / 35000).clamp(max=1), 5 * (steps / 20000).clamp(max=1)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Normalises by the batch in training, and by the running statistics in evaluation."""
+        """Normalise by the batch in training, and by the running statistics in evaluation."""
         running_mean, running_std = self.running_mean.to(x.dtype), self.running_std.to(x.dtype)
         if not self.training or x.numel() == 0:
             return (x - per_channel(running_mean)) / per_channel(running_std)

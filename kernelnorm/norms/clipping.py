@@ -12,7 +12,7 @@ __all__ = ["adaptive_clip_grad_", "clipped_parameters"]
 def adaptive_clip_grad_(
     parameters: Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
-    r"""Scales down, in place, gradients that are large beside their parameters.
+    r"""Scale down, in place, gradients that are large beside their parameters.
 
     The gradient :math:`G` of each unit :math:`W` becomes
 

@@ -19,7 +19,7 @@ class _UnitNorm2d(AffineNorm2d):
         """Return each element's mean over its unit, in a shape that broadcasts to ``x``'s."""
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Subtracts each unit's mean and divides by its deviation."""
+        """Subtract each unit's mean and divide by its deviation."""
         centred = x - self.unit_mean(x)
         variance = self.unit_mean(centred.square())
         return centred * torch.rsqrt(variance + self.eps)
@@ -85,7 +85,7 @@ class _LocalContextNorm2d(AffineNorm2d):
         return groups.mean(dim=2)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Repeats the value of each group for each of its channels."""
+        """Repeat the value of each group for each of its channels."""
         return x.repeat_interleave(self.group_size, dim=1)
 
     def extra_repr(self) -> str:
@@ -188,7 +188,7 @@ class SlidingLocalContextNorm2d(_LocalContextNorm2d):
     """
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Subtracts the mean of the window around each element and divides by its deviation."""
+        """Subtract the mean of the window around each element and divide by its deviation."""
         # A window's variance is the mean of the variances within pixels, plus the variance of the
         # pixels' means. The latter is a difference of squares, which loses few digits once the mean
         # of the map is subtracted.

@@ -134,7 +134,7 @@ class ScaledWSConv2d(WSConv2d):
         self.gain = nn.Parameter(self.weight.new_ones(self.out_channels, 1, 1, 1))
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as :class:`torch.nn.Conv2d` does; the gain becomes one."""
+        """Draw weight and bias as :class:`torch.nn.Conv2d` does; the gain becomes one."""
         super().reset_parameters()
         if hasattr(self, "gain"):  # the constructor of Conv2d calls this, too
             nn.init.ones_(self.gain)

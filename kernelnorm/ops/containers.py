@@ -28,22 +28,25 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def with_tensors_copied(value: Any) -> Any:
-    """Return nested containers of the same classes with copies of the tensors.
+    """Return nested containers with copies of the tensors.
 
-    Other objects are the same ones. A mapping that cannot be copied becomes a dict.
+    Lists, tuples, mappings and dataclasses keep their class. A mapping that cannot be copied
+    becomes a dict. Other objects, also other classes of lists and tuples, are the same ones.
     """
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
         items = {name: with_tensors_copied(item) for name, item in value.items()}
         return _with_items(value, items)
-    if isinstance(value, (list, tuple)):
-        parts = [with_tensors_copied(item) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if type(value) in (list, tuple):
+        return type(value)(map(with_tensors_copied, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a named tuple
+        return value._make(map(with_tensors_copied, value))
     if is_dataclass(value) and not isinstance(value, type):
         new = copy.copy(value)
-        for field in fields(value):  # also of a frozen dataclass
-            object.__setattr__(new, field.name, with_tensors_copied(getattr(value, field.name)))
+        for name in [field.name for field in fields(value) if hasattr(value, field.name)]:
+            # also of a frozen dataclass
+            object.__setattr__(new, name, with_tensors_copied(getattr(value, name)))
         return new
     return value
 

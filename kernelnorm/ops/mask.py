@@ -57,7 +57,7 @@ def dropout_variance(p: float, n: int) -> float:
 
 
 def draw_keys(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draws keys for a tensor of shape :math:`(N, C, L_1, L_2, ...)`.
+    """Draw keys for a tensor of shape :math:`(N, C, L_1, L_2, ...)`.
 
     Shape:
         - Output: :math:`(C + N L_1 + L_2 + ...,)`, int32

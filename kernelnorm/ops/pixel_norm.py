@@ -19,7 +19,7 @@ __all__ = ["pixel_norm"]
 
 
 def pixel_norm(x: Tensor, keys: Tensor | None, settings: Settings) -> Tensor:
-    """Normalises the channels of each pixel.
+    """Normalise the channels of each pixel.
 
     Args:
         keys: of the dropout mask; given if and only if ``settings.masked``

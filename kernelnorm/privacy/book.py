@@ -133,7 +133,7 @@ class Book:
         augmentations: the number of consecutive rows of a batch that make a sample (default: 1).
             The gradient of a sample is that of the mean of their losses (of their sum, if the loss
             is the sum over the batch)
-        page: the page of the last forward pass
+        page: the page of the last forward pass, or of the gradients that were entered
     """
 
     def __init__(self, names: dict[nn.Module, str], mean: bool) -> None:
@@ -160,12 +160,13 @@ class Book:
         """Store the entries of a layer, which was called in the forward pass of ``page``."""
         if torch.is_grad_enabled():
             raise NotImplementedError("private training takes no backward(create_graph=True)")
-        if page is not self.page:
+        if self._entries and page is not self.page:
             raise RuntimeError(
-                f"a backward pass through layer {self.names[layer]!r} of an earlier forward pass "
-                "than the last: a step takes one forward and one backward pass. Concatenate the "
-                "inputs, or give the network all of them in one call"
+                f"the backward pass through layer {self.names[layer]!r} is of another forward pass "
+                "than the gradients so far: a step takes one forward and one backward pass. "
+                "Concatenate the inputs, or give the network all of them in one call"
             )
+        self.page = page
         if layer in self._entries:
             raise RuntimeError(
                 f"a second backward pass through layer {self.names[layer]!r} before "
@@ -207,17 +208,9 @@ class Book:
         The gradient of each sample is multiplied by
         :math:`\\min(1, \\text{max\\_norm} / (\\text{norm} + 10^{-6}))`, as Opacus does it.
 
-        Raises:
-            FloatingPointError: the gradient of a sample is not finite
+        If the norm of a finite gradient overflows, the sample does not count.
         """
         norms = self.norms()
-        finite = norms.isfinite()
-        if not finite.all():
-            (bad,) = finite.logical_not().nonzero()[0].tolist()
-            raise FloatingPointError(
-                f"the gradient of sample {bad} of the batch has the norm {norms[bad]:g}, which "
-                "cannot be clipped"
-            )
         weights = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         if self._mean:
             weights = weights * len(weights)
@@ -230,5 +223,5 @@ class Book:
         return sums
 
     def clear(self) -> None:
-        """Releases all entries."""
+        """Release all entries."""
         self._entries.clear()

@@ -6,6 +6,8 @@ a mode, so two of its private methods are overridden.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import opacus
@@ -99,8 +101,15 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
     book: Book
 
     def accumulate(self) -> None:
-        """Add the clipped gradients of the last backward pass to the sums of the step."""
+        """Add the clipped gradients of the last backward pass to the sums of the step.
+
+        Raises:
+            FloatingPointError: the gradient of a sample is not finite
+        """
+        bad = self.book.norms().isfinite().logical_not().nonzero().flatten().tolist()
         sums = self.book.clipped_sums(self.max_grad_norm)
+        if bad:
+            self._check_finite(sums.values(), f"of sample {bad[0]} of the batch")
         unknown = [tuple(p.shape) for p in sums.keys() - {*self.params}]
         if unknown:
             raise RuntimeError(
@@ -127,6 +136,10 @@ class BookkeepingOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[mis
             else:
                 parameter.summed_grad.add_(gradient)
 
+    def _check_finite(self, gradients: Iterable[Tensor | None], whose: str) -> None:
+        if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+            raise FloatingPointError(f"the gradient {whose} is not finite")
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """See :meth:`torch.optim.Optimizer.zero_grad`."""
         super().zero_grad(set_to_none)
@@ -138,6 +151,14 @@ class DistributedBookkeepingOptimizer(
     DistributedDPOptimizerFastGradientClipping,  # type: ignore[misc]
 ):
     """The optimizer for several processes: Opacus adds their sums, and rank 0 adds the noise."""
+
+    def reduce_gradients(self) -> None:
+        """Add the sums of all processes; all of them raise an error if one has a bad sample."""
+        super().reduce_gradients()
+        super()._check_finite((p.grad for p in self.params), "of a sample")
+
+    def _check_finite(self, gradients: Iterable[Tensor | None], whose: str) -> None:
+        """Leave the check to :meth:`reduce_gradients`, so that processes stay in step."""
 
 
 class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
@@ -222,9 +243,12 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
 
     def _prepare_model(self, module: nn.Module, **options: Any) -> Any:
         self.validate(module=module, optimizer=None, data_loader=None)
-        check_statistics(norms_with_statistics(module))
         if options.get("grad_sample_mode") != MODE:
-            return super()._prepare_model(module, **options)
+            norms = norms_with_statistics(module)
+            check_statistics(norms)
+            network = super()._prepare_model(module, **options)
+            network.register_forward_pre_hook(partial(_check_before_forward, norms))
+            return network
         if isinstance(module, BookkeepingModule):
             module = module.to_standard_module()
         self._prepared = BookkeepingModule(
@@ -244,6 +268,10 @@ class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
         generator = self.secure_rng if self.secure_mode else options.pop("noise_generator", None)
         options.pop("noise_generator", None)
         return kind(optimizer, generator=generator, secure_mode=self.secure_mode, **options)
+
+
+def _check_before_forward(norms: dict[nn.Module, str], *_: Any) -> None:
+    check_statistics(norms)
 
 
 class _NoGradient:

@@ -139,7 +139,7 @@ def keep_book(layer: nn.Module, book: Book) -> None:
 
 
 def close_book(layer: nn.Module) -> None:
-    """Restores the forward method of a layer."""
+    """Restore the forward method of a layer."""
     vars(layer).pop("forward", None)
 
 

@@ -17,11 +17,6 @@ from kernelnorm.privacy.layers import LAYERS
 _OF_BATCHES = (BatchRenorm2d, BatchChannelNorm2d)
 """Norms that mix samples, which Opacus' validator does not know."""
 
-_INSTANCE_NORMS = (
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
-)
-
 
 def trained_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained parameters of a layer, without those of its children, and their names."""
@@ -80,7 +75,8 @@ def norms_with_statistics(network: nn.Module) -> dict[nn.Module, str]:
                 f"{name!r} is a {type(layer).__name__}, which takes statistics of batches, so "
                 "samples cannot be clipped: replace it by another norm"
             )
-        if hasattr(layer, "track_running_stats"):  # BatchNorm, InstanceNorm, and those like them
+        # BatchNorm, InstanceNorm, and classes like them, which need not be derived from PyTorch's
+        if hasattr(layer, "track_running_stats") and hasattr(layer, "running_mean"):
             norms[layer] = name
     return norms
 
@@ -93,7 +89,8 @@ def check_statistics(norms: dict[nn.Module, str]) -> None:
     """
     for layer, name in norms.items():
         running = layer.running_mean is not None
-        mixes = not isinstance(layer, _INSTANCE_NORMS) and (layer.training or not running)
+        of_images = any("InstanceNorm" in base.__name__ for base in type(layer).__mro__)
+        mixes = not of_images and (layer.training or not running)
         if mixes or (layer.training and running):
             raise RuntimeError(
                 f"{name!r} is a {type(layer).__name__} that takes statistics of the training "

@@ -158,7 +158,7 @@ def statistics_backward(
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Compiles and runs a kernel once: Triton needs a recent GPU and a C compiler."""
+    """Compile and run a kernel once: Triton needs a recent GPU and a C compiler."""
     pair = torch.zeros(1, 2, 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
     window = Settings(Geometry((1,), (1,), (0,), (1,)), 1, 0.0, False, 1.0, None)
     x = torch.ones(1, 1, 1, device=device, dtype=dtype)

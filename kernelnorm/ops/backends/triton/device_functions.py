@@ -31,7 +31,7 @@ AVAILABLE = triton is not None
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compiles a function. Its arguments have no annotations: Triton would interpret them."""
+    """Compile a function. Its arguments have no annotations: Triton would interpret them."""
     return triton.jit(function) if AVAILABLE else function
 
 
