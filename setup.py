@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import zlib
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -16,7 +18,9 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernelnorm/ops/backends/cpu"
 WINDOWS = os.name == "nt"
+SOURCES = [f"{FOLDER}/kernels.c", f"{FOLDER}/loops.h"]
 FUNCTIONS = (
+    "sources",
     "set_threads",
     "window_statistics",
     "epilogue",
@@ -38,8 +42,10 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Builds the library, or says in one line that there is none."""
+        sources = zlib.crc32(b"".join(Path(source).read_bytes() for source in SOURCES))
+        ext.define_macros.append(("KERNELNORM_SOURCES", f"{sources}u"))
         try:
-            super().build_extension(ext)
+            self._build_for_some_processors(ext)
         except Exception as error:  # the compiler is missing or fails
             self._remove_older_library(ext)
             print(
@@ -47,6 +53,14 @@ class BuildLibrary(build_ext):
                 "on CPUs the layers run in PyTorch operations, which is slower",
                 file=sys.stderr,
             )
+
+    def _build_for_some_processors(self, ext: Extension) -> None:
+        """Builds for several processors, or for one if the compiler cannot."""
+        try:
+            super().build_extension(ext)
+        except Exception:
+            ext.define_macros.append(("KERNELNORM_ONE_TARGET", None))
+            super().build_extension(ext)
 
     def _remove_older_library(self, ext: Extension) -> None:
         """Removes a library from an earlier build: the Python code may not match it."""
@@ -75,8 +89,8 @@ setup(
     ext_modules=[
         Extension(
             "kernelnorm.ops.backends.cpu.kernels",
-            [f"{FOLDER}/kernels.c"],
-            depends=[f"{FOLDER}/loops.h"],
+            SOURCES[:1],
+            depends=SOURCES,
             libraries=[] if WINDOWS else ["m"],
             extra_compile_args=["/O2"] if WINDOWS else ["-O3", "-fopenmp-simd", "-g0"],
             optional=True,

@@ -85,15 +85,19 @@ def integers(name: str, value: int | Sequence[int] | str, d: int, at_least: int)
         values = values * d
     if len(values) != d or not all(_is_integer(v, at_least) for v in values):
         raise ValueError(
-            f"{name} must be an integer of at least {at_least}, or {d} of them, got {value!r}"
+            f"{name} must be an integer of at least {at_least} and below 2**31, or {d} of them, "
+            f"got {value!r}"
         )
     return values
+
+
+_MOST = (1 << 31) - 1  # products of two fit into the 64 bits that the kernels compute with
 
 
 def _is_integer(value: object, at_least: int) -> bool:
     """True for integers, also NumPy's and a compiler's, but not for booleans."""
     integer = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
-    return integer and value >= at_least  # type: ignore[operator]
+    return integer and at_least <= value <= _MOST  # type: ignore[operator]
 
 
 def _check_number(name: str, value: object) -> None:
@@ -207,6 +211,8 @@ def check_filters(
             f"got {groups!r}"
         )
     in_channels = weight[1] * groups
+    if in_channels < 1:
+        raise ValueError(f"weight must have at least 1 input channel, got shape {tuple(weight)}")
     if input[-d - 1] != in_channels:
         raise ValueError(
             f"input must have {in_channels} channels for a weight of shape {tuple(weight)} "

@@ -43,6 +43,11 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ({"input": GOOD["input"].double()}, TypeError, r"dtype, got input torch\.float64, weight"),
         ({"weight": torch.randn(6, 4)}, ValueError, r"weight must be for 1, 2 or 3.*\(6, 4\)"),
         ({"weight": GOOD["weight"].long()}, TypeError, r"weight must be in float32, .*int64"),
+        (
+            {"input": torch.randn(2, 0, 8, 8), "weight": torch.randn(6, 0, 3, 3)},
+            ValueError,
+            r"weight must have at least 1 input channel, got shape \(6, 0, 3, 3\)",
+        ),
         ({"bias": torch.randn(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
         ({"bias": torch.randn(6).double()}, TypeError, r"bias torch\.float64"),
         (
@@ -52,6 +57,8 @@ GOOD = {"input": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
         ),
         ({"groups": 4}, ValueError, r"groups must be .* that divides the 6 .*got 4"),
         ({"stride": 0}, ValueError, r"stride must be an integer of at least 1.*got 0"),
+        ({"stride": 2**56}, ValueError, r"stride must be .*below 2\*\*31.*got 720"),
+        ({"dilation": 2**62}, ValueError, r"dilation must be .*below 2\*\*31.*got 461"),
         ({"stride": (1, 2, 3)}, ValueError, r"stride must be .* or 2 of them, got \(1, 2, 3\)"),
         ({"padding": -1}, ValueError, r"padding must be an integer of at least 0.*got -1"),
         ({"padding": "full"}, ValueError, r"padding must be 'same', 'valid' or.*got 'full'"),

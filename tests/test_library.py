@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -56,10 +57,23 @@ def test_the_installed_kernels_are_used():
     assert library() is library()
 
 
+def test_a_library_of_other_sources_is_not_used(installed, tmp_path: Path, caplog):
+    sources = [module.PATH.with_name(name) for name in ("kernels.c", "loops.h")]
+    for file in (module.PATH, *sources):
+        shutil.copy(file, tmp_path)
+    installed(tmp_path / module.PATH.name)
+    assert kn.backend(torch.ones(1, 3, 8, 8)) == "cpu"
+    with (tmp_path / "loops.h").open("a") as file:
+        file.write("/* newer */")
+    installed(tmp_path / module.PATH.name)
+    assert kn.backend(torch.ones(1, 3, 8, 8)) == "eager"
+    assert "was built from other sources: install again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "the installation found no C compiler"),
+        (None, "no C compiler worked at installation"),
         (b"", "file too short"),
         (b"no library at all" * 100, "invalid ELF header"),
     ],

@@ -227,7 +227,10 @@ def _windows_template(
     call.positions = _three(_positions(shape[2:], settings.geometry))
     call.kernel, call.stride, call.dilation = _three(size), _three(stride), _three(dilation)
     call.padding = _three(padding, missing=0)
-    call.scratch = _TILE * (stride[-1] + 1) + dilation[-1] * size[-1] + 2
+    # The pixels that a tile's windows span on a line, or the windows that reach a tile's pixels.
+    reach, windows = settings.geometry.reach(-1), call.positions[2]
+    pixels = (min(_TILE, windows) - 1) * stride[-1] + reach
+    call.scratch = max(pixels, min(windows, (_TILE + reach) // stride[-1] + 2), 1)
     return call
 
 

@@ -115,7 +115,8 @@ def has_empty_window(sizes: Sequence[int], geometry: Geometry) -> bool:
         at_start = range(-padding, min(0, end), stride)
         at_end = range(beyond * stride - padding, end, stride)
         for start in (*at_start, *at_end):
-            if not any(0 <= start + weight * dilation < size for weight in range(k)):
+            weight = max(0, -(start // dilation))  # the first one that is not before the input
+            if weight >= k or start + weight * dilation >= size:
                 return True
     return False
 

@@ -17,7 +17,11 @@
 /* One source for several instruction sets: the loader picks the best one of the processor. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(KERNELNORM_ONE_TARGET)
+#if __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#endif
 #else
 #define CLONES
 #endif
@@ -187,6 +191,12 @@ INLINE uint16_t store_bfloat16(float x) { /* rounds to nearest, ties to even */
 
 #define OF_DTYPE(name) \
   (call->dtype == 0 ? name##_float32 : call->dtype == 1 ? name##_float64 : name##_bfloat16)
+
+/* A checksum of the sources, from setup.py. */
+#ifndef KERNELNORM_SOURCES
+#define KERNELNORM_SOURCES 0
+#endif
+uint32_t kernelnorm_sources(void) { return KERNELNORM_SOURCES; }
 
 /* Computes mu, rstd and, if asked for, offset and means of all windows of x.
  * workspace: three maps of the pixels, and `scratch` doubles per thread. */

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,9 +62,11 @@ def load(path: Path) -> Library:
     """Load the kernels from a file.
 
     Raises:
-        OSError: the file does not exist or is no library for this machine.
+        OSError: the file does not exist, is no library for this machine, or was built from other
+            sources than those beside it.
     """
     dll = ctypes.CDLL(str(path))
+    _check_sources(dll, path)
     dll.kernelnorm_set_threads.argtypes = [ctypes.c_void_p] * 3
     dll.kernelnorm_set_threads(*_openmp())
     functions = [getattr(dll, f"kernelnorm_{name}") for name in Library._fields]
@@ -78,13 +81,26 @@ def library() -> Library | None:
     try:
         return load(PATH)
     except (OSError, AttributeError) as error:  # missing, or without the functions
-        reason = str(error) if PATH.exists() else "the installation found no C compiler"
+        reason = str(error) if PATH.exists() else "no C compiler worked at installation"
         _log.warning(
-            "no C kernels (%s), so KNConvs are slower on this CPU. "
-            "Install a compiler, then: pip install --force-reinstall --no-deps kernelnorm",
+            "no C kernels (%s), so KNConvs are slower on this CPU. With a compiler, such as GCC: "
+            "pip install --force-reinstall --no-cache-dir --no-deps kernelnorm",
             reason,
         )
         return None
+
+
+def _check_sources(dll: ctypes.CDLL, path: Path) -> None:
+    """Check that the library was built from the sources beside it, if they are there.
+
+    In a checkout they may be newer: then the arguments could have another layout.
+    """
+    sources = [path.with_name(name) for name in ("kernels.c", "loops.h")]
+    if all(source.exists() for source in sources):
+        expected = zlib.crc32(b"".join(source.read_bytes() for source in sources))
+        dll.kernelnorm_sources.restype = ctypes.c_uint32
+        if dll.kernelnorm_sources() != expected:
+            raise OSError(f"{path.name} was built from other sources: install again")
 
 
 def _openmp() -> list[int | None]:

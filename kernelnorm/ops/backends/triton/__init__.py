@@ -67,6 +67,7 @@ def supports(x: Tensor) -> bool:
         and (x.is_cuda or INTERPRETED)
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and x.numel() > 0
+        and prod(x.shape[2:]) < 1 << 31  # kernels multiply sizes as 32-bit integers
         and (type(torch.empty(0)) is not Tensor or _works(x.device, x.dtype))
     )
 
