@@ -186,7 +186,9 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
     """Check the numbers of channels, and that ``groups`` divides them."""
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if not _is_integer(value, at_least=1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            raise ValueError(
+                f"{name} must be an integer of at least 1 and below 2**31, got {value!r}"
+            )
     if not _is_integer(groups, at_least=1) or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must be a positive integer that divides in_channels={in_channels} and "

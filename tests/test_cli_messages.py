@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -199,3 +201,14 @@ def test_names_are_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> No
 def test_clipping_for_a_norm_that_does_not_need_it() -> None:
     with pytest.raises(SystemExit, match="--agc is for the norm nf: batch does not need it"):
         main(["train", "--norm=batch", "--agc=0.1"])
+
+
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_an_output_that_cannot_be_written(output: str) -> None:
+    place = "&-" if output == "closed" else "/dev/full"
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m kernelnorm info >{place}",
+        shell=True, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    message = "kernelnorm: No space left on device, so the output cannot be written\n"
+    assert (done.returncode, done.stderr) == ((0, "") if output == "closed" else (1, message))

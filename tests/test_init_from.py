@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -88,6 +89,21 @@ def test_a_run_that_has_begun_resumes_without_them(tmp_path: Path) -> None:
     assert len(RunFolder(second).read_metrics()) == 2
     with pytest.raises(SystemExit, match="cannot read weights from"):
         main([*command(tmp_path / "third", "kernel")[3:], f"--init-from={first}"])
+
+
+def test_a_run_that_has_begun_resumes_with_the_weights_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(first)
+    options = [*command(second, "kernel")[3:], f"--init-from={first}"]
+    main([*options, "--max-steps=1"])
+    run(first, epochs=3)
+    run(tmp_path / "other", seed=4)
+    shutil.copy(tmp_path / "other" / "best.ckpt", first)
+    main(options)
+    assert "is not what" in capsys.readouterr().out
+    assert len(RunFolder(second).read_metrics()) == 2
 
 
 def test_sparse_weights(tmp_path: Path) -> None:

@@ -286,7 +286,9 @@ def test_images_without_a_batch_are_refused_by_stochastic_depth():
 
 def test_a_width_that_is_not_positive_is_refused():
     for width in (0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"width must be positive and finite, got {width}"):
+        with pytest.raises(
+            ValueError, match=f"width must be a positive, finite number, got {width}"
+        ):
             create_model("vgg8", width=width)
 
 

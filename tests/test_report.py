@@ -125,11 +125,13 @@ def test_best_rates_stand_beside_the_papers(tmp_path: Path) -> None:
     write_result(tmp_path, 80.0, lr=0.1, seed=0)
     write_result(tmp_path, 85.0, lr=0.05, seed=0)
     write_run(tmp_path, [], lr=0.2, seed=0, failure=("diverged", "nan"))
+    write_run(tmp_path, [], lr=1e30, seed=0, failure=("diverged", "nan"))
     text = report(tmp_path).with_suffix(".md").read_text()
     assert "| 32 | 0.05 (the lowest tried)<br>paper 0.025 |" in text
     assert "a rate beyond it may be better" in text
     assert row_of(text, "32", "KernelNorm", "0.05")[3:] == ["85.00", "85.00", "1 done", "best"]
-    assert row_of(text, "32", "KernelNorm", "0.2")[3:] == ["-", "-", "1 diverged", ""]
+    for rate in ("0.2", "1e+30"):
+        assert row_of(text, "32", "KernelNorm", rate)[3:] == ["-", "-", "1 diverged", ""]
 
 
 def test_variants_are_compared_with_the_papers_rules_and_are_in_no_other_table(

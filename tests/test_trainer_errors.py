@@ -158,3 +158,24 @@ def test_tensorboard_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_unknown_model_option_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot build vgg8: .*'depth'.* See --model-options"):
         train(small(model_options={"depth": 3}), Launch(out=tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `Fabric")
+def test_float16_on_a_cpu_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="--precision 16-mixed needs a GPU: choose bf16-mixed"):
+        train(small(precision="16-mixed"), Launch(out=tmp_path, accelerator="cpu"))
+
+
+@pytest.mark.parametrize("width", ["'x'", 1e9])
+def test_a_width_that_is_no_number_or_too_large_is_an_error(width: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot build vgg8: .*See --model-options"):
+        train(small(model_options={"width": width}), Launch(out=tmp_path))
+
+
+def test_an_extension_that_fails_leaves_the_configuration(tmp_path: Path) -> None:
+    folder = train(small(epochs=1), Launch(out=tmp_path, verbose=False))
+    before, whole = folder.read_config(), (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[:1000])
+    with pytest.raises(RunError, match=r"last\.ckpt is damaged"):
+        train(small(epochs=2), Launch(out=tmp_path, verbose=False))
+    assert folder.read_config() == before

@@ -6,6 +6,7 @@ wait for PyTorch. This file imports little, so that :func:`main` handles Ctrl-C 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -61,10 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         _main(*arguments or ["--help"])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed by the caller
+            sys.stdout.flush()
     except BrokenPipeError:  # the program that reads the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(f"kernelnorm: {error.strerror}, so the output cannot be written")
     except KeyboardInterrupt:
         print(_stopped(*arguments), file=sys.stderr)
         sys.exit(130)

@@ -83,16 +83,22 @@ def run(arguments: Namespace) -> None:
 def _origin(arguments: Namespace) -> str:
     """Return the fingerprint of the weights to start from.
 
-    A run that has begun no longer needs them: if they cannot be read, it is the one in its
-    ``config.yaml``.
+    A run that has begun no longer needs them: if they cannot be read or have changed, it is the one
+    in its ``config.yaml``.
     """
     from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.networks import read_weights
     from kernelnorm.experiments.runs import RunFolder
 
+    begun = ""
+    if arguments.out is not None and (arguments.out / "last.ckpt").exists():
+        begun = str(RunFolder(arguments.out).read_config()["run"].get("init_from", ""))
     try:
-        return read_weights(arguments.init_from).fingerprint()
+        found = read_weights(arguments.init_from).fingerprint()
     except RunError:
-        if arguments.out is None or not (arguments.out / "last.ckpt").exists():
+        if not begun:
             raise
-        return str(RunFolder(arguments.out).read_config()["run"].get("init_from", ""))
+        return begun
+    if begun and begun != found:
+        echo(f"{arguments.init_from} is not what {arguments.out} started from; it goes on anyway")
+    return begun or found

@@ -93,6 +93,16 @@ def make_fabric(accelerator: str, *, devices: int = 1, precision: str = "32-true
         raise RunError(f"cannot use {devices} x accelerator {accelerator!r}: {error}") from error
 
 
+def check_precision(fabric: Fabric, precision: str) -> None:
+    """Check that the device trains in a precision: on CPUs Fabric would take another.
+
+    Raises:
+        RunError: it does not.
+    """
+    if precision == "16-mixed" and fabric.device.type == "cpu":
+        raise RunError("--precision 16-mixed needs a GPU: choose bf16-mixed or 32-true")
+
+
 def check_shares(fabric: Fabric, norm: str, batch_size: int) -> None:
     """Check that the processes can share a batch.
 

@@ -37,7 +37,7 @@ def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> n
             in_channels=in_channels,
             **config.model_options,
         )
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: too large for the memory
         raise RunError(f"cannot build {config.model}: {error}. See --model-options") from error
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

@@ -55,7 +55,8 @@ def resumed(
 
 def environments(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the environments in ``config.yaml``: of the first process, and of later ones."""
-    found = [content.get("environment"), *(content.get("later_environments") or [])]
+    later = content.get("later_environments")
+    found = [content.get("environment"), *(later if isinstance(later, list) else [])]
     return [environment for environment in found if isinstance(environment, Mapping)]
 
 
@@ -206,7 +207,7 @@ class RunFolder:
                 metrics = json.loads(line)
                 numbers = [metrics[name] for name in _NEEDED] + [*metrics.values()]
                 whole = all(map(math.isfinite, numbers)) and 0 <= metrics["test_accuracy"] <= 1
-            except (LookupError, TypeError, ValueError):
+            except (LookupError, OverflowError, TypeError, ValueError):
                 whole = False
             if not whole:
                 raise RunError(

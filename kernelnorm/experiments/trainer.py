@@ -28,6 +28,7 @@ from kernelnorm.experiments.inputs import (
 )
 from kernelnorm.experiments.launch import (
     Launch,
+    check_precision,
     check_shares,
     environment,
     make_fabric,
@@ -92,6 +93,7 @@ class _Training:
         self.fabric = fabric = make_fabric(
             launch.accelerator, devices=launch.devices, precision=config.precision
         )
+        check_precision(fabric, config.precision)
         check_shares(fabric, config.norm, config.batch_size)
         fabric.launch()
         with fabric.rank_zero_first():  # the others find the data downloaded
@@ -134,8 +136,11 @@ class _Training:
 
     def run(self, on_epoch: Callable[[], object] | None = None) -> None:
         """Train epoch by epoch, until the end or ``max_steps``."""
-        self._write_config()
+        resumes, content = (self.folder.path / "last.ckpt").exists(), self._config()
         self.progress = state.restore(self.folder, self.fabric, self.steps)
+        # Only now: a run that cannot resume stays as it is.
+        if self.fabric.is_global_zero and not (resumes and content == self.folder.read_config()):
+            self.folder.write_config(content)
         self.last_saved = str(self.progress) if self.progress else ""
         if self.launch.verbose:
             resumed = f"resuming {self.folder.path} after {self.progress}"
@@ -260,26 +265,21 @@ class _Training:
         state.save(self.folder, self.fabric, self.steps, self.progress)
         self.last_saved = str(self.progress)
 
-    def _write_config(self) -> None:
-        """Write ``config.yaml``, or update what may change when a run resumes."""
+    def _config(self) -> dict[str, Any]:
+        """Return the content of ``config.yaml``, after a check of the images if a run resumes."""
         found = describe_images(train=self.train_images, test=self.test_images)
         record, where = self.config.as_dict(), environment(self.fabric)
-        before: dict[str, Any] = {}
         if (self.folder.path / "last.ckpt").exists():
             check_data(self.folder, found)
-            before = self.folder.read_config()
-            content = resumed(before, record, where)
-        else:
-            mean, std = self.preprocess.mean, self.preprocess.std
-            content = {
-                "run": record,
-                **found,
-                "standardise": mean and std and {"mean": [*mean], "std": [*std]},
-                **self.steps.record(),
-                "environment": where,
-            }
-        if self.fabric.is_global_zero and content != before:
-            self.folder.write_config(content)
+            return resumed(self.folder.read_config(), record, where)
+        mean, std = self.preprocess.mean, self.preprocess.std
+        return {
+            "run": record,
+            **found,
+            "standardise": mean and std and {"mean": [*mean], "std": [*std]},
+            **self.steps.record(),
+            "environment": where,
+        }
 
 
 def _private() -> Any:

@@ -65,14 +65,17 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
                 image.draft(None, (image_size, image_size))
             picture = upright(image, channels, f"the image {path}")
     except FileNotFoundError as error:
-        raise DataError(f"there is no image {path}") from error
+        broken = Path(path).is_symlink()
+        raise DataError(
+            f"{path} is a broken link" if broken else f"there is no image {path}"
+        ) from (error)
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder: give image files") from error
     except DataError:
         raise
     except Exception as error:  # a damaged file fails in many ways, by its format
         raise DataError(
-            f"cannot read the image {path}: {error}. Replace the file or remove it"
+            f"cannot read the image {path}: {str(error).rstrip('.')}. Replace the file or remove it"
         ) from error
     return to_pixels(picture, image_size)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.config import MAX_FLOAT, RunConfig
 from kernelnorm.experiments.errors import RunError, error_message
 from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
 from kernelnorm.experiments.status import State, read_status
@@ -22,7 +22,7 @@ STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "unfinishe
 """The states of runs that have a folder, in the order in which they are counted."""
 
 MOST = 1 << 31
-"""The largest valid batch size, learning rate, and number of images or epochs."""
+"""The largest valid batch size, and number of images or epochs."""
 
 _SIGNS = {"config.yaml", "metrics.jsonl", "failure.json", "last.ckpt", ".lock"}
 """A folder with one of these files is the folder of a run."""
@@ -179,7 +179,8 @@ def _check(config: RunConfig, found: dict[str, Any]) -> None:
     numbers = {name: getattr(config, name) for name in ("batch_size", "epochs", "lr")}
     numbers |= {name: found[name] for name in ("train_images", "test_images") if name in found}
     for name, value in numbers.items():
-        if not (isinstance(value, (int, float)) and 0 < value <= MOST):
+        most = MAX_FLOAT if name == "lr" else MOST
+        if not (isinstance(value, (int, float)) and 0 < value <= most):
             shown = str(value)[:20]
             raise RunError(f"config.yaml: {name} must be a positive number, got {shown!r}")
     try:
