@@ -159,4 +159,4 @@ def test_without_a_c_compiler_the_layers_run_in_pytorch_operations(
         assert LIBRARY not in archive.namelist()
     backend, messages = try_layer(wheel, tmp_path)
     assert backend == "eager"
-    assert messages.count("the installation found no C compiler") == 1
+    assert messages.count("no C compiler worked at installation") == 1

@@ -129,11 +129,13 @@ def of_samples(rows: Tensor, augmentations: int) -> Tensor:
 def squares(gradients: Tensor) -> Tensor:
     """The squared norm of each sample's gradient, from shape :math:`(N, *)` to :math:`(N,)`.
 
-    Added up in float64: in float32 a sum of many equal squares is too small.
+    Those of the filters are added up in float64: in float32 a sum of many equal squares would be
+    too small.
     """
-    dtype = accumulate_dtype(gradients)
-    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1, dtype=dtype)
-    return norms.square().to(gradients.dtype)
+    if gradients.dim() > 2:
+        gradients = torch.linalg.vector_norm(gradients.flatten(2), dim=2)
+    squared = gradients.to(accumulate_dtype(gradients)).square()
+    return squared.sum(1).to(gradients.dtype)
 
 
 def _per_sample(product: Product, standardised: Standardisation | None) -> Iterator[Tensor]:
