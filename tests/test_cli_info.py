@@ -62,7 +62,7 @@ def test_missing_packages_are_named(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "not compiled: the installation found no C compiler, so there is no "),
+        (None, "not compiled: no C compiler worked at installation, so there is no "),
         (b"no library" * 100, "compiled, but cannot be loaded: "),
     ],
     ids=["missing", "no library"],

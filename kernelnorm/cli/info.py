@@ -125,7 +125,7 @@ def _c_kernels() -> str:
     from kernelnorm.ops.backends.cpu.library import PATH, load
 
     if not PATH.exists():
-        return f"not compiled: the installation found no C compiler, so there is no {PATH}"
+        return f"not compiled: no C compiler worked at installation, so there is no {PATH}"
     try:
         load(PATH)
     except (OSError, AttributeError) as error:
