@@ -31,7 +31,7 @@ class VGG8(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+        if not hasattr(width, "__float__") or not 0 < width < math.inf:
             raise ValueError(f"width must be a positive, finite number, got {width!r}")
         layers = layers_for(norm, rules, family="vgg", unused=_UNUSED)
         channels = in_channels
