@@ -25,7 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Secure RNG turned off")
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Also where one of them has no samples, or both; the noise is added once."""
+    """Also where one of them has no samples, or both; the noise is added once.
+
+    If a sample of one of them has a gradient that is not finite, both raise the error.
+    """
     module = two_private_processes.__name__
     options = ["--standalone", "--nproc-per-node=2", "--module", module, str(tmp_path)]
     result = subprocess.run(
@@ -52,6 +55,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             assert rank["history"] == alone["history"] == [(noise, 0.25, 4)]
         assert all(map(torch.equal, one["weights"], other["weights"]))
         assert not {*one["drawn"].tolist()} & {*other["drawn"].tolist()}
+    errors = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
+    assert errors == {"the gradient of a sample is not finite"}
     noise_alone = one["gradients"][-1]  # of a step without samples
     assert all(gradient.abs().max() > 0 for gradient in noise_alone)
 

@@ -73,6 +73,25 @@ def train(module: nn.Module, rank: int | None, noise: float, reduction: str) -> 
     }
 
 
+def step_with_a_bad_sample(module: nn.Module, bad: bool) -> str:
+    """The error of a step, in which a process may have a sample that is not finite."""
+    module, optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
+        module=module,
+        optimizer=SGD(module.parameters(), lr=0.5),
+        data_loader=loader(dataset(), 7),
+        noise_multiplier=1.0,
+        max_grad_norm=0.1,
+    )
+    x = dataset()[:4]
+    x[1] = float("nan") if bad else 0
+    module(x).square().sum(1).mean().backward()
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
 def main(out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank = int(os.environ["RANK"])
@@ -82,6 +101,8 @@ def main(out: Path) -> None:
             module = DifferentiallyPrivateDistributedDataParallel(network(rank))
             results[noise, reduction] = train(module, rank, noise, reduction)
     torch.save(results, out / f"{rank}.pt")
+    module = DifferentiallyPrivateDistributedDataParallel(network(rank))
+    (out / f"{rank}.txt").write_text(step_with_a_bad_sample(module, bad=rank == 1))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads outlive the group, and can abort an interpreter that is ending
