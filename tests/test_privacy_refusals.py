@@ -15,7 +15,6 @@ pytest.importorskip("opacus")
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelnorm as kn
-from kernelnorm.norms import NORMS, describe
 from kernelnorm.privacy import PrivacyEngine
 from tests.bookkeeping import classification, images, private, small
 from tests.per_sample import loader
@@ -42,68 +41,6 @@ def test_subclasses_are_unknown() -> None:
 
     with pytest.raises(NotImplementedError, match=r"'0' is a .*Scaled"):
         private(nn.Sequential(Scaled(3, 3)), images(2))
-
-
-OF_BATCHES = {name for name in NORMS if describe(name).group == "batch-dependent"}
-
-
-MODES = pytest.mark.parametrize("mode", ["bookkeeping", "hooks", "ghost"])
-
-
-@MODES
-@pytest.mark.parametrize("norm", sorted(OF_BATCHES - {"batch"}))  # PyTorch's has other tests below
-def test_statistics_of_batches_are_refused_also_where_nothing_is_trained(
-    norm: str, mode: str
-) -> None:
-    layer = describe(norm).layer(32).requires_grad_(False)
-    with pytest.raises(NotImplementedError, match=r"'1' is a .* takes statistics of batches"):
-        private(nn.Sequential(nn.Conv2d(3, 32, 3), layer), images(2), grad_sample_mode=mode)
-
-
-class OwnBatchNorm(nn.Module):
-    """A batch norm that is not derived from PyTorch's."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.track_running_stats = True
-        self.register_buffer("running_mean", torch.zeros(channels))
-
-
-@MODES
-@pytest.mark.parametrize(
-    "norm",
-    [
-        nn.BatchNorm2d(4, affine=False),
-        nn.BatchNorm2d(4).requires_grad_(False),
-        nn.BatchNorm2d(4, affine=False, track_running_stats=False),
-        nn.LazyBatchNorm2d(affine=False),
-        OwnBatchNorm(4),
-        nn.InstanceNorm2d(4, track_running_stats=True),
-        nn.LazyInstanceNorm2d(affine=False),
-    ],
-)
-def test_statistics_of_images_are_refused(norm: nn.Module, mode: str) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
-    with pytest.raises(RuntimeError, match=r"'1' is a .*Norm.* that takes statistics of the"):
-        private(network, images(2), grad_sample_mode=mode)
-    assert "forward" not in vars(network[0])
-
-
-def test_frozen_batch_norm_is_checked_in_each_step() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).requires_grad_(False).eval())
-    wrapped, optimizer, _ = private(network, images(2))
-    x = images(2, dtype=torch.float32)
-    wrapped(x).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    wrapped.train()
-    for context in (torch.enable_grad(), torch.no_grad()):
-        with context, pytest.raises(RuntimeError, match=r"'1' is a BatchNorm2d .* call eval\(\)"):
-            wrapped(x)
-
-
-def test_instance_norm_without_running_statistics_is_taken() -> None:
-    private(nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), images(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -284,82 +221,6 @@ def test_inputs_without_a_batch_are_refused(layer: nn.Module, shape: tuple[int, 
     network, _, _ = private(nn.Sequential(layer), images(2))
     with pytest.raises(ValueError, match="needs a batch"):
         network(torch.randn(shape))
-
-
-def test_gradients_are_not_accumulated() -> None:
-    network, optimizer, _ = private(small(), images(2))
-    x = images(2, dtype=torch.float32)
-    classification(network(x)).mean().backward()
-    with pytest.raises(RuntimeError, match="second forward pass before"):
-        network(x)
-    optimizer.zero_grad()
-    loss = classification(network(x)).mean()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward pass through layer"):
-        loss.backward()
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor, both: bool) -> Tensor:
-        y: Tensor = self.second(x)
-        return self.first(x) + y if both else y
-
-
-@pytest.mark.parametrize("both", [False, True])
-def test_two_forward_passes_before_one_backward_pass_are_refused(both: bool) -> None:
-    """Each pass would count as a sample of its own, but be clipped as one."""
-    x = torch.randn(4, 3)
-    network, _, _ = private(Branches(), x)
-    loss = (network(x, both=True) + network(x.flip(0), both=both)).mean()
-    with pytest.raises(RuntimeError, match="of another forward pass than the gradients so far"):
-        loss.backward()
-
-
-def test_a_forward_pass_that_is_only_looked_at_does_no_harm() -> None:
-    x = torch.randn(4, 3)
-    sums = []
-    for looks in (False, True):
-        torch.manual_seed(0)
-        network, optimizer, _ = private(Branches(), x)
-        loss = network(x, both=True).sum(1).mean()
-        if looks:
-            network(x[:3], both=False)
-        loss.backward()
-        optimizer.step()
-        sums.append([p.summed_grad for p in network.parameters()])
-    for one, other in zip(*sums, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_sample_whose_gradient_is_not_finite_is_refused(value: float) -> None:
-    x = torch.ones(4, 3)
-    x[2, 1] = value
-    network, optimizer, _ = private(nn.Sequential(nn.Linear(3, 2)), x)
-    network(x).mean().backward()
-    before = [p.clone() for p in network.parameters()]
-    with pytest.raises(FloatingPointError, match="gradient of sample 2 of the batch is not finite"):
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    optimizer.zero_grad()
-    network(torch.ones(4, 3)).mean().backward()
-    optimizer.step()
-
-
-def test_a_sample_whose_norm_overflows_does_not_count() -> None:
-    x = torch.ones(4, 3)
-    sums = []
-    for factor in (1e25, 0.0):
-        torch.manual_seed(0)
-        network, optimizer, _ = private(nn.Sequential(nn.Linear(3, 2, bias=False)), x)
-        (network(x).sum(1) * torch.tensor([1.0, factor, 1, 1])).mean().backward()
-        optimizer.step()
-        sums.append(next(network.parameters()).summed_grad)
-    assert torch.equal(*sums)
 
 
 def test_parameters_that_become_bfloat16_are_refused() -> None:
