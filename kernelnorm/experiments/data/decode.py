@@ -65,10 +65,9 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
                 image.draft(None, (image_size, image_size))
             picture = upright(image, channels, f"the image {path}")
     except FileNotFoundError as error:
-        broken = Path(path).is_symlink()
-        raise DataError(
-            f"{path} is a broken link" if broken else f"there is no image {path}"
-        ) from (error)
+        if Path(path).is_symlink():
+            raise DataError(f"{path} is a broken link") from error
+        raise DataError(f"there is no image {path}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder: give image files") from error
     except DataError:
