@@ -45,7 +45,8 @@ def kernel_norm(
           :math:`O_i = k_i \lfloor (L_i + 2 p_i - k_i) / s_i + 1 \rfloor`
 
     Raises:
-        TypeError: ``input`` is not a dense floating-point tensor, or a number is none
+        TypeError: ``input`` is not a dense floating-point tensor, or a numeric
+            argument is not a number
         ValueError: an argument is out of its range, or no window fits into the padded input
 
     Example::
@@ -143,7 +144,7 @@ def kn_conv(
 
     Raises:
         TypeError: a tensor is not a dense floating-point tensor, the dtypes differ outside of
-            autocast, or a number is none
+            autocast, or a numeric argument is not a number
         ValueError: an argument is out of its range, shapes do not fit each other, or the window is
             larger than the padded input
 

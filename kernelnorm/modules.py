@@ -153,7 +153,7 @@ class KNConv2d(KNConvNd, nn.Conv2d):
     for the :math:`n` elements of a window. ``evaluation`` selects the variance:
 
     - ``"expected"``: this expectation, which is deterministic and fits the variance in training
-    - ``"plain"``: :math:`\text{var}(u)`, as the paper reads; trained networks lose accuracy with it
+    - ``"plain"``: :math:`\text{var}(u)`; networks trained with dropout lose accuracy with it
     - ``"monte_carlo"``: dropout stays on, as in the authors' code; two evaluations differ
 
     Args:

@@ -176,7 +176,7 @@ def test_report_is_a_table():
         "0.0     Conv2d       KNConv2d  rule I",
         "0.1     BatchNorm2d  removed   rule II: the KNConv normalises its input",
         "0.2     ReLU         removed   rule III: moved into the KNConv before it",
-        "1       Conv2d       Conv2d    no norm belongs to it",
+        "1       Conv2d       Conv2d    no norm before or after it",
         "",
         "1 KNConvs, 0 KernelNorms, nothing unconverted",
         "Build the optimizer after converting: new parameters: 1, removed: 2.",

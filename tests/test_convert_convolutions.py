@@ -37,7 +37,7 @@ def test_gates_and_classifiers_stay():
     network, report = convert(model)
     for name in ("squeeze", "expand", "classifier"):
         assert type(getattr(network, name)) is nn.Conv2d
-        assert why(report, name) == "no norm belongs to it"
+        assert why(report, name) == "no norm before or after it"
     assert not report.unconverted
 
 

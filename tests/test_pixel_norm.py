@@ -1,4 +1,4 @@
-"""KernelNorm of single pixels, on the backend's primitives, against Equation 3 in float64."""
+"""KernelNorm with windows of one pixel, on all backends, against Equation 3 in float64."""
 
 from __future__ import annotations
 

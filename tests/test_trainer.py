@@ -152,5 +152,5 @@ def test_two_processes_train_as_one_and_go_on(tmp_path: Path) -> None:
     train(config, Launch(out=one, max_steps=12, verbose=False))
     torch.testing.assert_close(weights(whole), weights(one), rtol=1e-3, atol=1e-5)
     assert without_times(whole) == [pytest.approx(m, rel=1e-4) for m in without_times(one)]
-    with pytest.raises(RunError, match="begun with 2 processes and can only go on with as many"):
+    with pytest.raises(RunError, match="started with 2 processes and can resume only with 2, not"):
         train(config, Launch(out=whole))

@@ -281,7 +281,7 @@ def test_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"last\.ckpt does not fit this run"):
         train(small(), Launch(out=tmp_path))
     folder.save("last.ckpt", {**state, "rng": state["rng"] * 2})
-    with pytest.raises(RunError, match="begun with 2 processes and can only go on with as many"):
+    with pytest.raises(RunError, match="started with 2 processes and can resume only with 2, not"):
         train(small(), Launch(out=tmp_path))
 
 

@@ -34,7 +34,7 @@ def make_parser() -> ArgumentParser:
 
 
 def add_evaluation_argument(parser: ArgumentParser) -> None:
-    """Add the option for the behaviours of kernel layers that are evaluated."""
+    """Add the option for the evaluations of kernel layers."""
     parser.add_argument(
         "--evaluation",
         choices=["all", "expected", "plain", "monte_carlo"],
@@ -44,7 +44,7 @@ def add_evaluation_argument(parser: ArgumentParser) -> None:
 
 
 def chosen_evaluations(arguments: Namespace) -> Sequence[Evaluation]:
-    """Return the behaviours of kernel layers that are evaluated."""
+    """Return the evaluations of kernel layers."""
     from kernelnorm.experiments.evaluation import EVALUATIONS
 
     return EVALUATIONS if arguments.evaluation == "all" else (arguments.evaluation,)

@@ -111,7 +111,7 @@ def add_privacy_arguments(parser: ArgumentParser) -> None:
     add("--private", action="store_true", help=private_help)
     epsilon_help = "privacy budget that all epochs spend together (default: 8)"
     add("--epsilon", type=values.positive, help=epsilon_help)
-    delta_help = "probability that the budget does not cover (default: 1e-5)"
+    delta_help = "delta of the (epsilon, delta) guarantee (default: 1e-5)"
     add("--delta", type=values.fraction, help=delta_help)
     norm_help = "norm to which the gradient of each sample is clipped (default: 1)"
     add("--max-grad-norm", type=values.positive, metavar="NORM", help=norm_help)

@@ -39,16 +39,16 @@ def convert(
     convolutions; a KNConv gets a bias of zeros if its convolution had none. The conversion follows
     the rules in :class:`kernelnorm.models.Rules`, by default the paper's:
 
-    - Convolutions that a norm belongs to, before or after them, become KNConvs of the same shape.
+    - Convolutions with a norm directly before or after them become KNConvs of the same shape.
       Others stay: gates of squeeze-and-excite, final classifiers, transposed convolutions, and
       convolutions whose windows have fewer than 8 elements.
     - The norms of KNConvs are removed. A norm without a KNConv (after a convolution that stays, or
-      without any convolution) becomes a KernelNorm of single pixels.
+      without any convolution) becomes a KernelNorm with windows of one pixel.
     - A ReLU moves into the KNConvs that compute its input, also through sums, concatenations and
       pooling. A LeakyReLU moves into the KNConv directly before it. Other activations, and ReLUs
       that the network calls as functions, stay in their place.
-    - A KernelNorm is added before the pooling that leads to the classifier, unless that pools the
-      output of a KNConv that took over its ReLU.
+    - A KernelNorm is added before the final pooling, unless the input of the pooling is the output
+      of a KNConv with a fused ReLU, as in VGG8.
 
     Train the network after the conversion: KNConvs normalise by other statistics, so the same
     weights give other outputs. Build the optimizer after converting. For training from scratch

@@ -26,9 +26,9 @@ class Fate(Enum):
 
     KN_CONV = "a KNConv"
     REMOVED = "nothing is left"
-    PIXELS = "a KernelNorm of single pixels"
+    PIXELS = "a KernelNorm with windows of one pixel"
     KEPT = "stays, as it should"
-    UNCONVERTED = "stays, though it has a norm or is one"
+    UNCONVERTED = "cannot be converted, although it is a norm or has one"
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def make_plan(calls: Sequence[Call], norms: Collection[str], rules: Rules) -> Pl
 
 
 def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
-    """Rule I: the convolutions that a norm belongs to become KNConvs."""
+    """Rule I: the convolutions with a norm before or after them become KNConvs."""
     if not has_norm:
-        return Fate.KEPT, "no norm belongs to it"
+        return Fate.KEPT, "no norm before or after it"
     if (obstacle := kinds.obstacle_of_convolution(module)) is not None:
         transposed = isinstance(module, kinds.TRANSPOSED)
         return Fate.KEPT if transposed else Fate.UNCONVERTED, obstacle
@@ -100,7 +100,7 @@ def _fate_of_convolution(module: nn.Module, has_norm: bool) -> tuple[Fate, str]:
 def _fate_of_norm(
     norm: nn.Module, flow: Flow, reasons: dict[nn.Module, tuple[Fate, str]]
 ) -> tuple[Fate, str]:
-    """Rule II: norms of KNConvs are removed; others become KernelNorms of single pixels."""
+    """Rule II: norms of KNConvs are removed; others become KernelNorms of 1x1 windows."""
     neighbours = flow.before[norm] or flow.after[norm]
     others = [module for module in neighbours if reasons[module][0] is not Fate.KN_CONV]
     if neighbours and not others:
@@ -113,4 +113,4 @@ def _fate_of_norm(
         return Fate.UNCONVERTED, "no windows, unless its input is a sequence"
     if others:
         return Fate.PIXELS, f"its convolution stays: {reasons[others[0]][1]}"
-    return Fate.PIXELS, "no convolution belongs to it"
+    return Fate.PIXELS, "no convolution before or after it"

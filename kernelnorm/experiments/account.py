@@ -32,7 +32,7 @@ class Account:
     Args:
         noise: the noise multiplier.
         rate: the sampling rate.
-        delta: the probability that the guarantee does not cover.
+        delta: delta of the (epsilon, delta) guarantee.
     """
 
     def __init__(self, noise: float, rate: float, delta: float) -> None:

@@ -93,7 +93,7 @@ def evaluate(
         run: the run's folder.
         data_dir: the folder of the data.
         dataset: the folder of the images, if it has moved since training.
-        evaluations: behaviours of the kernel layers in evaluation, see
+        evaluations: how kernel layers compute in evaluation, see
             :func:`kernelnorm.set_evaluation`; a network without such layers has one score, ``"-"``.
         checkpoint: ``"last"``, or ``"best"``, which was chosen on the same test images.
         accelerator: one of Lightning Fabric's: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.

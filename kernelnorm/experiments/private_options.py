@@ -18,7 +18,7 @@ class Privacy:
 
     Args:
         epsilon: the budget, which is an upper bound for all steps of the run together.
-        delta: the probability that the guarantee does not cover; below 1 / number of images.
+        delta: delta of the (epsilon, delta) guarantee; below 1 / number of images.
         max_grad_norm: the norm to which the gradient of each sample is clipped.
         augmentations: augmented views of a sample in a step. Its gradient is their mean, and is
             clipped once (`De et al., 2022 <https://arxiv.org/abs/2204.13650>`_).

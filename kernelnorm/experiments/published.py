@@ -50,7 +50,7 @@ def evaluate_published(
     Args:
         network, file: as for :func:`kernelnorm.models.load_published`.
         images: a folder with ``<class>/*``; the classes are numbered in the order of their names.
-        evaluations: behaviours of the kernel layers, see :func:`kernelnorm.set_evaluation`.
+        evaluations: how kernel layers compute in evaluation, see :func:`kernelnorm.set_evaluation`.
         standardise: with :data:`IMAGENET`; otherwise only divide by 255.
         subset: the number of images, the classes balanced; default: all.
         batch_size: images per batch; the scores of ``"monte_carlo"`` depend on it.

@@ -118,8 +118,8 @@ def _take_up(
         world_size = len(state["rng"])
         if world_size != fabric.world_size:
             raise RunError(
-                f"{folder.path} was begun with {world_size} processes and can only go on with as "
-                f"many, not with {fabric.world_size}"
+                f"{folder.path} was started with {world_size} processes and can resume only with "
+                f"{world_size}, not {fabric.world_size}"
             )
         steps.load_state_dict(state)
         fabric.strategy.precision.load_state_dict(state["scaler"])

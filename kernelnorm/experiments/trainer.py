@@ -43,7 +43,7 @@ from kernelnorm.experiments.steps import Material, PlainSteps, Steps
 __all__ = ["train"]
 
 _SLOW_LOOKS = 2
-"""The number of first looks at the loss that the speed leaves out: they include start-up."""
+"""How many of the first readings of the loss ``images_per_second`` leaves out: start-up."""
 
 
 def train(

@@ -24,8 +24,8 @@ class NormLayers:
     """The layers of a network whose convolutions are followed (or preceded) by a norm.
 
     For a norm with an activation of its own, :meth:`norm` includes the activation and :meth:`relu`
-    is an identity. Its residual blocks are pre-activated: norm and activation stand before each
-    convolution, and neither stands after an addition.
+    is an identity. Its residual blocks are pre-activated: norm and activation come before each
+    convolution, and neither comes after an addition.
     """
 
     spec: Norm

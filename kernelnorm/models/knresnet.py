@@ -1,8 +1,8 @@
 """KNResNets, the residual networks that the paper's authors designed around KNConv.
 
 They are not ResNets with other layers, as :mod:`kernelnorm.models.resnet` builds them: most windows
-are 2x2, a ReLU stands before each KNConv instead of after it, and transitions with max-pooling
-stand between the stages in place of strided convolutions. They exist with the kernel norm only.
+are 2x2, the ReLU comes before each KNConv instead of after it, and between the stages are
+transitions with max-pooling instead of strided convolutions. They exist with the kernel norm only.
 """
 
 from collections import OrderedDict

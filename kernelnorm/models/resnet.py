@@ -4,8 +4,8 @@ With ``norm="batch"`` the parameters have the names, the order and the shapes of
 
 Norms with an activation of their own are published in networks of pre-activated blocks (K. He et
 al., "Identity Mappings in Deep Residual Networks", ECCV 2016), and so the blocks are pre-activated
-here, too: the norm stands before a block's first convolution, while an identity shortcut carries
-the input of the block unchanged. One more norm stands before the average pooling.
+here, too: the norm comes before a block's first convolution, while an identity shortcut carries
+the input of the block unchanged. One more norm comes before the average pooling.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@
       0.1 and a bias.
 (II)  Batch normalisation is removed.
 (III) A ReLU follows each KNConv, except where a separate KernelNorm follows it.
-(IV)  A KernelNorm of kernel size and stride 1, padding 0 and dropout 0.2, and a ReLU, stand before
+(IV)  A KernelNorm of kernel size and stride 1, padding 0 and dropout 0.2, and a ReLU, come before
       the final average pooling, except in VGG8.
 
 By rule III the ReLU is a part of the KNConv, so each branch of a residual block has its own and

@@ -1,4 +1,4 @@
-r"""KernelNorm of single pixels, with the primitives of a KNConv.
+r"""KernelNorm with windows of one pixel, with the primitives of a KNConv.
 
 With :math:`u` the channels of a pixel, :math:`y = (u - \mu) \, \text{rstd}`. That is a KNConv whose
 convolution is the identity, so the statistics and the gradients are the backend's primitives.

@@ -87,8 +87,8 @@ def upright(image: Image.Image, channels: int, name: str = "the image") -> Image
     """
     if image.mode[0] in "IF":
         raise DataError(
-            f"{name} has pixels of type {image.mode!r}, more than 8 bits a channel: scale it to 8 "
-            "bits first, as clipping it would lose the picture"
+            f"{name} has pixels of type {image.mode!r}, more than 8 bits per channel: convert it "
+            "to 8 bits first; clipping the values would destroy the image"
         )
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))

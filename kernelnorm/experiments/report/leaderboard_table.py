@@ -19,7 +19,8 @@ __all__ = ["leaderboard_table"]
 
 _HEAD = [
     *("batch size", "rank", "norm", "group", "accuracy, %", "seeds", "last epoch, %"),
-    *("kernel minus it, %", "epochs to loss", "ms per step", "kept, kB", "batch of 1", "needs"),
+    *("KernelNorm minus this norm, %", "epochs to loss", "ms per step", "stored, kB per image"),
+    *("batch of 1", "needs"),
 ]
 
 
@@ -63,15 +64,15 @@ def _note(standings: Sequence[Standing]) -> str:
     )
     return (
         "Ranked by mean final accuracy, as in Table 1; norms with a diverged seed come last. "
-        "Kernel minus it: Student's 95 % interval of KernelNorm's accuracy minus this norm's, "
+        "KernelNorm minus this norm: Student's 95 % interval of the difference of accuracies, "
         "paired by seed; between equal norms, one in twenty intervals excludes zero by chance. "
         f"{epochs if shown else ''}Time: median over epochs and runs, "
         "without the first steps; longer if other work ran on the machine. A dash marks "
-        "runs of several devices. Kept: bytes "
-        "stored for the backward pass per image of the batch, in thousands, of the same network in "
-        "float32 on a CPU; a dash where that is unknown, as in private training. Time and bytes "
+        "runs of several devices. Stored: kilobytes for the backward pass per image of the batch, "
+        "of the same network in float32 on a CPU; a dash where that is unknown, as in private "
+        "training. Time and bytes "
         "depend on the implementation: KernelNorm has kernels of its own, while some norms are "
         "made of elementary operations. Batch of 1: "
-        "whether the norm is meant for training with one image a batch. AGC: adaptive gradient "
+        "whether the norm is meant for training with one image per batch. AGC: adaptive gradient "
         "clipping."
     )
