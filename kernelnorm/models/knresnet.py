@@ -200,9 +200,8 @@ class KNResNet13(nn.Module):
         self.stage3 = stage(64, 128)
         self.stage4 = stage(128, 256)
         self.head = layers.head(head_dropout_p)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(256, num_classes)
-        init_convolutions(self, mode="fan_out")
+        self.avgpool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(4 * 256, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores of the classes, shape ``(n, num_classes)``."""
@@ -214,23 +213,16 @@ class KNResNet13(nn.Module):
 def knresnet13(
     num_classes: int = 10,
     in_channels: int = 3,
-    dropout_p: float = 0.05,
+    dropout_p: float = 0.1,
     head_dropout_p: float = 0.5,
     evaluation: Evaluation = "expected",
 ) -> KNResNet13:
     """KNResNet-13, a network for small images and private training.
 
-    2,033,354 parameters for 10 classes.
-
-    The authors' description states 3x3 KNConvs, pre-activation by Mish, widths of 64, 64, 128 and
-    256, 2x2 pooling and a last KernelNorm with ``p = 0.5``. It is short, and the rest is our
-    reading of it; the authors' network may differ:
-
-    - the 13 layers are 12 KNConvs and the linear layer: each of the four widths has a KNConv that
-      leads to it, and a residual block of two KNConvs
-    - in the second, third and fourth width, the pooling follows the KNConv that leads to it
-    - max-pooling, the dropout of KNConvs, the KernelNorm of 1x1 windows with the activation after
-      it, the global average pooling and the initialisation are as in :func:`knresnet18`
+    2,041,034 parameters for 10 classes. A KNConv and a residual block of two KNConvs for each of the
+    widths 64, 64, 128 and 256, all 3x3 with Mish before them; 2x2 max-pooling after the KNConvs that
+    lead to the second, third and fourth width; a KernelNorm with windows of one pixel, Mish, average
+    pooling to 2x2 and a linear layer. Weights have PyTorch's default initialisation.
 
     Args:
         num_classes: the size of the output
@@ -243,7 +235,7 @@ def knresnet13(
         ``(n, in_channels, h, w)`` to ``(n, num_classes)``; ``h`` and ``w`` at least 8.
 
     Source: R. Nasirigerdeh et al., "Kernel Normalized Convolutional Networks for Privacy-Preserving
-    Machine Learning", SaTML 2023.
+    Machine Learning", SaTML 2023, and the authors' published code.
 
     Example::
 
