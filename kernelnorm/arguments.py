@@ -111,14 +111,24 @@ def _check_number(name: str, value: object) -> None:
 _LEAST_EPS = torch.finfo(torch.float32).tiny  # a smaller one would be 0 in float32
 
 
-def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
-    """Check the arguments that KernelNorm and KNConv share."""
-    _check_number("dropout_p", dropout_p)
+def check_probability(name: str, value: float) -> None:
+    """Check for a probability below 1, such as that of dropout."""
+    _check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+
+def check_eps(eps: float) -> None:
+    """Check the number that is added to variances."""
     _check_number("eps", eps)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     if not _LEAST_EPS <= eps < math.inf:
         raise ValueError(f"eps must be at least {_LEAST_EPS:.1e} and finite, got {eps}")
+
+
+def check_normalization(dropout_p: float, eps: float, evaluation: str) -> None:
+    """Check the arguments that KernelNorm and KNConv share."""
+    check_probability("dropout_p", dropout_p)
+    check_eps(eps)
     if evaluation not in _EVALUATIONS:
         raise ValueError(f"evaluation must be one of {_EVALUATIONS}, got {evaluation!r}")
 
@@ -153,9 +163,10 @@ def check_convolution(activation: str | None, negative_slope: float, padding_mod
         raise ValueError(
             f"activation must be None, 'relu', 'leaky_relu' or a layer's module, got {activation!r}"
         )
+    _check_number("negative_slope", negative_slope)
     if not has_slope(negative_slope):
         raise ValueError(f"negative_slope must be from {_LEAST_SLOPE} to 1, got {negative_slope}")
-    if padding_mode not in PADDING_MODES:
+    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {[*PADDING_MODES]}, got {padding_mode!r}")
 
 
@@ -182,13 +193,18 @@ def check_spatial_dims(name: str, d: int, shape: Sequence[int]) -> None:
         )
 
 
-def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    """Check the numbers of channels, and that ``groups`` divides them."""
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+def check_counts(**counts: object) -> None:
+    """Check that each argument is a positive integer."""
+    for name, value in counts.items():
         if not _is_integer(value, at_least=1):
             raise ValueError(
                 f"{name} must be an integer of at least 1 and below 2**31, got {value!r}"
             )
+
+
+def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    """Check the numbers of channels, and that ``groups`` divides them."""
+    check_counts(in_channels=in_channels, out_channels=out_channels)
     if not _is_integer(groups, at_least=1) or in_channels % groups or out_channels % groups:
         raise ValueError(
             f"groups must be a positive integer that divides in_channels={in_channels} and "

@@ -84,7 +84,9 @@ class KernelNetwork(nn.Module):
         self.num_classes: int = linear.out_features
         self.head_hidden_size: int = linear.in_features
         first = [layer for layer in self._hidden_layers() if isinstance(layer, nn.Linear)]
-        self.num_features: int = [*first, linear][0].in_features
+        pool: Any = self.get_submodule(_POOL)
+        self._pool_size: int = pool.output_size  # 2 in KNResNet-13, else 1
+        self.num_features: int = [*first, linear][0].in_features // self._pool_size**2
         self._set_pool(global_pool)
         if num_classes == 0 or not global_pool:
             self.reset_classifier(num_classes or 0)
@@ -95,9 +97,8 @@ class KernelNetwork(nn.Module):
                 f"global_pool must be 'avg', 'max', 'avgmax' or '' for none, got {global_pool!r}"
             )
         self.global_pool = global_pool
-        self.add_module(
-            _POOL, SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        )
+        pool = SelectAdaptivePool2d(self._pool_size, global_pool, flatten=bool(global_pool))
+        self.add_module(_POOL, pool)
 
     def _hidden_layers(self) -> Sequence[nn.Module]:
         """The layers between the pooling and the last linear layer."""

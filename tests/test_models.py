@@ -284,6 +284,23 @@ def test_images_without_a_batch_are_refused_by_stochastic_depth():
         create_model("efficientnet_b0", norm="none")(torch.randn(3, 64, 64))
 
 
+@pytest.mark.parametrize("name", ["vgg8", "resnet18", "densenet121", "mobilenet_v3_small",
+                                  "efficientnet_b0", "knresnet13", "knresnet18"])  # fmt: skip
+def test_numbers_of_classes_and_channels_are_checked(name: str):
+    for option in ("num_classes", "in_channels"):
+        with pytest.raises(
+            ValueError, match=rf"{option} must be an integer of at least 1 .*got -1"
+        ):
+            create_model(name, norm="kernel", **{option: -1})
+
+
+def test_probabilities_are_checked_by_their_names():
+    with pytest.raises(ValueError, match="stochastic_depth must be at least 0 and below 1, got 2"):
+        create_model("efficientnet_b0", stochastic_depth=2)
+    with pytest.raises(ValueError, match=r"head_dropout_p must be at least 0 and below 1, got 1.5"):
+        create_model("knresnet13", norm="kernel", head_dropout_p=1.5)
+
+
 def test_a_width_that_is_not_positive_is_refused():
     for width in (0, math.inf, math.nan):
         with pytest.raises(

@@ -187,17 +187,28 @@ def test_wrong_inputs_are_refused(norm, shape):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1, 2), "channels must be positive, got 0"),
+        ((0, 1, 2), "channels must be an integer of at least 1 .*, got 0"),
+        (("6", 1, 2), "channels must be an integer of at least 1 .*, got '6'"),
         ((6, 4, 2), "group_size must divide channels = 6, got 4"),
-        ((6, 0, 2), "group_size must divide channels = 6, got 0"),
-        ((6, 2, 0), "window must be one or two positive numbers, got 0"),
-        ((6, 2, (3, -1)), r"window must be one or two positive numbers, got \(3, -1\)"),
-        ((6, 2, (1, 2, 3)), r"window must be one or two positive numbers, got \(1, 2, 3\)"),
+        ((6, 2.0, 2), "group_size must be an integer of at least 1 .*, got 2.0"),
+        ((6, 2, 0), "window must be an integer of at least 1 .*, got 0"),
+        ((6, 2, (2.5, 3)), r"window must be an integer .*, got \(2.5, 3\)"),
+        ((6, 2, (1, 2, 3)), r"window must be an integer .*, or 2 of them, got \(1, 2, 3\)"),
+        ((6, 2, 3, -1.0), "eps must be at least .* and finite, got -1.0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         LocalContextNorm2d(*arguments)
+
+
+def test_more_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="momentum must be above 0 and at most 1, got 5"):
+        BatchChannelNorm2d(4, 2, momentum=5)
+    with pytest.raises(ValueError, match=r"channels must be an integer of at least 1 .*, got 0"):
+        make_norm("layer", 0)
+    with pytest.raises(TypeError, match=r"expected a floating-point input, got torch\.uint8"):
+        PositionalNorm2d(3)(torch.ones(1, 3, 2, 2, dtype=torch.uint8))
 
 
 def test_unknown_norms_are_refused_with_the_choices():

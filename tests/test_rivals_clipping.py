@@ -56,6 +56,15 @@ def test_parameters_without_gradients_and_in_half_precision() -> None:
     torch.testing.assert_close(half.grad, torch.full_like(half, 1000.0), rtol=2e-3, atol=0)
 
 
+def test_one_parameter_and_what_is_no_parameter() -> None:
+    weight = torch.ones(2, 3, requires_grad=True)
+    weight.grad = torch.full((2, 3), 1e6)
+    with pytest.raises(TypeError, match="parameters must be tensors, got tuple"):
+        adaptive_clip_grad_(nn.Linear(2, 2).named_parameters())  # type: ignore[arg-type]
+    adaptive_clip_grad_(weight, 0.01)
+    torch.testing.assert_close(weight.grad, torch.full((2, 3), 0.01))
+
+
 def test_infinite_gradients_stay_visible() -> None:
     weight = torch.ones(2, 2, requires_grad=True)
     weight.grad = torch.tensor([[math.inf, 1.0], [math.nan, 1.0]])

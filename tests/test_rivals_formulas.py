@@ -144,6 +144,13 @@ def test_sliding_local_context_norm_far_from_zero_keeps_its_digits() -> None:
     torch.testing.assert_close(norm(x + 1000).double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_sliding_local_context_norm_beside_an_edge_keeps_its_digits() -> None:
+    norm, x = SlidingLocalContextNorm2d(2, 2, window=5), 0.3 * torch.randn(1, 2, 32, 32)
+    x[..., 16:] += 1000
+    expected = copy.deepcopy(norm).double()(x.double())
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-3, atol=2e-3)
+
+
 LIMITS = [(0, 1, 0), (5000, 1, 0), (15000, 1 + 2 * 10 / 35, 2.5), (25000, 1 + 40 / 35, 5)]
 
 
@@ -190,6 +197,14 @@ def test_batch_renorm_first_takes_the_mean_of_all_batches() -> None:
 def test_batch_renorm_starts_as_batch_norm() -> None:
     x = torch.randn(3, 4, 5, 6)
     torch.testing.assert_close(BatchRenorm2d(4)(x), nn.BatchNorm2d(4)(x))
+
+
+def test_training_between_evaluation_and_its_backward_pass() -> None:
+    norm, x = BatchRenorm2d(4), torch.randn(2, 4, 5, 5, requires_grad=True)
+    y = norm.eval()(x)
+    norm.train()(x.detach())
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
 
 
 def test_batch_renorm_without_limits_uses_the_running_statistics() -> None:

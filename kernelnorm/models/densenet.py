@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernelnorm.arguments import check_counts
 from kernelnorm.models.blocks import Layers, layers_for
 from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.rules import Rules
@@ -75,6 +76,7 @@ class DenseNet(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         layers = layers_for(
             norm, rules, family="densenet", unused={"residual_relu": "DenseNet has no additions"}
         )

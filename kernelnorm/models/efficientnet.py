@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernelnorm.arguments import check_counts, check_probability
 from kernelnorm.models.blocks import Layers, layers_for
 from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.inverted_residual import InvertedResidual
@@ -57,8 +58,7 @@ class StochasticDepth(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"p must be at least 0 and below 1, got {p}")
+        check_probability("p", p)
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,11 +126,14 @@ class EfficientNet(nn.Module):
         stochastic_depth: float,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_probability("stochastic_depth", stochastic_depth)
         layers = layers_for(
             norm, rules, family="efficientnet", unused={"residual_relu": "EfficientNet has no ReLU"}
         )
-        conv, stride = layers.conv_norm_activation, 1 if small_images else 2
-        features = nn.Sequential(conv(in_channels, STEM, 3, stride, activation=nn.SiLU))
+        conv = layers.conv_norm_activation
+        stem_stride = 1 if small_images else 2
+        features = nn.Sequential(conv(in_channels, STEM, 3, stem_stride, activation=nn.SiLU))
 
         channels, blocks, total = STEM, 0, sum(depth for *_, depth in STAGES)
         for stage, (expansion, kernel_size, first_stride, width, depth) in enumerate(STAGES, 1):

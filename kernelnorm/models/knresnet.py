@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from kernelnorm.arguments import Evaluation
+from kernelnorm.arguments import Evaluation, check_counts, check_probability
 from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.knresnet_blocks import (
     Layers,
@@ -45,6 +45,7 @@ class KNResNet(nn.Module):
         evaluation: Evaluation,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         layers = Layers(dropout_p, evaluation)
         one, two, three, four = stages
         self.stem, self.maxpool = stem(layers.conv, in_channels, one.channels, small_images)
@@ -178,22 +179,24 @@ class KNResNet13(nn.Module):
         evaluation: Evaluation,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_probability("head_dropout_p", head_dropout_p)
         layers = Layers(dropout_p, evaluation, nn.Mish)
 
-        def stage(in_channels: int, channels: int, first: bool = False) -> nn.Sequential:
-            stage = nn.Sequential()
+        def stage(before: int, channels: int, first: bool = False) -> nn.Sequential:
+            parts = nn.Sequential()
             if not first:
-                stage.add_module("act", layers.activation())
-            stage.add_module("conv", layers.conv(in_channels, channels, 3, padding=1))
+                parts.add_module("act", layers.activation())
+            parts.add_module("conv", layers.conv(before, channels, 3, padding=1))
             if not first:
-                stage.add_module("pool", nn.MaxPool2d(2))
+                parts.add_module("pool", nn.MaxPool2d(2))
             block = OrderedDict[str, nn.Module](
                 act=layers.activation(),
                 conv1=layers.conv(channels, channels, 3, padding=1, activated=True),
                 conv2=layers.conv(channels, channels, 3, padding=1),
             )
-            stage.add_module("block", Residual(block))
-            return stage
+            parts.add_module("block", Residual(block))
+            return parts
 
         self.stage1 = stage(in_channels, 64, first=True)
         self.stage2 = stage(64, 64)
@@ -219,10 +222,11 @@ def knresnet13(
 ) -> KNResNet13:
     """KNResNet-13, a network for small images and private training.
 
-    2,041,034 parameters for 10 classes. A KNConv and a residual block of two KNConvs for each of the
-    widths 64, 64, 128 and 256, all 3x3 with Mish before them; 2x2 max-pooling after the KNConvs that
-    lead to the second, third and fourth width; a KernelNorm with windows of one pixel, Mish, average
-    pooling to 2x2 and a linear layer. Weights have PyTorch's default initialisation.
+    2,041,034 parameters for 10 classes. For each of the widths 64, 64, 128 and 256 there is a
+    KNConv and a residual block of two KNConvs, all 3x3 and, but for the first, with Mish before
+    them; 2x2 max-pooling follows the KNConv of the second, third and fourth width. Then come a
+    KernelNorm with windows of one pixel, Mish, average pooling to 2x2 and a linear layer. Weights
+    have PyTorch's default initialisation.
 
     Args:
         num_classes: the size of the output

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernelnorm.arguments import check_counts
 from kernelnorm.models.blocks import Activation, layers_for
 from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.inverted_residual import InvertedResidual
@@ -60,6 +61,7 @@ class MobileNetV3(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         layers = layers_for(
             norm, rules, family="mobilenet", unused={"residual_relu": "no ReLU follows a sum"}
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernelnorm.arguments import check_counts
 from kernelnorm.models.blocks import Layers, layers_for
 from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.rules import Rules
@@ -126,6 +127,7 @@ class ResNet(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         layers = layers_for(norm, rules, family="resnet")
         conv, pool = stem(layers.conv, in_channels, 64, small_images)
         self.conv1 = conv

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernelnorm.arguments import check_counts
 from kernelnorm.models.blocks import layers_for
 from kernelnorm.models.initialisation import init_convolutions
 from kernelnorm.models.rules import Rules
@@ -31,6 +32,7 @@ class VGG8(nn.Module):
         rules: Rules | Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         if not hasattr(width, "__float__") or not 0 < width < math.inf:
             raise ValueError(f"width must be a positive, finite number, got {width!r}")
         layers = layers_for(norm, rules, family="vgg", unused=_UNUSED)

@@ -52,6 +52,7 @@ from typing import Literal
 
 from torch import nn
 
+from kernelnorm.arguments import check_counts
 from kernelnorm.norms.activated import EvoNorm2dS0, FilterResponseNorm2d
 from kernelnorm.norms.batch import BatchChannelNorm2d, BatchRenorm2d
 from kernelnorm.norms.clipping import adaptive_clip_grad_, clipped_parameters
@@ -251,7 +252,7 @@ def make_norm(name: str, channels: int) -> nn.Module:
         channels: the channels of the feature maps
 
     Raises:
-        ValueError: if there is no such layer.
+        ValueError: if there is no such layer, or ``channels`` is no positive integer.
 
     Example::
 
@@ -259,6 +260,7 @@ def make_norm(name: str, channels: int) -> nn.Module:
         2
     """
     norm = describe(name)
+    check_counts(channels=channels)
     if name == "kernel" or norm.conv is not nn.Conv2d:
         made_of = "KNConv2d" if name == "kernel" else f"kernelnorm.norms.{norm.conv.__name__}"
         raise ValueError(

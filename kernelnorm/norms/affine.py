@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from kernelnorm.arguments import check_counts, check_eps
+
 __all__ = ["AffineNorm2d"]
 
 
@@ -22,7 +24,9 @@ class AffineNorm2d(nn.Module, ABC):
         ``(n, channels, h, w)`` to the same.
 
     Raises:
-        ValueError: if ``channels`` is not positive, or an input has another shape.
+        ValueError: if ``channels`` is no positive integer, ``eps`` is not positive, or an input has
+            another shape.
+        TypeError: if an input is not floating-point.
     """
 
     def __init__(
@@ -33,8 +37,8 @@ class AffineNorm2d(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be positive, got {channels}")
+        check_counts(channels=channels)
+        check_eps(eps)
         self.channels = channels
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
@@ -53,6 +57,8 @@ class AffineNorm2d(nn.Module, ABC):
         """Return ``x`` normalised, in its own dtype."""
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected an input (n, {self.channels}, h, w), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point input, got {x.dtype}")
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         if y.numel() > 0:
             y = self.normalise(y)
@@ -65,7 +71,8 @@ class AffineNorm2d(nn.Module, ABC):
 
 def check_group_size(channels: int, group_size: int) -> None:
     """Raise ``ValueError`` if ``group_size`` does not divide ``channels``."""
-    if group_size < 1 or channels % group_size:
+    check_counts(group_size=group_size)
+    if channels % group_size:
         raise ValueError(f"group_size must divide channels = {channels}, got {group_size}")
 
 

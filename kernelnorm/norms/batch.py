@@ -24,7 +24,8 @@ class BatchRenorm2d(AffineNorm2d):
     as constants. Afterwards the running statistics move by 1 %,
     :math:`\mu \leftarrow \mu + 0.01 (\mu_B - \mu)`, and likewise :math:`\sigma`. In the first 100
     steps they are the means of all batches so far, independent of their initial values. In
-    evaluation :math:`y = \frac{x - \mu}{\sigma} \gamma + \beta`.
+    evaluation :math:`y = \frac{x - \mu}{\sigma} \gamma + \beta`. In bfloat16 a step of 1 % is too
+    small to be seen: keep the layer in float32, as autocast does.
 
     The limits follow the published schedule. In the first 5000 steps :math:`r_{max} = 1` and
     :math:`d_{max} = 0`, which is BatchNorm; then they rise linearly, :math:`r_{max}` to 3 at step
@@ -90,7 +91,8 @@ class BatchRenorm2d(AffineNorm2d):
         """Normalise by the batch in training, and by the running statistics in evaluation."""
         running_mean, running_std = self.running_mean.to(x.dtype), self.running_std.to(x.dtype)
         if not self.training or x.numel() == 0:
-            return (x - per_channel(running_mean)) / per_channel(running_std)
+            # Not a division, which would save the buffer for the backward pass.
+            return (x - per_channel(running_mean)) * per_channel(running_std.reciprocal())
         if x.numel() == self.channels:
             raise ValueError(
                 f"expected more than 1 value per channel in training, got {tuple(x.shape)}"
@@ -123,13 +125,14 @@ class BatchChannelNorm2d(nn.Module):
     checkpointing, which repeats the forward pass, moves them twice and changes the gradients.
 
     Source: S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
-    Standardization", 2019: micro-batch BCN, the authors' variant for small batches. Their networks
-    standardise the weights, too: :class:`WSConv2d`.
+    Standardization", 2019: micro-batch BCN, the authors' variant for small batches. In their code
+    the second half has a scale and a shift for each group, here for each channel, as in the paper's
+    GroupNorm. Their networks standardise the weights, too: :class:`WSConv2d`.
 
     Args:
         channels: the channels of the input
         group_size: the channels of a group, a divisor of ``channels``
-        momentum: the rate :math:`r`
+        momentum: the rate :math:`r`, above 0 and at most 1
         eps: added to the variances
         device, dtype: of the parameters and running statistics
 
@@ -137,8 +140,8 @@ class BatchChannelNorm2d(nn.Module):
         ``(n, channels, h, w)`` to the same.
 
     Raises:
-        ValueError: if ``group_size`` does not divide ``channels``, ``channels`` is not positive, or
-            an input has another shape.
+        ValueError: if ``group_size`` does not divide ``channels``, an argument is out of its range,
+            or an input has another shape.
 
     Example::
 
@@ -182,6 +185,8 @@ class _RunningNorm2d(AffineNorm2d):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(channels, eps, device, dtype)
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be above 0 and at most 1, got {momentum}")
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
         self.register_buffer("running_var", torch.ones(channels, device=device, dtype=dtype))

@@ -10,7 +10,7 @@ __all__ = ["adaptive_clip_grad_", "clipped_parameters"]
 
 
 def adaptive_clip_grad_(
-    parameters: Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
+    parameters: Tensor | Iterable[Tensor], clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
     r"""Scale down, in place, gradients that are large beside their parameters.
 
@@ -20,7 +20,8 @@ def adaptive_clip_grad_(
         G \leftarrow \lambda \frac{\max(\|W\|, \epsilon)}{\|G\|} G \quad \text{where} \quad
         \|G\| > \lambda \max(\|W\|, \epsilon)
 
-    The weights of each output of a linear layer or a convolution are one unit. A bias, a gain or
+    The weights of each output of a linear layer or a convolution are one unit (of a transposed
+    convolution, those of each input). A bias, a gain or
     another parameter with at most one dimension larger than 1 is one unit as a whole. Call it after
     the backward pass and before the step of the optimizer, on gradients that are reduced over all
     processes and not scaled.
@@ -29,8 +30,8 @@ def adaptive_clip_grad_(
     Normalization", ICML 2021.
 
     Args:
-        parameters: the parameters whose gradients are clipped. The authors leave out the last
-            linear layer, as :func:`clipped_parameters` does
+        parameters: a parameter, or several, whose gradients are clipped. The authors leave out the
+            last linear layer, as :func:`clipped_parameters` does
         clip_factor: :math:`\lambda`. The authors' 0.01 is for batches of 4096 images; smaller
             batches allow larger factors
         eps: smaller norms :math:`\|W\|` count as this, so that parameters that start as zeros can
@@ -38,6 +39,7 @@ def adaptive_clip_grad_(
 
     Raises:
         ValueError: if ``clip_factor`` or ``eps`` is not a positive number.
+        TypeError: if ``parameters`` contains anything but tensors.
 
     Example::
 
@@ -50,6 +52,10 @@ def adaptive_clip_grad_(
     for name, value in (("clip_factor", clip_factor), ("eps", eps)):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a positive number, got {value}")
+    parameters = [parameters] if isinstance(parameters, Tensor) else [*parameters]
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters must be tensors, got {type(parameter).__name__}")
     with torch.no_grad():
         for parameter in parameters:
             if parameter.grad is None:

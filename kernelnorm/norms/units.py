@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernelnorm.arguments import integers
 from kernelnorm.norms.affine import AffineNorm2d, check_group_size
 
 __all__ = ["LocalContextNorm2d", "PositionalNorm2d", "SlidingLocalContextNorm2d"]
@@ -75,9 +76,7 @@ class _LocalContextNorm2d(AffineNorm2d):
         super().__init__(channels, eps, device, dtype)
         check_group_size(channels, group_size)
         self.group_size = group_size
-        self.window = (window, window) if isinstance(window, int) else tuple(window)
-        if len(self.window) != 2 or min(self.window) < 1:
-            raise ValueError(f"window must be one or two positive numbers, got {window}")
+        self.window = integers("window", window, 2, at_least=1)
 
     def group_mean(self, x: Tensor) -> Tensor:
         """Return the mean over the channels of each group, ``(n, groups, h, w)``."""
@@ -161,7 +160,8 @@ class SlidingLocalContextNorm2d(_LocalContextNorm2d):
     its size.
 
     Source: A. Ortiz et al., "Local Context Normalization: Revisiting Local Normalization", CVPR
-    2020; the borders as in the authors' code, without their integral image, whose sums lose digits.
+    2020. In the authors' code the statistics have no gradient, windows of odd sizes are not
+    centred, and no window begins in the first row or column; here they follow the formula.
 
     Args:
         channels: the channels of the input
@@ -190,15 +190,14 @@ class SlidingLocalContextNorm2d(_LocalContextNorm2d):
     def normalise(self, x: Tensor) -> Tensor:
         """Subtract the mean of the window around each element and divide by its deviation."""
         # A window's variance is the mean of the variances within pixels, plus the variance of the
-        # pixels' means. The latter is a difference of squares, which loses few digits once the mean
-        # of the map is subtracted.
-        x = x - self.spread(self.group_mean(x).mean(dim=(2, 3), keepdim=True))
+        # pixels' means. The latter is a difference of squares: float64 keeps its digits.
         means = self.group_mean(x)
         within = self.group_mean((x - self.spread(means)).square())
+        means = means.double()
         mean = self.window_mean(means)
         between = (self.window_mean(means.square()) - mean.square()).clamp(min=0)
-        variance = self.window_mean(within) + between
-        return (x - self.spread(mean)) * self.spread(torch.rsqrt(variance + self.eps))
+        rstd = torch.rsqrt(self.window_mean(within) + between + self.eps)
+        return (x - self.spread(mean.to(x.dtype))) * self.spread(rstd.to(x.dtype))
 
     def window_mean(self, x: Tensor) -> Tensor:
         """Return the mean over the window around each position."""
