@@ -41,10 +41,10 @@ def concatenate(x: Tensor, y: Tensor) -> Tensor:
 def parts_of(x: Tensor) -> tuple[Tensor, ...]:
     """The tensors that :func:`concatenate` made ``x`` of; ``x`` itself if it did not.
 
-    Also ``x`` itself after an in-place change of the concatenation or of a part.
+    Also ``x`` itself if it was detached, or after an in-place change of it or of a part.
     """
     parts: _Parts | None = _PARTS.get(x)
-    if parts is None or parts.versions != _versions(x, parts.tensors):
+    if parts is None or not x.requires_grad or parts.versions != _versions(x, parts.tensors):
         return (x,)
     return parts.tensors
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from kernelnorm.ops import observers, operators
+from kernelnorm.ops import differentiable, observers, operators
 from kernelnorm.ops.backends import eager
 from kernelnorm.ops.concatenation import parts_of
 from kernelnorm.ops.observers import without_autocast
@@ -35,6 +35,8 @@ def kn_conv(
         with without_autocast(x):
             return forward(x, weight, bias, keys, settings, eager).y
     if observers.is_observed():
+        if not torch.compiler.is_compiling():  # then the operator checks
+            observers.refuse_tangents(x, weight, bias)
         return operators.kn_conv(x, weight, bias, keys, settings)
     y: Tensor = _KNConv.apply(x, weight, bias, keys, settings)  # type: ignore[no-untyped-call]
     return y
@@ -76,8 +78,8 @@ def node_behind(y: Tensor, *parameters: Tensor | None) -> Any:
 
 def call_at(node: Any) -> Call:
     """The call that made a node, see :func:`node_behind`."""
-    _, _, _, *tensors = node.saved_tensors
-    kept, mu, rstd, _, *parts = (tensor.detach() for tensor in tensors)
+    *parts, _, _, _, kept, mu, rstd, _ = node.saved_tensors
+    kept, mu, rstd, *parts = (tensor.detach() for tensor in (kept, mu, rstd, *parts))
     return Call(kept, mu, rstd, tuple(parts), node.settings)
 
 
@@ -103,12 +105,12 @@ class _KNConv(torch.autograd.Function):
         kept = y if numerator is None else numerator
         parts = parts_of(x)
         ctx.concatenation = TensorWeakRef(x) if len(parts) > 1 else None
-        ctx.save_for_backward(weight, bias, keys, kept, *small, *parts)
+        ctx.save_for_backward(*parts, weight, bias, keys, kept, *small)  # x first, as the operator
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, keys, kept, mu, rstd, sums, *parts = ctx.saved_tensors
+        *parts, weight, bias, keys, kept, mu, rstd, sums = ctx.saved_tensors
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         needs = ctx.needs_input_grad[:3]
         with without_autocast(grad):
@@ -139,5 +141,4 @@ def _differentiable_backward(
     def output(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return forward(x, weight, bias, keys, settings, eager).y
 
-    gradients = *torch.func.vjp(output, *inputs)[1](grad), None
-    return gradients[:3]
+    return (*differentiable.gradients(output, inputs, grad), None)[:3]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -94,6 +95,25 @@ def has_storage(x: Tensor) -> bool:
     except (NotImplementedError, RuntimeError):
         return False
     return True
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Check that ``torch.autograd.forward_ad`` does not differentiate the call.
+
+    Autograd drops a tangent silently at an operator if no input requires a gradient.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent.
+    """
+    try:
+        found = any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+    except RuntimeError:  # a dispatch mode calls the operator; it was checked before
+        return
+    if found:
+        raise NotImplementedError(
+            "a compiled KNConv, or one under a dispatch mode, has no derivative of "
+            "torch.autograd.forward_ad: use torch.func.jvp"
+        )
 
 
 def version(x: Tensor) -> int:

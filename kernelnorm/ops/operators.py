@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernelnorm.ops.backends import backend_for, compute_dtype
-from kernelnorm.ops.observers import without_autocast
+from kernelnorm.ops.observers import refuse_tangents, without_autocast
 from kernelnorm.ops.passes import backward, forward
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
@@ -54,6 +54,7 @@ def _settings(options: Sequence[Any]) -> Settings:
 def _kn_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
+    refuse_tangents(x, weight, bias)
     with without_autocast(x):
         result = forward(x, weight, bias, keys, _settings(options))
     y, numerator, *rest = result

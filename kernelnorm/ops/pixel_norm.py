@@ -6,12 +6,13 @@ convolution is the identity, so the statistics and the gradients are the backend
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernelnorm.ops import observers
+from kernelnorm.ops import differentiable, observers
 from kernelnorm.ops.backends import Statistics, backend_for, eager
 from kernelnorm.ops.settings import Settings, constants
 
@@ -49,8 +50,9 @@ class _PixelNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, keys, mu, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient will be differentiated once more
-            gradient = torch.func.vjp(lambda x: _plain(x, keys, ctx.settings), x)[1]
-            return gradient(grad)[0], None, None
+            plain = partial(_plain, keys=keys, settings=ctx.settings)
+            (grad_x,) = differentiable.gradients(plain, [x], grad)
+            return grad_x, None, None
         backend = backend_for(x) if observers.has_storage(grad) else eager
         factors = constants(ctx.settings, x.shape[1])
         sums = mu.new_ones(x.shape[1])  # the sums of the filters of an identity

@@ -25,7 +25,8 @@ centres_filters = True
 _SAFE_VARIANCE = 1e-2
 r"""The smallest dropout variance :math:`\kappa` for which the variance is computed in float32:
 :math:`|\mu| \, \text{rstd}` is below :math:`\kappa^{-1/2}`, so the difference
-:math:`\text{mean}(u^2) - \mu^2` keeps its digits."""
+:math:`\text{mean}(u^2) - \mu^2` keeps its digits. Not on CUDA: there a convolution of float32 may
+round to TF32, which has 3 digits."""
 
 
 def supports(x: Tensor) -> bool:
@@ -54,7 +55,7 @@ def window_statistics(
     """
     geometry, dtype = settings.geometry, compute_dtype(x)
     factors = constants(settings, sizes(x)[1])
-    if keys is None and factors.dropout_variance >= _SAFE_VARIANCE:
+    if keys is None and factors.dropout_variance >= _SAFE_VARIANCE and not x.is_cuda:
         x = x.to(dtype)
         mean, square = x.mean(1, keepdim=True), x.square().mean(1, keepdim=True)
     else:

@@ -112,7 +112,7 @@ def epilogue_backward(
     filter_sums, bias = _flat(filter_sums, dtype), _bias(bias, kept)
     grad_z = without_overlap(torch.empty_like(kept))
     pair = _empty((len(kept), 2, *kept.shape[2:]), dtype)
-    grad_bias, grad_sums = _empty((2, channels), dtype).unbind()
+    grad_bias, grad_sums = _empty((channels,), dtype), _empty((channels,), dtype)
     workspace = _empty((call.threads * 4 * channels,))
     call.x, call.grad, call.out = _large(kept, kept), _large(grad, kept), _large(grad_z, kept)
     call.mu, call.rstd = _map(mu, kept), _map(rstd, kept)

@@ -159,5 +159,7 @@ def weight_gradient(grad: Tensor, x: Tensor, mu: Tensor, geometry: Geometry) -> 
     # (N, P_1, ..., P_d, C, k_1, ..., k_d), centred in mu's dtype with the channels last
     u = u.movedim(1 + d, -1) - mu.movedim(1, -1)[(..., *[None] * d)]
     rows = grad.movedim(1, -1).flatten(0, -2).to(u.dtype)
-    gradient = rows.t() @ u.flatten(0, d).flatten(1)
-    return gradient.view(-1, *geometry.kernel_size, x.shape[1]).movedim(-1, 1)
+    last = torch.empty(grad.shape[1], *geometry.kernel_size, x.shape[1], device="meta")
+    gradient = torch.empty_like(last.movedim(-1, 1), dtype=u.dtype, device=u.device)
+    torch.mm(rows.t(), u.flatten(0, d).flatten(1), out=gradient.movedim(1, -1).view(len(last), -1))
+    return gradient

@@ -140,8 +140,7 @@ def epilogue_backward(
         None if bias is None else bias.contiguous(), *map(_bits, factors), pair, parts,
         prod(kept.shape[2:]), SLOPE=slope,
     )  # fmt: skip
-    grad_bias, grad_sums = parts.sum(1).unbind()
-    return grad_z, pair, grad_bias, grad_sums
+    return grad_z, pair, parts[0].sum(0), parts[1].sum(0)
 
 
 def statistics_backward(
