@@ -1,4 +1,4 @@
-"""``make federated`` refuses a Python that is too old for Flower, before it makes an environment."""
+"""``make federated`` refuses a Python that is too old, before it makes an environment."""
 
 from __future__ import annotations
 
