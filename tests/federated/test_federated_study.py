@@ -64,6 +64,10 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def test_the_default_folder_is_not_that_of_the_committed_results() -> None:
+    assert study.make_parser().parse_args(["run"]).out == Path("runs/federated-study")
+
+
 def test_runs_are_trained_recorded_shown_and_not_repeated(
     data: Path,
     tmp_path: Path,
