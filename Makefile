@@ -28,7 +28,7 @@ EXPERIMENTS := $(or $(wildcard $(DEV)),$(VENV)/.experiments)
 	test-sanitize test-pythons gpu-check wheel wheel-check check docs format figures clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(EXPERIMENTS)  ## compare four normalisations on real digits: a table and a picture
 	$(BIN)/kernelnorm compare digits-vgg8 --norms batch,group,layer,kernel --batch-sizes 2,32 \
@@ -71,9 +71,9 @@ gpu-check: $(DEV)  ## test and measure on a CUDA GPU, 10 minutes; DRY=1: a trial
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry)
 
 wheel: $(DEV)  ## build the wheel in dist, with the C kernels
-	@rm -rf dist build/lib build/bdist.*
+	@rm -rf dist build/lib* build/temp* build/bdist*
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@rm -rf build/lib build/bdist.*
+	@rm -rf build/lib* build/temp* build/bdist*
 	@ls dist/*.whl
 
 wheel-check: $(DEV)  ## build the packages and test them in other folders and Pythons
@@ -126,8 +126,12 @@ $(NEWEST)/.tests: constraints.txt Makefile
 		dynamic-network-architectures mmcv-lite mmengine-lite
 	@touch $@
 
+# Flower needs Python 3.11: an environment of an older Python is made again with $(PYTHON).
 # Flower requires one version of Ray, so the version in constraints.txt is left out.
 $(FEDERATED)/.app: $(INSTALLED) examples/federated/pyproject.toml
+	@test ! -x $(FEDERATED)/bin/python || $(FEDERATED)/bin/python -c '$(FLOWER_PYTHON)' 2>/dev/null \
+		|| rm -rf $(FEDERATED)
+	@test -x $(FEDERATED)/bin/python || $(PYTHON) -c '$(FLOWER_PYTHON)'
 	$(call create,$(FEDERATED))
 	@grep -v '^ray==' constraints.txt > $(FEDERATED)/constraints.txt
 	@$(FEDERATED)/bin/python $(PIP) -c $(FEDERATED)/constraints.txt --editable '.[experiments]' \
@@ -149,6 +153,8 @@ $(SANITIZED): $(C_FILES) Makefile
 		-fno-sanitize-recover=all -shared -fPIC -o $@ $(filter %.c,$^) -lm
 
 comma := ,
+FLOWER_PYTHON := import sys; sys.version_info >= (3, 11) or sys.exit("Flower needs Python 3.11 or later, \
+	got " + sys.version.split()[0] + ": make federated PYTHON=python3.11")
 define create
 @echo "installing into $(1): the first time takes a few minutes"
 @test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || { rm -rf $(1); exit 1; }

@@ -26,12 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("command", choices=("run", "table", "cost", "picture"))
-    parser.add_argument("archive", type=Path, nargs="?", help="default: generated images")
+    parser.add_argument("archive", type=Path, nargs="?", help="camvid.zip, for run and picture")
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"))
     parser.add_argument("--limit", type=int, default=1000, help="maximum number of runs to train")
     parser.add_argument("--scale", type=int, default=1, help="factor of the image size, for cost")
     parser.add_argument("--picture", type=Path, default=Path("camvid.png"), help="file to draw")
     args = parser.parse_args(arguments)
+    if args.command in ("run", "picture") and args.archive is None:
+        parser.error(f"{args.command} needs the archive: give camvid.zip")
     torch.set_num_threads(1)
     keep_freed_memory()
     if args.command == "run":

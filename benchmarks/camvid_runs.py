@@ -1,7 +1,8 @@
 """Plans and trains the runs of the study on CamVid.
 
 The learning rate is the best one on the validation images for the first seed; the other seeds use
-it. The search begins with three rates, and goes on until the best has a worse one on either side.
+it. The search begins with three rates, and goes on until the next lower and the next higher rate
+are worse than the best.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python benchmarks/convert.py CIFAR10_FOLDER --image-size 32 --networks vgg16_bn
     python benchmarks/convert.py --table
 
-The search for a learning rate begins with 0.001, 0.003 and 0.01, and goes on until the best has a
-worse one on either side. Each run is a line of RESULTS; runs that have a line are not repeated, so
-the same command continues after an interruption. Needs torchvision and timm in addition to
-``kernelnorm[experiments]``.
+The search for a learning rate begins with 0.001, 0.003 and 0.01, and goes on until the next lower
+and the next higher rate are worse than the best. Each run is a line of the file ``--results``; runs
+that have a line are not repeated, so the same command continues after an interruption. Needs
+torchvision and timm in addition to ``kernelnorm[experiments]``.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ def accuracy(network: nn.Module, images: Images, preprocess: Preprocess) -> floa
     return correct / len(images)
 
 
-def train(run: dict, data: list[Images]) -> float:
-    """Train with SGD and a cosine of learning rates; return the accuracy on the test images."""
+def train(run: dict, data: list[Images]) -> float | None:
+    """Train with SGD and a cosine of learning rates; return the accuracy on the test images.
+
+    Returns ``None`` if the training diverged: a loss was not finite.
+    """
     torch.manual_seed(run["seed"])
     network = make_network(run["network"], run["norm"], run["image_size"]).train()
     images, test = data
@@ -97,7 +100,7 @@ def train(run: dict, data: list[Images]) -> float:
             ):  # fmt: skip
                 loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), y)
                 if not torch.isfinite(loss):
-                    return 1 / CLASSES
+                    return None
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -107,9 +110,9 @@ def train(run: dict, data: list[Images]) -> float:
 
 
 def rates_tried(results: list[dict], **run: object) -> dict[float, float]:
-    """Return the accuracies of the first seed, by learning rate."""
+    """Return the accuracies of the first seed, by learning rate; minus infinity if it diverged."""
     return {
-        result["rate"]: result["accuracy"]
+        result["rate"]: -math.inf if result["accuracy"] is None else result["accuracy"]
         for result in results
         if result["seed"] == 0 and run.items() <= result.items()
     }
@@ -123,19 +126,31 @@ def print_table(results: list[dict]) -> None:
     sizes = sorted({result["image_size"] for result in results})
     for name, size, norm in product(NETWORKS, sizes, ["batch", "kernel"]):
         if tried := rates_tried(results, network=name, norm=norm, image_size=size):
-            cells = [f"{100 * tried[rate]:.1f}" if rate in tried else "" for rate in rates]
+            cells = [_cell(tried.get(rate)) for rate in rates]
             print(f"| {name} | {size} | {norm} |" + "".join(f" {cell} |" for cell in cells))
 
 
+def _cell(accuracy: float | None) -> str:
+    """Return a cell of the table; ``None`` is a rate that was not tried."""
+    if accuracy is None:
+        return "-"
+    return f"{100 * accuracy:.1f}" if math.isfinite(accuracy) else "diverged"
+
+
 def main() -> None:
-    """Train the runs that RESULTS lacks, or print the table."""
+    """Train the runs that the file of results lacks, or print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", help="images: a folder for each class")
     parser.add_argument("--networks", type=lambda text: text.split(","), default=NETWORKS)
     parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--results", type=Path, default=Path("runs/convert/results.jsonl"))
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("runs/convert/results.jsonl"),
+        help="a line for each run; its accuracy is null if it diverged (default: %(default)s)",
+    )
     parser.add_argument("--table", action="store_true", help="print the results, train nothing")
     options = parser.parse_args()
 

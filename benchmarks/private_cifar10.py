@@ -94,10 +94,16 @@ def cells_of(results: Results) -> tuple[list[str], list[float]]:
     return norms, sorted({epsilon for _, epsilon in results})
 
 
-def print_table(results: Results) -> None:
-    """Print mean and deviation of each norm, and the paired differences of kernel and others."""
+def print_table(title: str, results: Results, kernel: Results) -> None:
+    """Print mean and deviation of each norm, and the paired differences of kernel and others.
+
+    Args:
+        title: the title of the first column.
+        results: the runs of the table.
+        kernel: the runs of the kernel network, which standardises its input itself.
+    """
     norms, budgets = cells_of(results)
-    print("| norm |" + "".join(f" ε = {epsilon:g} |" for epsilon in budgets))
+    print(f"| {title} |" + "".join(f" ε = {epsilon:g} |" for epsilon in budgets))
     print("|---|" + "---:|" * len(budgets))
     for norm in norms:
         cells = [estimate([*results.get((norm, epsilon), {}).values()]) for epsilon in budgets]
@@ -109,8 +115,8 @@ def print_table(results: Results) -> None:
     for norm in ("group", "ws_group"):
         texts = []
         for epsilon in budgets:
-            kernel, other = (results.get((name, epsilon), {}) for name in ("kernel", norm))
-            found = difference(kernel, other)
+            ours, theirs = kernel.get(("kernel", epsilon), {}), results.get((norm, epsilon), {})
+            found = difference(ours, theirs)
             interval = found and found.interval
             low_high = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
             texts.append("-" if found is None else f"{found.mean:+.2f}{low_high}")
@@ -157,15 +163,19 @@ def main() -> None:
         action="store_true",
         help="train GroupNorm, and WS + GroupNorm at epsilon 3, on pixels minus 0.5, divided by\n"
         "0.25: KernelNorm standardises by itself. Give --out runs/private-cifar10/standardised,\n"
-        "where picture looks for these runs",
+        "where table and picture look for these runs",
     )
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs (default: 2)")
     args = parser.parse_args()
-    if args.what == "table":
-        print_table(read(args.out))
-        return
-    if args.what == "picture":
-        write_atomically(args.file, png(draw(read(args.out), read(args.out / "standardised"))))
+    if args.what in ("table", "picture"):
+        results, standardised = read(args.out), read(args.out / "standardised")
+        if args.what == "picture":
+            write_atomically(args.file, png(draw(results, standardised)))
+            return
+        if standardised:
+            print_table("norm, images standardised", standardised, results)
+            print()
+        print_table("norm, pixels from 0 to 1", results, results)
         return
     for options in STANDARDISED if args.standardise else STAGES:
         plan = stage(*options, standardise=args.standardise)

@@ -116,6 +116,7 @@ def ious(network, images, masks):
 if __name__ == "__main__":
     archive, epochs = (sys.argv[1], 24) if len(sys.argv) > 1 else (None, 2)
     images, masks = load(archive, "train")
+    val_images, val_masks = load(archive, "val")
     network, report = convert(UNet(), images[:1])
     print(report)
 
@@ -124,5 +125,5 @@ if __name__ == "__main__":
     for epoch in range(epochs):
         train_epoch(network, optimizer, images, masks, batch_size=1, seed=epoch)
         schedule.step()
-        iou = ious(network, *load(archive, "val")).nanmean()
+        iou = ious(network, val_images, val_masks).nanmean()
         print(f"epoch {epoch + 1}: mean IoU {iou:.1%} on the validation images")

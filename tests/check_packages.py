@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 FOLDER = "kernelnorm/ops/backends/cpu"
 SOURCES = {f"{FOLDER}/kernels.c", f"{FOLDER}/loops.h"}
 LIBRARY = f"{FOLDER}/kernels.{'dll' if os.name == 'nt' else 'so'}"
+IGNORED = [f"docs/results/federated/{name}" for name in (".lock", "states/run/state.pt")]
+"""Files of unfinished runs, which git ignores."""
 LAYER = """
 import kernelnorm, torch
 
@@ -78,6 +80,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes((ROOT / file).read_bytes())
     (folder / LIBRARY).write_bytes(b"a library of other sources")
+    for file in IGNORED:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
     build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
     run([sys.executable, "-c", build], folder)
     (file,) = (folder / "dist").glob("*.tar.gz")
@@ -101,7 +106,9 @@ def test_source_distribution_has_what_its_tests_and_documents_need(sdist: Path) 
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {"CHANGELOG.md", "CITATION.cff", "Makefile", "constraints.txt", "docs/conf.py"}
     expected |= {"tests/conftest.py", "docs/figures/demo.png", "examples/tiles.py"}
+    expected |= {".ci/run", ".github/workflows/tests.yml", "docs/results/federated/results.jsonl"}
     assert expected <= names
+    assert not {*IGNORED} & names
     assert not [name for name in names if name.endswith((".pyc", ".so", ".dll"))]
 
 

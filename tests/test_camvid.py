@@ -158,6 +158,18 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("command", ["run", "picture"])
+def test_the_study_needs_the_archive(
+    study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+):
+    import camvid
+
+    with pytest.raises(SystemExit):
+        camvid.main([command, "--out", str(tmp_path / "out"), "--limit", "0"])
+    assert f"{command} needs the archive: give camvid.zip" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_runs_go_on_from_the_results_and_end_in_tables_and_a_picture(
     study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -203,6 +203,10 @@ class TestPreprocess:
         x = Preprocess((0.5,) * 3, (0.5,) * 3)(pixels)
         assert x.is_contiguous(memory_format=torch.channels_last)
 
+    def test_fixed_values_depend_on_the_number_of_channels_alone(self):
+        images = Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), ("a",))
+        assert Preprocess.fixed(images) == Preprocess((0.5,) * 3, (0.25,) * 3)
+
     def test_statistics_of_the_images_standardise_them(self):
         images = Images(noise(300, 5, 4) // 2, torch.zeros(300).long(), ("a",))
         x = Preprocess.standardise(images)(images.pixels).double()

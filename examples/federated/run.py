@@ -11,6 +11,7 @@ go to $FLWR_HOME, by default runs/federated, and so does the run's state unless 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -25,8 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import tomllib
-
 APP = Path(__file__).parent
 MARKS = [f"KERNELNORM_FEDERATED_SUPERLINK_{i}" for i in range(8)]
 """Environment variables that mark the processes of a SuperLink. There are several, since Ray's
@@ -38,15 +37,18 @@ END_SECONDS = 10.0
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return the environment of Flower's processes; it forbids telemetry and installations."""
+    """Return the environment of Flower's processes; it forbids telemetry and installations.
+
+    The user's OMP_NUM_THREADS and PYTHONWARNINGS are kept.
+    """
     return {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore:Tip:FutureWarning",  # Ray warns of a new default
         **os.environ,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore:Tip:FutureWarning",  # Ray warns of a new default
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
@@ -170,6 +172,7 @@ def check(arguments: Sequence[str]) -> None:
         ValueError: see :class:`kernelnorm_federated.settings.Settings`.
         click.ClickException: Flower cannot read the configuration.
     """
+    import tomllib
     from flwr.common.config import parse_config_args
     from kernelnorm_federated.settings import Settings
 
@@ -194,6 +197,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+    try:
+        importlib.import_module("kernelnorm_federated")
+    except ModuleNotFoundError as error:
+        sys.exit(str(error))
     import click
 
     try:
@@ -212,6 +219,8 @@ def main(arguments: Sequence[str]) -> None:
             result = status(env)
     except subprocess.CalledProcessError as error:  # Flower has printed the reason
         sys.exit(error.returncode)
+    except RuntimeError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped: the same command resumes after the last finished round")
     if result != "finished:completed":

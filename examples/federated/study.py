@@ -4,9 +4,9 @@
     python examples/federated/study.py table                   prints the accuracies
     python examples/federated/study.py picture                 draws accuracy per round
 
-The app's server and clients run in one process. Each run adds a line to results.jsonl; an
-interrupted run resumes at its last round. Several processes may share the work, each with another
-value of --batch-sizes.
+The app's server and clients run in one process. Each run adds a line to results.jsonl in the
+folder --out; an interrupted run resumes at its last round. The picture is the file --out with the
+suffix .png. Several processes may share the work, each with another value of --batch-sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from kernelnorm_federated.local import run as run_local
 from kernelnorm_federated.server_app import NoAnswerError
 from kernelnorm_federated.settings import SettingError, Settings
-from study_report import draw, print_tables
+from study_report import TUNED, draw, print_tables
 
 from kernelnorm.experiments.data import DataError
 from kernelnorm.experiments.files import Lock, write_atomically
@@ -38,7 +38,6 @@ from kernelnorm.experiments.heap import keep_freed_memory
 from kernelnorm.experiments.tuning import TUNING_SEED, best_rate, rates_to_try
 
 APP = Path(__file__).parent
-RESULTS = APP.parent.parent / "docs" / "results" / "federated"
 NORMS = ("kernel", "batch", "fixbn", "group", "layer", "none")
 PARTITIONS: dict[str, dict[str, Any]] = {
     "dirichlet-0.1": {"partition": "dirichlet", "alpha": 0.1},
@@ -47,8 +46,6 @@ PARTITIONS: dict[str, dict[str, Any]] = {
     "2-classes": {"partition": "classes", "classes_per_client": 2},
 }
 """The partitions, in the order in which they are trained."""
-TUNED = "dirichlet-0.1"
-"""The partition on which the learning rates are chosen; its runs have three seeds."""
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 FIRST_RATE = {8: 0.01, 32: 0.03}
 """Where the search begins, by batch size."""
@@ -211,7 +208,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=("run", "table", "picture"))
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of cifar10")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results.jsonl")
+    out = Path("runs/federated-study")
+    parser.add_argument("--out", type=Path, default=out, help="folder of results.jsonl")
     parser.add_argument("--images", type=int, default=8000, help="training images of all clients")
     parser.add_argument("--rounds", type=int, default=30)
     sizes = [*FIRST_RATE]

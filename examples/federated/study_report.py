@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     """Each run with its line of results.jsonl, and its result."""
 
 FIXBN = {"label": "FixBN", "color": "#56B4E9", "marker": "v", "markersize": 5}
-COMPARED = "dirichlet-0.1"
-"""The partition whose runs are compared pair by pair."""
+TUNED = "dirichlet-0.1"
+"""The partition that chooses the learning rates. Its runs have several seeds, and are compared."""
 Cell = tuple[str, int, str]
 """Partition, batch size, norm."""
 Runs = dict[int, tuple["Run", dict[str, Any], float]]
@@ -68,10 +68,10 @@ def print_tables(scored: Scored) -> None:
     for (batch_size, norm), entries in tuning(scored).items():
         if all(entry["diverged"] for entry in entries):
             print(f"| all | {batch_size} | {norm} | diverged at every learning rate | | |")
-    print(f"\nKernel minus another, clients {COMPARED}, 95 % interval of paired seeds:\n")
+    print(f"\nKernel minus another, clients {TUNED}, 95 % interval of paired seeds:\n")
     for (partition, batch_size, norm), runs in cells.items():
         kernel = cells.get((partition, batch_size, "kernel"))
-        if partition != COMPARED or norm == "kernel" or kernel is None:
+        if partition != TUNED or norm == "kernel" or kernel is None:
             continue
         paired = difference(finished(kernel), finished(runs))
         if paired is not None:

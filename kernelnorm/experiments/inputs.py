@@ -45,8 +45,7 @@ def make_preprocess(config: RunConfig, images: Images) -> Preprocess:
     if not config.standardise or config.norm == "kernel":
         return Preprocess()
     if config.private is not None:
-        channels = images.pixels.shape[1]
-        return Preprocess((0.5,) * channels, (0.25,) * channels)
+        return Preprocess.fixed(images)
     return Preprocess.standardise(images)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,47 +226,15 @@ def test_the_server_tests_on_images_that_no_client_has(settings: Make) -> None:
         run(replace(choice, train_images=5000), quiet)
 
 
-def make_photos(folder: Path, classes: str) -> Path:
-    for name in ("train", "test"):
+def make_photos(folder: Path, classes: str, train: int = 12) -> Path:
+    for name, count in (("train", train), ("test", 12)):
         for number, label in enumerate(classes):
             (folder / name / label).mkdir(parents=True)
-            for i in range(12):
+            for i in range(count):
                 shade = 80 * number + 5 * i
                 image = Image.new("RGB", (16, 16), (shade, shade, 0))
                 image.save(folder / name / label / f"{i}.png")
     return folder
-
-
-@dataclass
-class Owning(LocalGrid):
-    """A grid whose SuperNodes have data of their own."""
-
-    data: Path = Path()
-
-    def node_config(self, node: int) -> dict[str, Any]:
-        return {**super().node_config(node), "data": str(self.data)}
-
-
-def test_a_supernode_trains_on_its_own_data(settings: Make, tmp_path: Path) -> None:
-    photos = make_photos(tmp_path / "photos", "abc")
-    choice = settings(data=str(photos), clients=2, train_images=30, num_server_rounds=1)
-    own = make_photos(tmp_path / "own", "abc")
-    shutil.rmtree(own / "test")
-    state = serve(Owning(run_config(choice), 2, data=own), choice, quiet)
-    assert state.history[0]["images"] == {"0": 36, "1": 36}  # train_images is the server's
-    other = replace(choice, out=f"{choice.out}-parts")
-    assert run(other, quiet).history[0]["images"] == {"0": 15, "1": 15}
-
-
-def test_own_data_with_other_classes_are_refused(settings: Make, tmp_path: Path) -> None:
-    photos = make_photos(tmp_path / "photos", "abc")
-    choice = settings(data=str(photos), clients=2, train_images=0)
-    own = make_photos(tmp_path / "own", "abd")
-    lines: list[str] = []
-    with pytest.raises(RuntimeError, match="no client has answered"):
-        serve(Owning(run_config(choice), 2, data=own), choice, lines.append)
-    message = "client 0 has the classes ['a', 'b', 'd'], the server ['a', 'b', 'c']"
-    assert any(message in line for line in lines)
 
 
 def test_the_network_of_a_run_is_a_plain_state_dict(settings: Make) -> None:

@@ -81,6 +81,23 @@ def test_statistics_are_frozen_after_half_of_the_rounds_by_default(settings: Mak
     assert settings(norm="batch").first_frozen_round is None
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_server_rounds": 1}, "num-server-rounds=1: expected at least 2 with norm fixbn"),
+        ({"fixbn_round": 1}, "fixbn-round=1: expected from 2 to 3, the number of rounds"),
+        ({"fixbn_round": 4}, "fixbn-round=4: expected from 2 to 3, the number of rounds"),
+    ],
+)
+def test_statistics_are_frozen_during_the_run(
+    settings: Make, values: dict[str, int], message: str
+) -> None:
+    settings(**values)  # other norms
+    settings(norm="fixbn", fixbn_round=3)
+    with pytest.raises(SettingError, match=message):
+        settings(norm="fixbn", **values)
+
+
 def test_each_configuration_has_a_folder_unless_one_is_given(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

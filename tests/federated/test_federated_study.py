@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import study
+from conftest import ROOT
 from PIL import Image
 from study import MORE_SEEDS, NORMS, PARTITIONS, SEEDS, TUNED, Run, planned, score
 
+from kernelnorm.experiments.style import LABELS
 from kernelnorm.experiments.tuning import TUNING_SEED
 
 ROUNDS, IMAGES = 2, 100
@@ -62,6 +65,35 @@ def data(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (25 * label, 10 * i, 0)).save(folder / f"{i}.png")
     return tmp_path / "data"
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ROOT / "docs" / "results" / "federated"
+    study.main(["table", "--out", str(folder)])
+    printed = capsys.readouterr().out
+    page = folder.with_suffix(".md").read_text()
+    names = {norm: LABELS.get(norm, "FixBN") for norm in NORMS}
+    columns = ("even", "dirichlet-0.5", "dirichlet-0.1", "2-classes")
+    for size in (32, 8):
+        rows = re.findall(rf"\| (\S+) \| {size} \| (\w+) \| (.*?) \| .*? \| (\S+) \|", printed)
+        cells = {(norm, clients): text for clients, norm, text, _ in rows}
+        rates = {norm: rate for _, norm, _, rate in rows}
+        shown = page.split(f"| batch size {size} | rate |")[1].split("\n\n")[0].splitlines()[2:]
+        assert shown == [
+            f"| {names[norm]} | {rates[norm]} | {' | '.join(cells[norm, c] for c in columns)} |"
+            for norm in NORMS
+        ]
+    line = r"- batch size (\d+), (\w+): (\S+) \((.*), (\d) pairs\)"
+    found = {(int(s), n): (pairs, f"{d} ({i})") for s, n, d, i, pairs in re.findall(line, printed)}
+    shown = page.split("| KernelNorm minus |")[1].split("\n\n")[0].splitlines()[2:]
+    assert shown == [
+        f"| {names[norm]} | {found[8, norm][0]} | {found[32, norm][1]} | {found[8, norm][1]} |"
+        for norm in NORMS[1:]
+    ]
+
+
+def test_the_default_folder_is_not_that_of_the_committed_results() -> None:
+    assert study.make_parser().parse_args(["run"]).out == Path("runs/federated-study")
 
 
 def test_runs_are_trained_recorded_shown_and_not_repeated(

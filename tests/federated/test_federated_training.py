@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flwr.app import Message
+from flwr.serverapp import Grid
 from kernelnorm_federated import task
-from kernelnorm_federated.local import run
+from kernelnorm_federated.local import LocalGrid, run, run_config
+from kernelnorm_federated.server_app import serve
 from kernelnorm_federated.settings import Settings
 from test_federated_rounds import assert_equal, assert_near, part, quiet, trained_by_hand
 from torch import Tensor
@@ -58,10 +62,24 @@ def statistics(network: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in network.items() if "running" in name or "tracked" in name}
 
 
+@dataclass
+class Recording(LocalGrid):
+    """A grid that records the server's network after each round but the last."""
+
+    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            number = message.content["config"]["server-round"] - 1
+            self.states[number] = message.content["arrays"].to_torch_state_dict()
+        return super().answer(message)
+
+
 def test_fixbn_freezes_the_statistics_and_trains_the_rest(settings: Make) -> None:
-    choice = settings(norm="fixbn", num_server_rounds=4)
-    lengths = {n: replace(choice, num_server_rounds=n, fixbn_round=3) for n in range(1, 5)}
-    states = {n: run(setting, quiet).network for n, setting in lengths.items()}
+    choice = settings(norm="fixbn", num_server_rounds=4, fixbn_round=3)
+    grid = Recording(run_config(choice), choice.clients)
+    last = serve(cast(Grid, grid), choice, quiet).network
+    states = {**grid.states, 4: last}
     assert len(statistics(states[1])) == 15
     for name in statistics(states[1]):
         assert not states[1][name].equal(states[2][name]), name
@@ -69,7 +87,7 @@ def test_fixbn_freezes_the_statistics_and_trains_the_rest(settings: Make) -> Non
         assert states[3][name].equal(states[4][name]), name
     for name in {*states[1]} - {*statistics(states[1])}:
         assert not states[3][name].equal(states[4][name]), name
-    batch = run(replace(choice, norm="batch", num_server_rounds=2, out=f"{choice.out}-b"), quiet)
+    batch = run(settings(norm="batch", num_server_rounds=2, out=f"{choice.out}-b"), quiet)
     assert all(batch.network[name].equal(tensor) for name, tensor in states[2].items())
 
 

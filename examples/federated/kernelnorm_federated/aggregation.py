@@ -37,9 +37,10 @@ def aggregate(
 ) -> tuple[State, float]:
     """Return the next state of the server's network, and the mean training loss of the clients.
 
-    The strategy decides about the parameters. The buffers, which are BatchNorm's statistics, are
-    always averaged, weighted by images: FedAdam's step could make a variance negative. Counters
-    (``num_batches_tracked``) are averaged, too, and rounded.
+    The strategy decides about the parameters. The buffers, which are the running statistics of
+    norms such as BatchNorm, are always averaged, weighted by images: FedAdam's step could make a
+    variance negative. Counters (``num_batches_tracked``, which ``batch_renorm`` reads) are
+    averaged, too, and rounded.
 
     Args:
         strategy: the strategy, which has configured this round.

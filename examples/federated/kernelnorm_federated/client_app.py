@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -10,7 +11,8 @@ from flwr.clientapp import ClientApp
 
 from kernelnorm.experiments.data import Images
 from kernelnorm_federated import task
-from kernelnorm_federated.nodes import PLACE
+from kernelnorm_federated.aggregation import WEIGHT
+from kernelnorm_federated.nodes import OWN_DATA, PLACE
 from kernelnorm_federated.partitions import split
 from kernelnorm_federated.settings import Settings
 
@@ -19,7 +21,12 @@ app = ClientApp()
 
 @app.query()
 def place(message: Message, context: Context) -> Message:
-    """Answer the number of this SuperNode and their count; Flower's simulation sets both."""
+    """Answer the place of this SuperNode; Flower's simulation sets its number and their count.
+
+    Raises:
+        ValueError: the configuration with which it was started has no place or a wrong one, or its
+            ``data`` is not the absolute path of a folder.
+    """
     node = {key: context.node_config.get(key) for key in PLACE}
     if None in node.values():
         raise ValueError(
@@ -32,7 +39,14 @@ def place(message: Message, context: Context) -> Message:
             f"partition-id={number!r} num-partitions={count!r}: expected whole numbers, the first "
             "from 0 to one less than the second"
         )
-    return Message(RecordDict({"config": ConfigRecord(node)}), reply_to=message)
+    data = context.node_config.get("data")
+    if data is not None and not (isinstance(data, str) and Path(data).expanduser().is_absolute()):
+        raise ValueError(
+            f"data={data!r}: expected the absolute path of a folder, in quotes: "
+            "--node-config 'data=\"/data/hospital-0\" ...'"
+        )
+    answer = ConfigRecord({**node, OWN_DATA: data is not None})
+    return Message(RecordDict({"config": answer}), reply_to=message)
 
 
 @app.train()
@@ -59,7 +73,7 @@ def train(message: Message, context: Context) -> Message:
     reply = RecordDict(
         {
             "arrays": ArrayRecord(network.cpu().state_dict()),
-            "metrics": MetricRecord({"num-examples": len(images), "train-loss": loss}),
+            "metrics": MetricRecord({WEIGHT: len(images), "train-loss": loss}),
             "config": ConfigRecord({"client": client}),
         }
     )
@@ -69,7 +83,8 @@ def train(message: Message, context: Context) -> Message:
 def _images(settings: Settings, client: int, own_data: Any) -> Images:
     """Return a client's part of the common images, or all images of the SuperNode's own folder."""
     if own_data is not None:
-        return task.load(replace(settings, data=own_data, train_images=0), "train")
+        own = replace(settings, data=own_data, train_images=0, test_on="test")
+        return task.load(own, "train")
     images = task.load(settings, "train")
     chosen = split(images.labels, settings)[client]
     return replace(images, pixels=images.pixels[chosen], labels=images.labels[chosen])

@@ -5,20 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from kernelnorm_federated.settings import Settings
+from kernelnorm_federated.settings import SettingError, Settings
 
 Say = Callable[[str], None]
 START_SECONDS = 600.0
 """Time that SuperNodes have to connect before the first round."""
 PLACE = ("partition-id", "num-partitions")
 """Keys of a SuperNode's place, in the configuration with which it is started."""
+OWN_DATA = "own-data"
+"""Key in the answer of a SuperNode: whether it has a folder of its own."""
 QUERY_SECONDS = 60.0
 """Time to wait in each round for the places of SuperNodes that connect later."""
+
+
+class Place(NamedTuple):
+    """The answer of a SuperNode: its number, their count, and whether it has its own folder."""
+
+    number: int
+    count: int
+    own_data: bool
 
 
 @dataclass
@@ -32,8 +43,8 @@ class Nodes:
 
     grid: Grid
     say: Say
-    place: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """The number ``i`` and the count ``n`` of each SuperNode that has answered, by identifier."""
+    place: dict[int, Place] = field(default_factory=dict)
+    """The place of each SuperNode that has answered, by identifier."""
     told: set[str] = field(default_factory=set)
     """The lines about unused SuperNodes that have been printed."""
 
@@ -49,16 +60,21 @@ class Nodes:
             if reply.has_error():
                 self._tell(f"SuperNode {node} failed: {reply.error.reason}")
                 continue
-            number, count = (reply.content["config"][key] for key in PLACE)
-            counts = (n for other, (_, n) in self.place.items() if other in present)
-            others = next(counts, count)
-            if count != others:
+            place = Place(*(reply.content["config"][key] for key in (*PLACE, OWN_DATA)))
+            others = next((p for other, p in self.place.items() if other in present), place)
+            if place.count != others.count:
                 self._tell(
-                    f"SuperNode {node} is left out: its num-partitions is {count}, that of the "
-                    f"others {others}"
+                    f"SuperNode {node} is left out: its num-partitions is {place.count}, that of "
+                    f"the others {others.count}"
                 )
-                continue
-            self.place[node] = number, count
+            elif place.own_data != others.own_data:
+                has, have = ("no ", "") if others.own_data else ("", "no ")
+                self._tell(
+                    f"SuperNode {node} is left out: it has {has}data in its --node-config, the "
+                    f"others have {have}data there"
+                )
+            else:
+                self.place[node] = place
 
     def _tell(self, line: str) -> None:
         """Print a line once, though a SuperNode without a place is asked in each round."""
@@ -83,20 +99,32 @@ class Nodes:
             )
 
     def _complete(self) -> bool:
-        numbers = {number for number, _ in self.place.values()}
-        return any(len(numbers) == count for _, count in self.place.values())
+        numbers = {place.number for place in self.place.values()}
+        return any(len(numbers) == place.count for place in self.place.values())
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the SuperNodes have their own folders."""
+        return any(place.own_data for place in self.place.values())
 
     def holders(self, clients: int) -> dict[int, int]:
         """Return the SuperNode, by its identifier, of each client that has a connected one.
 
         If several have the same number, the last one counts: it was started again.
+
+        Raises:
+            SettingError: the SuperNodes have their own folders, and ``clients`` is not their count.
         """
         present = {*self.grid.get_node_ids()}
+        places = {node: place for node, place in self.place.items() if node in present}
+        for place in places.values():
+            if place.own_data and place.count != clients:
+                expected = f"{place.count}, one for each SuperNode with its own folder"
+                raise SettingError("clients", clients, expected)
         return {
             client: node
-            for node, (number, count) in self.place.items()
-            if node in present
-            for client in range(number, clients, count)
+            for node, place in places.items()
+            for client in range(place.number, clients, place.count)
         }
 
 

@@ -74,6 +74,7 @@ def serve(grid: Grid, settings: Settings, say: Say) -> RunState:
             say(f"resuming after round {first - 1}: {settings.folder}")
         if first <= last:
             server.nodes.wait()
+            server.check_partition()
         for server_round in range(first, last + 1):
             server.run_round(server_round)
     accuracy = server.state.history[-1]["accuracy"]
@@ -91,7 +92,7 @@ class Server:
     def __init__(self, grid: Grid, settings: Settings, say: Say) -> None:
         self.grid, self.settings, self.say = grid, settings, say
         train_images, self.test_images = (task.load(settings, part) for part in ("train", "test"))
-        split(train_images.labels, settings)  # fails here rather than in each client
+        self.train_labels = train_images.labels
         images = f"{train_images.fingerprint()} {self.test_images.fingerprint()}"
         identity = {**settings.identity, "images": images}
         saved = load_state(settings.folder, identity)
@@ -112,6 +113,14 @@ class Server:
             saved.write_rounds(settings.folder)
         restore_moments(self.strategy, self.state.moments)
         self.nodes = Nodes(grid, say)
+
+    def check_partition(self) -> None:
+        """Refuse an impossible partition here rather than in each client.
+
+        SuperNodes with their own folders need none.
+        """
+        if not self.nodes.own_data:
+            split(self.train_labels, self.settings)
 
     def run_round(self, server_round: int) -> None:
         """Train, test, and save the state."""

@@ -138,6 +138,17 @@ class Settings:
         if self.out and not Path(self.out).expanduser().is_absolute():
             expected = "an absolute path: Flower's processes run in other folders"
             raise SettingError("out", self.out, expected)
+        if self.norm == FROZEN:
+            self._check_frozen_rounds()
+
+    def _check_frozen_rounds(self) -> None:
+        """Refuse statistics that are frozen from the start, and those that never are."""
+        last = self.num_server_rounds
+        if last < 2:
+            raise SettingError("num-server-rounds", last, f"at least 2 with norm {FROZEN}")
+        if self.fixbn_round and not 1 < self.fixbn_round <= last:
+            expected = f"from 2 to {last}, the number of rounds; or 0, after half of them"
+            raise SettingError("fixbn-round", self.fixbn_round, expected)
 
     @property
     def layers(self) -> str:

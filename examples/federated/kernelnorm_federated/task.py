@@ -20,9 +20,6 @@ from kernelnorm.norms import adaptive_clip_grad_, clipped_parameters, describe
 from kernelnorm_federated.settings import SettingError, Settings
 
 TEST_BATCH_SIZE = 256
-MEAN, DEVIATION = 0.5, 0.25
-"""Pixels, from 0 to 1, are standardised with these for all norms except the kernel norm, which
-would undo it. They are constants, not statistics of the clients' images."""
 
 
 def load(settings: Settings, split: str) -> Images:
@@ -61,11 +58,12 @@ def _load(data: str, split: str, data_dir: str, size: int | None, subset: int | 
 
 
 def preprocess(settings: Settings, images: Images) -> Preprocess:
-    """Return the preprocessing of the network's input."""
-    if settings.norm == "kernel":
-        return Preprocess()
-    channels = images.pixels.shape[1]
-    return Preprocess((MEAN,) * channels, (DEVIATION,) * channels)
+    """Return the preprocessing of the network's input.
+
+    KernelNorm needs none, because it standardises each window. The other norms get fixed values,
+    not statistics of the clients' images.
+    """
+    return Preprocess() if settings.norm == "kernel" else Preprocess.fixed(images)
 
 
 def build(settings: Settings, images: Images) -> nn.Module:
