@@ -152,7 +152,7 @@ def _against_rate(section: Section) -> Picture | None:
             best = [(lr, score) for lr, score in points if lr == cell.lr]
             ring = {"marker": "o", "markersize": 13, "fillstyle": "none", "linestyle": "none"}
             panel.plot([lr for lr, _ in best], [y for _, y in best], color=style["color"], **ring)
-            lost = [rate.lr for rate in cell.rates if set(rate.states) == {"diverged"}]
+            lost = [r.lr for r in cell.rates if r.tuning is None and r.states.get("diverged")]
             height = 0.04 + 0.05 * section.norms.index(cell.norm)
             panel.plot(
                 lost,
@@ -173,8 +173,9 @@ def _against_rate(section: Section) -> Picture | None:
         "Accuracy against learning rate",
         "Final test accuracy against learning rate, a panel for each batch size; the numbers are "
         "in the table of the learning rates.",
-        "Runs with the tuning seed. A ring marks the best learning rate; hollow marks at the lower "
-        "edge are learning rates whose runs all diverged.",
+        "The accuracy that chooses the learning rate: of seed 0, or the mean over all seeds if "
+        "seed 0 has no result at a rate. A ring marks the best rate; hollow marks at the lower "
+        "edge are rates at which training diverged.",
         png(figure),
     )
 
