@@ -22,7 +22,15 @@ from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.trainer import train
 from tests.processes import wait_for
-from tests.small_runs import assert_same_weights, command, small, weights, without_times
+from tests.small_runs import (
+    assert_same_weights,
+    command,
+    on,
+    photos,
+    small,
+    weights,
+    without_times,
+)
 
 
 @pytest.mark.slow
@@ -188,6 +196,17 @@ def test_changed_data_is_an_error(
     monkeypatch.setattr(trainer, "load_split", lambda *a: change(load(*a)))
     with pytest.raises(RunError, match=rf"the data of .* has changed: {message}"):
         train(small(), Launch(out=tmp_path))
+
+
+def test_a_finished_run_is_refused_for_other_images(tmp_path: Path) -> None:
+    one, two = (photos(tmp_path / place / "photos", label=place) for place in ("cat", "bird"))
+    assert on(one).name == on(two).name
+    launch = Launch(out=tmp_path / "run", verbose=False)
+    train(on(one), launch)
+    moved = one.rename(tmp_path / "moved")
+    train(on(moved), launch)
+    with pytest.raises(RunError, match=r"the data of .* has changed: classes was .*'cat'"):
+        train(on(two), launch)
 
 
 def test_images_may_change_before_anything_is_trained(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from kernelnorm.experiments.errors import DivergedError, RunError, error_message
+from kernelnorm.experiments.errors import BusyError, DivergedError, RunError, error_message
 from kernelnorm.experiments.files import Lock, remove_parts, write_atomically
 from kernelnorm.experiments.saved import load_checked, save_atomically
 
@@ -123,14 +123,15 @@ class RunFolder:
         """Keep other processes from training in the folder, on systems that have such locks.
 
         Raises:
-            RunError: another process trains in the folder, or the folder is not writable.
+            BusyError: another process trains in the folder.
+            RunError: the folder is not writable.
         """
         lock = Lock(self.path / ".lock")
         with ExitStack() as stack:
             try:
                 held = stack.enter_context(lock.hold())
             except BlockingIOError as error:
-                raise RunError(f"another process trains in {self.path}") from error
+                raise BusyError(f"another process trains in {self.path}") from error
             except OSError as error:
                 raise RunError(f"cannot write {lock.file}: {error.strerror}") from error
             if held:  # without a lock another process may still be writing them
