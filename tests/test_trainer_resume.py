@@ -221,7 +221,7 @@ def test_a_run_that_resumes_elsewhere_lists_both_environments(
 ) -> None:
     launch = Launch(out=tmp_path, max_steps=1, verbose=False)
     first = train(small(), launch).read_config()["environment"]
-    monkeypatch.setattr(trainer, "environment", lambda _: {"device": "another"})
+    monkeypatch.setattr(trainer, "environment", lambda *_: {"device": "another"})
     for _ in range(2):
         content = train(small(), launch).read_config()
         assert content["environment"] == first

@@ -270,7 +270,7 @@ class _Training:
     def _config(self) -> dict[str, Any]:
         """Return the content of ``config.yaml``, after a check of the images if a run resumes."""
         found = describe_images(train=self.train_images, test=self.test_images)
-        record, where = self.config.as_dict(), environment(self.fabric)
+        record, where = self.config.as_dict(), environment(self.fabric, self.launch.compile)
         if (self.folder.path / "last.ckpt").exists():
             check_data(self.folder, found)
             return resumed(self.folder.read_config(), record, where)

@@ -131,7 +131,7 @@ def _time(section: Section) -> Table:
     if in_paper:
         note += " The paper's Table 2 is for batch size 32, on an RTX A6000."
     if len(section.environments) > 1:
-        note += " The runs used different devices or versions."
+        note += " The runs used different devices, threads or versions."
     return Table("Table 2. Training time", head, rows, note)
 
 
