@@ -222,8 +222,8 @@ def configure(
         )
     values["model_options"] = _model_options(values["model_options"])
     values["agc"] = _agc(norm, values.get("agc"), values.get("precision"))
-    if not 0 <= values.get("seed", 0) < 1 << 63:
-        raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")
+    if not 0 <= values.get("seed", 0) < 1 << 32:  # PyTorch takes larger ones modulo 2**32
+        raise RunError(f"seed must be between 0 and 2**32 - 1, got {values['seed']}")
     if lr is None:
         lr = auto_lr(recipe, norm, batch_size, values["optimizer"]).lr
     if not 0 < lr <= MAX_FLOAT:
