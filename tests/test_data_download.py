@@ -339,7 +339,7 @@ def test_a_part_that_has_arrived_needs_no_space(server, tmp_path, monkeypatch):
 
 def test_an_answer_that_is_far_too_long_is_cut_off(server, tmp_path):
     server.content = bytes(3_000_000)
-    with pytest.raises(DataError, match="is not imagenette: it has more than 1 MB. Try again"):
+    with pytest.raises(DataError, match=r"is not imagenette: it has more than 1 MB\. Try again"):
         load(tmp_path, url=server.url)
     assert names(tmp_path / "data") == []
 
