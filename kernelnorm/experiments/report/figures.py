@@ -101,7 +101,7 @@ def _against_epoch(section: Section) -> Picture | None:
     size = _nearest(sizes)
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    finals, drawn = [], []
+    finals, drawn, unequal = [], [], False
     for norm in section.norms:
         cell, style = section.cells[norm, size], line_style(norm)
         if cell.accuracy is None:
@@ -110,7 +110,9 @@ def _against_epoch(section: Section) -> Picture | None:
         done = [record for record in cell.records if record.state == "done"]
         curves(left, [record.train_losses for record in done], style)
         curves(right, [record.test_accuracies for record in done], style)
-        mean_line(right, max(len(record.seconds) for record in done), cell.accuracy.mean, style)
+        ends = {len(record.seconds) for record in done}
+        unequal = unequal or len(ends) > 1
+        mean_line(right, min(ends), cell.accuracy.mean, style)
         if theirs := paper_accuracy(section.config.case, norm, size):
             finals.append(f"{LABELS[norm]} {theirs[0]:.2f}")
     left.set_yscale("log")
@@ -120,6 +122,11 @@ def _against_epoch(section: Section) -> Picture | None:
     epoch_axes((left, right))
     legend(figure, (left, right))
     note = "Mean over the seeds; band: from the lowest to the highest seed."
+    if unequal:
+        note += (
+            " A curve ends with its shortest seed. The dashed line is drawn there, at the mean "
+            "over the last five epochs of each seed."
+        )
     if finals:
         note += f" The paper's final accuracies, in %: {', '.join(finals)}."
     return Picture(
