@@ -155,6 +155,7 @@ def test_folders_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
     damage = {
         "config": ("config.yaml", "run: ["),
         "binary": ("config.yaml", b"\xff\xfe\x00"),
+        "alias": ("config.yaml", ("model_options: {}", "model_options: {a: &a [], b: *a}")),
         "section": ("config.yaml", "classes: []"),
         "metrics": ("metrics.jsonl", '{"epoch": 1, "train_lo'),
         "nan": ("metrics.jsonl", '{"train_loss": 1, "test_accuracy": NaN, "seconds": 1}'),
@@ -208,6 +209,16 @@ def test_a_run_that_lies_there_twice_counts_once(tmp_path: Path) -> None:
     assert run["folder"] == f"b/{config.name}"
     (item,) = numbers["unreadable"]
     assert item == {"folder": f"a/{config.name}", "reason": f"the same run as b/{config.name}"}
+
+
+def test_a_link_to_a_run_is_read(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    write_result(root, 70.0, norm="batch")
+    config = write_result(elsewhere, 80.0)
+    (root / "linked").symlink_to(elsewhere / config.name)
+    (root / "loop").symlink_to(root)
+    runs = numbers_of(root)["sections"][0]["runs"]
+    assert {run["norm"]: run["folder"] for run in runs}["kernel"] == "linked"
 
 
 def of_images(train: str, test: str = "test") -> dict[str, dict[str, str]]:

@@ -60,6 +60,15 @@ def environments(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [environment for environment in found if isinstance(environment, Mapping)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, with which a file of a few lines can take gigabytes of memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -104,9 +113,10 @@ class RunFolder:
             within = f", but it has run folders ({len(runs)}), such as {runs[0]}" if runs else ""
             raise RunError(f"{self.path} is not the folder of a run: it has no config.yaml{within}")
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or f"{file} is not valid YAML"
+            unread = f"{file} is not valid YAML without aliases"
+            reason = getattr(error, "strerror", None) or unread
             raise RunError(f"{self.path} is not the folder of a run: {reason}") from error
         if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
             raise RunError(f"{self.path} is not the folder of a run: {file} has no section 'run'")

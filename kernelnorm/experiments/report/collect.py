@@ -111,7 +111,8 @@ class Collection:
 
 
 def collect(root: Path, out: Path) -> Collection:
-    """Read every run folder below a root; a run with two folders is counted once.
+    """Read every run folder below a root, also links to run folders; a run with two folders is
+    counted once.
 
     Args:
         root: the folder that is searched.
@@ -156,6 +157,9 @@ def _run_folders(root: Path, out: Path) -> Iterator[Path]:
         if not _SIGNS.isdisjoint(files):
             yield here
         folders[:] = [name for name in folders if here / name not in (out, root / "report")]
+        for place in map(here.__truediv__, folders):  # os.walk does not enter links
+            if place.is_symlink() and any((place / sign).exists() for sign in _SIGNS):
+                yield place
 
 
 def _progress(record: Record) -> tuple[bool, int]:
