@@ -151,6 +151,19 @@ def test_values_of_a_config_file(tmp_path: Path) -> None:
     assert given.data_dir == Path.home() / "data"
 
 
+def test_options_on_the_command_line_win_over_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("case: imagewoof-resnet18\nbatch_size: 64\nseed: 3\n")
+    parse = train.make_parser().parse_args
+    for arguments in (["digits-vgg8", "--batch-size", "8"], ["--batch-size=8", "digits-vgg8"]):
+        for place in (0, 3):
+            order = [*arguments]
+            order[place:place] = [f"--config={file}"]
+            given = parse(order)
+            assert (given.case, given.batch_size, given.seed) == ("digits-vgg8", 8, 3)
+    assert parse([f"--config={file}"]).case == "imagewoof-resnet18"
+
+
 def test_json_values() -> None:
     arguments = ['--rules=[{"dropout_p": 1e-3}, {}]', "--model-options={width: 0.5}"]
     given = sweep.make_parser().parse_args(arguments)
@@ -198,9 +211,23 @@ def test_names_are_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> No
     assert stream.buffer.getvalue() == b"K\\xe4se\n"  # type: ignore[attr-defined]
 
 
-def test_clipping_for_a_norm_that_does_not_need_it() -> None:
-    with pytest.raises(SystemExit, match="--agc is for the norm nf: batch does not need it"):
-        main(["train", "--norm=batch", "--agc=0.1"])
+@pytest.mark.parametrize("command", ["train --norm", "compare --norms", "sweep --norms"])
+def test_clipping_for_a_norm_that_does_not_need_it(command: str) -> None:
+    with pytest.raises(SystemExit, match="--agc is for the norm nf, got batch: leave it out"):
+        main([*command.split(), "batch", "--agc=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--schedule=cosine --lr-milestones=5", "--lr-milestones needs --schedule steps, got cos"),
+        ("--warmup-epochs=9", "--warmup-epochs must be less than --epochs, got 9 of 8"),
+        ("--weight-decay=1e39", r"--weight-decay must be between 0 and 3e\+38, got 1e\+39"),
+    ],
+)
+def test_messages_have_the_names_of_options(arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["train", *arguments.split()])
 
 
 @pytest.mark.parametrize("output", ["closed", "full"])

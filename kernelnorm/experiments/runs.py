@@ -107,7 +107,9 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         if not self.path.is_dir():
-            raise RunError(f"there is no folder {self.path}")
+            raise RunError(
+                f"there is no folder {self.path}: give the folder of a run, such as runs/CASE/NAME"
+            )
         if not file.exists():
             runs = sorted(place.parent.name for place in self.path.glob("*/config.yaml"))
             within = f", but it has run folders ({len(runs)}), such as {runs[0]}" if runs else ""
