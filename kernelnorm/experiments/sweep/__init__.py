@@ -115,7 +115,7 @@ class _Survey:
         return self.look(config)
 
 
-def dry_run(plan: Plan, root: Path, jobs: int, data_dir: Path) -> None:
+def dry_run(plan: Plan, root: Path, jobs: int, data_dir: Path = Path("data")) -> None:
     """Print the runs that are wanted, with their states, and estimate the time they will take.
 
     Args:
