@@ -180,8 +180,8 @@ def _against_rate(section: Section) -> Picture | None:
         "Accuracy against learning rate",
         "Final test accuracy against learning rate, a panel for each batch size; the numbers are "
         "in the table of the learning rates.",
-        "The accuracy of seed 0, which chooses the learning rate; the mean over all seeds if seed 0 "
-        "has no result at a rate. A ring marks the best rate; hollow marks at the lower edge are "
+        "The accuracy of seed 0, which chooses the learning rate; the mean over all seeds if seed "
+        "0 has no result at a rate. A ring marks the best rate; hollow marks at the lower edge are "
         "rates at which training diverged.",
         png(figure),
     )
