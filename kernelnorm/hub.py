@@ -87,7 +87,7 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
     files = [_find(source, name, download) for name in (CONFIG, WEIGHTS)]
     try:
         network = _empty_network(_read_config(files[0]))
-    except TypeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{files[0]} describes no network: {error}") from error
     try:
         mapped = safetensors.load_file(files[1])
@@ -161,7 +161,7 @@ _FIELDS = {
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(config, dict) or {*config} != {*_FIELDS}:
         found = sorted(config) if isinstance(config, dict) else type(config).__name__
@@ -172,6 +172,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     for name, types in _FIELDS.items():
         if not isinstance(config[name], types):
             raise ValueError(f"{file}: {name} must be a {types[0].__name__}, got {config[name]!r}")
+    if twice := sorted({*_FIELDS} & {*config["options"]}):
+        raise ValueError(f"{file}: options must not have the field {twice[0]}")
     return config
 
 

@@ -74,7 +74,7 @@ def test_python_m_kernelnorm_works() -> None:
     ("arguments", "message"),
     [
         (["train", "--model=resnet18", "--dataset=nowhere"], "nowhere"),
-        (["evaluate", "nowhere"], "there is no folder nowhere"),
+        (["evaluate", "nowhere"], "there is no folder nowhere: give the folder of a run, such"),
         (["predict", "nowhere", "x.png"], "there is no folder nowhere"),
     ],
 )

@@ -64,8 +64,8 @@ def message_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("train --subset=0", "--subset must be a positive integer, got '0'"),
         ("train --devices=0", "--devices must be a positive integer, got '0'"),
         ("train --max-steps=0", "--max-steps must be a positive integer, got '0'"),
-        ("train --seed=-1", "--seed must be an integer from 0 to 2**63 - 1, got '-1'"),
-        ("train --seed=9223372036854775808", "--seed must be at most 9223372036854775807, got "),
+        ("train --seed=-1", "--seed must be an integer from 0 to 2**32 - 1, got '-1'"),
+        ("train --seed=4294967296", "--seed must be at most 4294967295, got "),
         ("train --weight-decay=-1", "--weight-decay must be a number of at least 0, got '-1'"),
         ("train --checkpoint-minutes=inf", "--checkpoint-minutes must be a number of at least 0"),
         ("train --augment=perhaps", "--augment must be true or false, got 'perhaps'"),
@@ -73,7 +73,7 @@ def message_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("train --out=", "--out must be a path, got ''"),
         ("compare --batch-sizes=2,x", "--batch-sizes must be positive integers separated by comm"),
         ("compare --batch-sizes=,", "--batch-sizes must be positive integers separated by commas"),
-        ("sweep --seeds=one", "--seeds must be integers from 0 to 2**63 - 1, separated by commas"),
+        ("sweep --seeds=one", "--seeds must be integers from 0 to 2**32 - 1, separated by commas"),
         ("sweep --rules={}", "--rules must be a JSON list of objects such as [{"),
         ("sweep --jobs=0", "--jobs must be a positive integer, got '0'"),
         ("sweep --cpus-per-run=0", "--cpus-per-run must be a positive integer, got '0'"),
@@ -108,7 +108,7 @@ def test_wrong_arguments(arguments: str, message: str, capsys: pytest.CaptureFix
         ("lr: abc", "--lr must be \"auto\" or a positive number, got 'abc'"),
         ("batch_size: true", "--batch-size must be a positive integer, got True"),
         ("batch_size: 32.0", "--batch-size must be a positive integer, got 32.0"),
-        ("seed: -1", "--seed must be an integer from 0 to 2**63 - 1, got -1"),
+        ("seed: -1", "--seed must be an integer from 0 to 2**32 - 1, got -1"),
         ("lr_milestones: [1, x]", "--lr-milestones must be positive integers separated by commas"),
         ("norm: [kernel]", "unknown norm ['kernel']: did you mean 'kernel'? Choose from "),
         (
@@ -149,6 +149,19 @@ def test_values_of_a_config_file(tmp_path: Path) -> None:
     assert (given.compile, given.image_size, given.batch_size) == (True, 8, 8)
     assert given.model_options == {"rules": {"dropout_p": 1e-2}}
     assert given.data_dir == Path.home() / "data"
+
+
+def test_options_on_the_command_line_win_over_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("case: imagewoof-resnet18\nbatch_size: 64\nseed: 3\n")
+    parse = train.make_parser().parse_args
+    for arguments in (["digits-vgg8", "--batch-size", "8"], ["--batch-size=8", "digits-vgg8"]):
+        for place in (0, 3):
+            order = [*arguments]
+            order[place:place] = [f"--config={file}"]
+            given = parse(order)
+            assert (given.case, given.batch_size, given.seed) == ("digits-vgg8", 8, 3)
+    assert parse([f"--config={file}"]).case == "imagewoof-resnet18"
 
 
 def test_json_values() -> None:
@@ -198,9 +211,23 @@ def test_names_are_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> No
     assert stream.buffer.getvalue() == b"K\\xe4se\n"  # type: ignore[attr-defined]
 
 
-def test_clipping_for_a_norm_that_does_not_need_it() -> None:
-    with pytest.raises(SystemExit, match="--agc is for the norm nf: batch does not need it"):
-        main(["train", "--norm=batch", "--agc=0.1"])
+@pytest.mark.parametrize("command", ["train --norm", "compare --norms", "sweep --norms"])
+def test_clipping_for_a_norm_that_does_not_need_it(command: str) -> None:
+    with pytest.raises(SystemExit, match="--agc is for the norm nf, got batch: leave it out"):
+        main([*command.split(), "batch", "--agc=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--schedule=cosine --lr-milestones=5", "--lr-milestones needs --schedule steps, got cos"),
+        ("--warmup-epochs=9", "--warmup-epochs must be less than --epochs, got 9 of 8"),
+        ("--weight-decay=1e39", r"--weight-decay must be between 0 and 3e\+38, got 1e\+39"),
+    ],
+)
+def test_messages_have_the_names_of_options(arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["train", *arguments.split()])
 
 
 @pytest.mark.parametrize("output", ["closed", "full"])

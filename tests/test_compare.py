@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.style import LABELS, line_style, network_label
 from kernelnorm.experiments.trainer import train
 from kernelnorm.norms import NORMS, describe
+from tests.small_runs import on, photos
 
 
 def small(norm: str, batch_size: int) -> RunConfig:
@@ -78,6 +80,43 @@ def test_it_goes_on_with_an_unfinished_run(tmp_path: Path) -> None:
     assert [metrics["epoch"] for metrics in row.history] == [1, 2]
 
 
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(out: Path) -> None:
+    config = small("kernel", 10)
+    folder = RunFolder(out / config.name)
+    before = folder.read_metrics()
+    for file in folder.path.glob("*.ckpt"):
+        file.unlink()
+    (row,) = compare([config], out)
+    assert row.history == folder.read_metrics() == before
+    assert not [*folder.path.glob("*.ckpt")]
+
+
+def test_a_run_that_another_process_trains_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("batch", 10)
+    folder = RunFolder(tmp_path / config.name)
+    with ExitStack() as other:
+        other.enter_context(folder.lock())
+        monkeypatch.setattr("time.sleep", lambda seconds: seconds == 1 and other.close())
+        (row,) = compare([config], tmp_path)
+    assert (row.failure, len(row.history)) == ("", 2)
+    assert f"waiting: another process trains in {folder.path}" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_other_images_is_refused(tmp_path: Path) -> None:
+    for place, label in (("one", "cat"), ("two", "bird")):
+        photos(tmp_path / place / "photos", label=label)
+    first, second = (on(tmp_path / place / "photos") for place in ("one", "two"))
+    out = tmp_path / "runs"
+    compare([first], out)
+    table = (out / "comparison.md").read_text()
+    (out / second.name / "last.ckpt").unlink()
+    with pytest.raises(RunError, match=r"the data of .* has changed: classes was .*'cat'"):
+        compare([second], out)
+    assert (out / "comparison.md").read_text() == table
+
+
 def test_a_comparison_trains_whole_runs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="a comparison trains whole runs: leave out max_steps"):
         compare([], tmp_path, Launch(max_steps=1))
@@ -110,7 +149,7 @@ def test_a_run_that_cannot_be_trained_is_a_row_with_the_reason(
 
 
 def test_what_has_ended_is_written_down_when_it_is_stopped(
-    out: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop_at_kernel(config: RunConfig, launch: Launch, on_epoch: Any) -> RunFolder:
         if config.norm == "kernel":
@@ -118,13 +157,12 @@ def test_what_has_ended_is_written_down_when_it_is_stopped(
         return train(config, launch)
 
     monkeypatch.setattr("kernelnorm.experiments.compare.train", stop_at_kernel)
-    (out / "comparison.md").unlink()
     with pytest.raises(KeyboardInterrupt):
-        compare([small("batch", 10), small("kernel", 10)], out)
-    table = (out / "comparison.md").read_text()
+        compare([small("batch", 10), small("kernel", 10)], tmp_path)
+    table = (tmp_path / "comparison.md").read_text()
     assert table.count("| BatchNorm |") == 1
     assert "KernelNorm" not in table
-    assert len(json.loads((out / "comparison.json").read_text())) == 1
+    assert len(json.loads((tmp_path / "comparison.json").read_text())) == 1
 
 
 def test_final_accuracy_is_never_the_best_one() -> None:

@@ -226,7 +226,7 @@ class TestPreprocess:
         ("mean", "std"), [((0.5,), None), (None, (0.5,)), ((0.5,), (0.5, 0.5)), ((0.5,), (0.0,))]
     )
     def test_mean_and_std_belong_together(self, mean, std):
-        with pytest.raises(ValueError, match="one number a channel each, std above 0"):
+        with pytest.raises(ValueError, match="one number per channel, and std must be above 0"):
             Preprocess(mean, std)
 
 

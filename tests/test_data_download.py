@@ -325,6 +325,25 @@ def test_no_space_for_the_download(server, tmp_path, monkeypatch):
     assert server.requests == []
 
 
+def test_a_part_that_has_arrived_needs_no_space(server, tmp_path, monkeypatch):
+    part = tmp_path / "data" / "imagenette2-160.tgz.part"
+    part.parent.mkdir()
+    part.write_bytes(GOOD[:400_000])
+    table = download.DATASETS
+    monkeypatch.setitem(table, "imagenette", replace(table["imagenette"], megabytes=1))
+    usage = disk.shutil.disk_usage(tmp_path)._replace(free=700_000)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+    assert len(load(tmp_path, url=server.url)) == 2
+    assert server.requests[0][1] == 400_000
+
+
+def test_an_answer_that_is_far_too_long_is_cut_off(server, tmp_path):
+    server.content = bytes(3_000_000)
+    with pytest.raises(DataError, match=r"is not imagenette: it has more than 1 MB\. Try again"):
+        load(tmp_path, url=server.url)
+    assert names(tmp_path / "data") == []
+
+
 def test_read_only_data_folder(server, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(disk.os, "access", lambda path, _: path != tmp_path / "data")

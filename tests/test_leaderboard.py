@@ -170,6 +170,36 @@ def test_time_of_a_step_is_a_median(tmp_path: Path) -> None:
     assert "; later device cuda: H100" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "comparable"),
+    [
+        ({"threads": 1}, {"threads": 64}, False),
+        ({"threads": 1}, {"threads": 1, "compile": True}, False),
+        ({"processes": 1}, {"processes": 4}, False),
+        ({"threads": 1}, {}, True),  # of an older version, which did not record them
+    ],
+)
+def test_times_are_shown_if_runs_were_executed_alike(
+    first: dict[str, Any], second: dict[str, Any], comparable: bool, tmp_path: Path
+) -> None:
+    for norm, place in (("batch", first), ("kernel", second)):
+        found = {"environment": {"device": "cpu: x86_64", **place}}
+        write_result(tmp_path, 80.0, norm=norm, found=found, images_per_second=32.0)
+    times = {standing["seconds_per_step"] for standing in standings_of(tmp_path)}
+    assert times == {1.0 if comparable else None}
+
+
+def test_intervals_that_leave_out_seeds_give_the_number_of_pairs(tmp_path: Path) -> None:
+    for seed, accuracy in ((1, 60.0), (2, 61.0), (3, 62.0)):
+        write_result(tmp_path, accuracy, norm="batch", seed=seed)
+        write_result(tmp_path, accuracy - 9, norm="none", seed=seed)
+    for seed, accuracy in ((1, 71.0), (2, 72.2)):
+        write_result(tmp_path, accuracy, norm="kernel", seed=seed)
+    write_run(tmp_path, [], norm="kernel", seed=3, failure=("diverged", "nan"))
+    standings_of(tmp_path)
+    assert row_of(tmp_path, "32", "1")[7] == "+9.83 to +12.37 (2 pairs)"
+
+
 @pytest.mark.parametrize("norm", ["batch", "ws_group", "kernel"])
 def test_bytes_are_those_of_the_runs_network_at_its_batch_size(tmp_path: Path, norm: str) -> None:
     options = {"model_options": {"width": 0.125}, "found": FOUND}

@@ -78,6 +78,38 @@ def test_without_seed_0_the_best_mean_chooses(tmp_path: Path) -> None:
     assert cell_of(numbers_of(tmp_path), "kernel", 32)["lr"] == 0.1
 
 
+def test_a_rate_at_which_seed_0_diverged_is_never_the_best(tmp_path: Path) -> None:
+    write_run(tmp_path, [], lr=0.1, seed=0, failure=("diverged", "nan"))
+    write_result(tmp_path, 90.0, lr=0.1, seed=1)
+    for seed, accuracy in ((0, 85.0), (1, 86.0), (2, 86.0), (3, 86.0)):
+        write_result(tmp_path, accuracy, lr=0.05, seed=seed)
+    cell = cell_of(numbers_of(tmp_path), "kernel", 32)
+    assert (cell["lr"], sorted(cell["accuracies"])) == (0.05, ["1", "2", "3"])
+    assert [rate["tuning"] for rate in cell["rates"]] == [pytest.approx(85.0), None]
+    assert "mean over all seeds chooses" not in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_without_seed_0_a_rate_at_which_a_seed_diverged_is_not_the_best(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_result(tmp_path, 84.0, lr=0.05, seed=seed)
+    write_result(tmp_path, 85.0, lr=0.1, seed=1)
+    write_run(tmp_path, [], lr=0.1, seed=2, failure=("diverged", "nan"))
+    assert cell_of(numbers_of(tmp_path), "kernel", 32)["lr"] == 0.05
+    text = (tmp_path / "report" / "report.md").read_text()
+    said = "accuracy is too high on average: KernelNorm at batch size 32."
+    for table in ("Table 1.", "Table 4."):
+        assert said in text.split(f"### {table}")[1].split("###")[0]
+
+
+def test_a_run_diverged_at_each_rate(tmp_path: Path) -> None:
+    for lr in (0.1, 0.05):
+        write_run(tmp_path, [], lr=lr, seed=0, failure=("diverged", "nan"))
+    write_result(tmp_path, 85.0, lr=0.05, seed=1)
+    cell = cell_of(numbers_of(tmp_path), "kernel", 32)
+    assert (cell["lr"], cell["accuracy"]) == (None, None)
+    assert cell["absence"] == "diverged at all 2 learning rates"
+
+
 def test_a_run_that_converged_early_is_done(tmp_path: Path) -> None:
     config = write_run(tmp_path, [], epochs=80)
     folder = RunFolder(tmp_path / config.name)

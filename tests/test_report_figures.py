@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kernelnorm.experiments.plotting import curves, legend, png, same_span
-from kernelnorm.experiments.report import report
+from kernelnorm.experiments.report import figures, report
 from kernelnorm.experiments.style import line_style
 from kernelnorm.norms import NORMS
-from tests.run_folders import write_result
+from tests.run_folders import write_result, write_run
 
 
 def test_figures_are_pictures_and_the_markdown_shows_them(tmp_path: Path) -> None:
@@ -49,6 +49,19 @@ def test_curves_are_the_mean_of_the_seeds_with_a_band() -> None:
     alone = Figure().subplots()
     curves(alone, [[1.0, 2.0]], line_style("batch"))
     assert not alone.collections
+
+
+def test_the_dashed_line_is_at_the_end_of_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    write_run(tmp_path, [50.0] * 10, seed=1, epochs=20, losses=[1.0] * 5 + [1e-4] * 5)  # converged
+    write_run(tmp_path, [60.0] * 20, seed=2, epochs=20)
+    text = report(tmp_path).with_suffix(".md").read_text()
+    curve, dashed = drawn[0].axes[1].lines
+    assert [curve.get_xdata()[-1], *dashed.get_xdata()] == [10, 5.7, 10.3]
+    assert "A curve ends with its shortest seed." in text
 
 
 def test_axes_of_the_same_span() -> None:

@@ -155,6 +155,7 @@ def test_folders_that_cannot_be_read_are_listed(tmp_path: Path) -> None:
     damage = {
         "config": ("config.yaml", "run: ["),
         "binary": ("config.yaml", b"\xff\xfe\x00"),
+        "alias": ("config.yaml", ("model_options: {}", "model_options: {a: &a [], b: *a}")),
         "section": ("config.yaml", "classes: []"),
         "metrics": ("metrics.jsonl", '{"epoch": 1, "train_lo'),
         "nan": ("metrics.jsonl", '{"train_loss": 1, "test_accuracy": NaN, "seconds": 1}'),
@@ -210,10 +211,48 @@ def test_a_run_that_lies_there_twice_counts_once(tmp_path: Path) -> None:
     assert item == {"folder": f"a/{config.name}", "reason": f"the same run as b/{config.name}"}
 
 
-def test_runs_of_folders_with_other_images_are_other_runs(tmp_path: Path) -> None:
-    for place in ("a", "b"):
-        write_result(tmp_path / place, 80.0, found={"train_fingerprint": place})
-    assert len(numbers_of(tmp_path)["sections"][0]["runs"]) == 2
+def test_a_link_to_a_run_is_read(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    write_result(root, 70.0, norm="batch")
+    config = write_result(elsewhere, 80.0)
+    (root / "linked").symlink_to(elsewhere / config.name)
+    (root / "loop").symlink_to(root)
+    runs = numbers_of(root)["sections"][0]["runs"]
+    assert {run["norm"]: run["folder"] for run in runs}["kernel"] == "linked"
+
+
+def of_images(train: str, test: str = "test") -> dict[str, dict[str, str]]:
+    return {"found": {"train_fingerprint": train, "test_fingerprint": test}}
+
+
+@pytest.mark.parametrize("images", [("a", "b"), ("b", "a"), ("b", "b")])
+def test_runs_of_folders_with_other_images_have_sections_of_their_own(
+    images: tuple[str, str], tmp_path: Path
+) -> None:
+    for place, found in (("a", of_images("a", "a")), ("b", of_images(*images))):
+        write_result(tmp_path / place, 80.0, dataset="photos", **found)
+    sections = numbers_of(tmp_path)["sections"]
+    assert [len(section["runs"]) for section in sections] == [1, 1]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"Data photos (fingerprints {', '.join(images)});" in text
+
+
+def test_runs_of_the_same_images_at_two_paths_have_one_section(tmp_path: Path) -> None:
+    for norm, dataset in (("batch", "photos"), ("kernel", "/home/me/photos")):
+        write_result(tmp_path, 80.0, norm=norm, dataset=dataset, **of_images("a"))
+    failed = {"failure": ("failed", "no space"), "dataset": "photos"}
+    write_run(tmp_path, [], norm="group", **failed)  # before it had images
+    (section,) = numbers_of(tmp_path)["sections"]
+    assert section["counts"]["failed"] == 1
+    assert [standing["norm"] for standing in section["leaderboard"]] == ["batch", "kernel", "group"]
+
+
+def test_two_runs_that_differ_in_nothing_shown_are_an_error(tmp_path: Path) -> None:
+    older = write_result(tmp_path / "a", 80.0, dataset="photos")  # without fingerprints
+    write_result(tmp_path / "b", 70.0, dataset="photos", **of_images("a"))
+    message = f"a/{older.name} and b/{older.name} have the same normalisation, batch size, learning"
+    with pytest.raises(RunError, match=re.escape(message)):
+        report(tmp_path)
 
 
 def test_a_root_without_runs_says_what_to_do(tmp_path: Path) -> None:

@@ -19,17 +19,22 @@ import pytest
 
 from kernelnorm.cli import main
 from kernelnorm.cli.sweep import make_parser, make_runs
+from kernelnorm.experiments import inputs
 from kernelnorm.experiments.config import RunConfig
+from kernelnorm.experiments.data import Images, load_images
+from kernelnorm.experiments.data.folder import Split
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.runs import Metrics, RunFolder
 from kernelnorm.experiments.style import LABELS
-from kernelnorm.experiments.sweep import Grid, LocalPool, Status, make_grid, sweep
+from kernelnorm.experiments.sweep import Grid, LocalPool, Status, dry_run, make_grid, sweep
 from kernelnorm.experiments.sweep.execute import execute
 from kernelnorm.experiments.sweep.local import cores, default_jobs
 from kernelnorm.experiments.sweep.reproduction import _SMALL, Scale
 from kernelnorm.experiments.sweep.view import View
 from tests.processes import wait_for
+from tests.small_runs import on, photos
 
 LAUNCH = Launch(accelerator="cpu")
 SMALL = ["--subset=60", "--image-size=8", "--accelerator=cpu"]
@@ -263,6 +268,36 @@ def test_what_an_unexpected_error_printed_is_in_the_runs_folder(tmp_path: Path) 
     finally:
         pool.close()
     assert "Traceback" in (tmp_path / "run" / "output.txt").read_text()
+
+
+def test_a_finished_run_of_other_images_is_refused(tmp_path: Path) -> None:
+    one, two = (photos(tmp_path / place / "photos", label=place) for place in ("cat", "bird"))
+    runs = tmp_path / "runs"
+    assert [status.state for status in run([on(one)], runs, Here())] == ["done"]
+    (runs / on(two).name / "last.ckpt").unlink()
+    for refused in (
+        lambda: run([on(two)], runs, Here()),
+        lambda: dry_run(Grid([on(two)]), runs, 1, Path("data")),
+    ):
+        with pytest.raises(RunError, match=r"the data of .* has changed: classes was .*'cat'"):
+            refused()
+
+
+def test_images_of_finished_runs_are_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = photos(tmp_path / "photos")
+    configs = [on(images, seed=seed) for seed in (0, 1)]
+    run(configs, tmp_path / "runs", Here())
+    loaded = []
+
+    def load(dataset: str, split: Split, **options: Any) -> Images:
+        loaded.append(split)
+        return load_images(dataset, split, **options)
+
+    monkeypatch.setattr(inputs, "load_images", load)
+    run(configs, tmp_path / "runs", Here())
+    assert loaded == ["train", "test"]
 
 
 def test_as_many_runs_at_a_time_as_there_are_cores() -> None:

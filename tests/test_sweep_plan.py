@@ -60,11 +60,14 @@ def test_rules_are_variants_of_the_kernel_networks_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": []}, "the sweep has no runs"),
+        ({"seeds": []}, r"no runs: one of its lists \(norms, .*, seeds\) is empty"),
         ({"batch_sizes": [0]}, "batch_size must be positive, got 0"),
         ({"lrs": [0.0]}, "learning rate must be positive"),
         ({"norms": ["weight"]}, "unknown norm 'weight'"),
-        ({"norms": ["kernel"], "rules": [{}, {"dropout": 0.1}]}, "unknown rule 'dropout'"),
+        (
+            {"norms": ["kernel"], "rules": [{"dropout": 0.1}]},
+            r"unknown rule 'dropout'.*evaluation$",
+        ),
         ({"norms": ["kernel"], "rules": [{"head": False}]}, "rule head=False does nothing"),
         ({"model_options": {"rules": 3}, "norms": ["kernel"]}, "rules must be a mapping"),
         ({"model_options": {"small_images": True}}, "cannot build vgg8: .*small_images"),

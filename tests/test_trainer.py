@@ -60,6 +60,16 @@ def test_adaptive_gradient_clipping_bounds_the_first_step(tmp_path: Path) -> Non
     assert max(first_step(1e3)) > 2e-3
 
 
+def test_the_environment_says_whether_the_network_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        launch = Launch(out=out, compile=compiled, max_steps=1, verbose=False)
+        assert ("compile" in train(small(), launch).read_config()["environment"]) == compiled
+
+
 def test_run_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
     config = small()
     folder = train(config, Launch(out=tmp_path, tensorboard=True, verbose=False))

@@ -22,7 +22,15 @@ from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.trainer import train
 from tests.processes import wait_for
-from tests.small_runs import assert_same_weights, command, small, weights, without_times
+from tests.small_runs import (
+    assert_same_weights,
+    command,
+    on,
+    photos,
+    small,
+    weights,
+    without_times,
+)
 
 
 @pytest.mark.slow
@@ -190,6 +198,17 @@ def test_changed_data_is_an_error(
         train(small(), Launch(out=tmp_path))
 
 
+def test_a_finished_run_is_refused_for_other_images(tmp_path: Path) -> None:
+    one, two = (photos(tmp_path / place / "photos", label=place) for place in ("cat", "bird"))
+    assert on(one).name == on(two).name
+    launch = Launch(out=tmp_path / "run", verbose=False)
+    train(on(one), launch)
+    moved = one.rename(tmp_path / "moved")
+    train(on(moved), launch)
+    with pytest.raises(RunError, match=r"the data of .* has changed: classes was .*'cat'"):
+        train(on(two), launch)
+
+
 def test_images_may_change_before_anything_is_trained(tmp_path: Path) -> None:
     train(small(), Launch(out=tmp_path, max_steps=1, verbose=False))
     (tmp_path / "last.ckpt").unlink()
@@ -202,7 +221,7 @@ def test_a_run_that_resumes_elsewhere_lists_both_environments(
 ) -> None:
     launch = Launch(out=tmp_path, max_steps=1, verbose=False)
     first = train(small(), launch).read_config()["environment"]
-    monkeypatch.setattr(trainer, "environment", lambda _: {"device": "another"})
+    monkeypatch.setattr(trainer, "environment", lambda *_: {"device": "another"})
     for _ in range(2):
         content = train(small(), launch).read_config()
         assert content["environment"] == first

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernelnorm.cli import values
+from kernelnorm.cli.names import MODELS
 from kernelnorm.cli.options import command_parser
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def make_parser() -> ArgumentParser:
         "KernelNorm (default: --networks vgg8,knresnet13 --batch-sizes 64)"
     )
     add("--private", action="store_true", help=private_help)
-    networks_help = "comma-separated (default: vgg8,resnet18,densenet121, the paper's case studies)"
+    networks_help = (
+        f"comma-separated, from {', '.join(MODELS)} "
+        "(default: vgg8,resnet18,densenet121, the paper's case studies)"
+    )
     add("--networks", type=values.models, help=networks_help)
     sizes_help = "image size of each network, comma-separated (default: the case studies')"
     add("--sizes", type=values.integers, metavar="PIXELS", help=sizes_help)
@@ -50,7 +54,7 @@ def make_parser() -> ArgumentParser:
     )
     modes_help = "eager, compile, reduce-overhead (torch.compile with CUDA graphs)"
     add("--modes", type=values.modes, default=["eager"], help=modes_help)
-    device_help = "auto: CUDA if available"
+    device_help = "auto: CUDA if available; the other commands have --accelerator"
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device_help)
     threads_help = "CPU threads of PyTorch (default: PyTorch's choice)"
     add("--threads", type=values.positive_int, help=threads_help)

@@ -10,6 +10,7 @@ from kernelnorm.cli import values
 from kernelnorm.cli.options import (
     add_norms_argument,
     add_run_arguments,
+    check_agc,
     command_parser,
     configure_run,
     echo,
@@ -53,6 +54,7 @@ def run(arguments: Namespace) -> None:
         for batch_size in dict.fromkeys(arguments.batch_sizes)
         for norm in sorted({*arguments.norms}, key=[*LABELS].index)
     ]
+    check_agc(arguments, configs)
     explain_lr(arguments, configs)
     out = arguments.out or Path("runs") / configs[0].case
     compare(configs, out, Launch(**where(arguments)))

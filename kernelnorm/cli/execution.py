@@ -44,7 +44,7 @@ def execute_plan(plan: Plan, out: Path, arguments: Namespace) -> None:
     if arguments.ray is not None and arguments.dry_run:
         raise RunError("--dry-run does not ask a cluster: give --jobs instead of --ray")
     if arguments.dry_run:
-        dry_run(plan, out, _jobs(arguments))
+        dry_run(plan, out, _jobs(arguments), arguments.data_dir)
         return
     statuses = sweep(plan, out, _make_pool(arguments, out), arguments.data_dir)
     failed = sum(status.result is None for status in statuses)

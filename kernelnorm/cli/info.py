@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import kernelnorm
 from kernelnorm.cli.options import command_parser
+from kernelnorm.experiments.machine import cpu_name, describe_cpu, user_cache
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -95,20 +96,9 @@ def _missing() -> str:
 
 
 def _cpu() -> str:
-    described = _describe_cpu()
-    name = described.get("model name") or platform.processor() or platform.machine()
+    described = describe_cpu()
     flags = (described.get("flags") or described.get("Features") or "").split()
-    return f"{name}\n{' '.join(feature for feature in _FEATURES if feature in flags)}"
-
-
-def _describe_cpu() -> dict[str, str]:
-    """Return the fields of the first core in /proc/cpuinfo; nothing if there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in reversed(lines))  # the first core replaces the others
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    return f"{cpu_name()}\n{' '.join(feature for feature in _FEATURES if feature in flags)}"
 
 
 def _threads() -> str:
@@ -174,8 +164,7 @@ def _data() -> str:
 
 def _cache() -> str:
     """Return the user's cache folder, which is used if the data folder is read-only."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return _folder(home / "kernelnorm")
+    return _folder(user_cache())
 
 
 def _folder(folder: Path) -> str:

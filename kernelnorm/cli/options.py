@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelnorm.cli import values
-from kernelnorm.cli.names import CASES, NORMS
+from kernelnorm.cli.names import CASES, MODELS, NORMS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -57,7 +57,9 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     """Add the options that all runs of a comparison or a sweep share."""
     add = parser.add_argument
     add_case_argument(parser, "digits-vgg8, if there is no --model and no --dataset")
-    model_help = "network (default: the case study's; resnet18 for a --dataset alone)"
+    model_help = (
+        f"network: {', '.join(MODELS)} (default: the case study's; resnet18 for a --dataset alone)"
+    )
     add("--model", type=values.model, help=model_help)
     dataset_help = (
         "folder with CLASS/*, or with train/CLASS/* and val/CLASS/*; or digits, cifar10, "
@@ -66,7 +68,10 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     add("--dataset", type=values.dataset, help=dataset_help)
     options_help = 'options of the network, such as {"small_images": true}'
     add("--model-options", type=values.mapping, default={}, metavar="JSON", help=options_help)
-    size_help = "image size in pixels (default: the case study's)"
+    size_help = (
+        "image size in pixels (default: the case study's; for a folder 160 with DenseNets, 192 "
+        "with other networks, and no resizing with vgg8)"
+    )
     add("--image-size", type=values.positive_int, metavar="PIXELS", help=size_help)
     epochs_help = "maximum number of epochs (default: the case study's)"
     add("--epochs", type=values.positive_int, help=epochs_help)
@@ -115,7 +120,7 @@ def add_privacy_arguments(parser: ArgumentParser) -> None:
     add("--delta", type=values.fraction, help=delta_help)
     norm_help = "norm to which the gradient of each sample is clipped (default: 1)"
     add("--max-grad-norm", type=values.positive, metavar="NORM", help=norm_help)
-    views_help = "augmented views of a sample in a step, clipped as one (default: 1)"
+    views_help = "augmented views of a sample per step, clipped as one (default: 1)"
     add("--augmentations", type=values.positive_int, metavar="VIEWS", help=views_help)
     ema_help = "test and save an average of the weights with this decay, such as 0.99"
     add("--ema", type=values.fraction, metavar="DECAY", help=ema_help)
@@ -148,7 +153,9 @@ def add_place_arguments(parser: ArgumentParser) -> None:
     add("--data-dir", type=values.folder, default=Path("data"), help=data_help)
     add_accelerator_argument(parser)
     add("--compile", action="store_true", help="run the network through torch.compile")
-    config_help = "YAML file with these options, such as batch_size: 32"
+    config_help = (
+        "YAML file with these options, such as batch_size: 32; options on the command line win"
+    )
     add("--config", action=ConfigFile, type=values.path, metavar="FILE", help=config_help)
 
 
@@ -181,6 +188,19 @@ def configure_run(arguments: Namespace, norm: str, batch_size: int) -> RunConfig
         seed=arguments.seed,
         **choices(arguments),
     )
+
+
+def check_agc(arguments: Namespace, configs: Sequence[RunConfig]) -> None:
+    """Check that a run needs adaptive gradient clipping, if ``--agc`` is given.
+
+    Raises:
+        RunError: no run needs it.
+    """
+    from kernelnorm.experiments.errors import RunError
+
+    if arguments.agc is not None and all(config.agc is None for config in configs):
+        norms = ", ".join(dict.fromkeys(config.norm for config in configs))
+        raise RunError(f"--agc is for the norm nf, got {norms}: leave it out")
 
 
 def explain_lr(arguments: Namespace, configs: Sequence[RunConfig]) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -28,6 +29,7 @@ class Parser(ArgumentParser):
     """Prints a mistake in one line, then the command that explains the options."""
 
     source = ""  # prefix of messages: the file that has the value
+    given: frozenset[str] = frozenset()  # the options on the command line
 
     def __init__(self, **options: Any) -> None:
         super().__init__(print_config=None, allow_abbrev=False, **options)
@@ -61,12 +63,12 @@ class Parser(ArgumentParser):
     ) -> Namespace:
         """Parse arguments; unknown options are reported before anything else."""
         args = sys.argv[1:] if args is None else args
-        for argument in args:
-            if argument == "--":
-                break
-            option = argument.split("=")[0]
-            if re.match(r"-[^\d.]", option) and option not in self._option_string_actions:
-                message = _unknown_option(option, self._option_string_actions)
+        options = [argument.split("=")[0] for argument in takewhile("--".__ne__, args)]
+        known = self._option_string_actions
+        self.given = frozenset(known[option].dest for option in options if option in known)
+        for argument, option in zip(args, options, strict=False):
+            if re.match(r"-[^\d.]", option) and option not in known:
+                message = _unknown_option(option, known)
                 if os.path.lexists(argument):
                     message += f". For the file of this name, write: -- {argument}"
                 self.error(message)
@@ -81,7 +83,7 @@ class Parser(ArgumentParser):
 
 
 class ConfigFile(argparse.Action):
-    """Sets the options that a YAML file names; options that follow on the command line win."""
+    """Sets the options that a YAML file names, except those on the command line."""
 
     def __call__(
         self,
@@ -105,7 +107,10 @@ class ConfigFile(argparse.Action):
                 parser.error(parser.source + _unknown_option(key, known))
             if value is not None:  # "subset:" without a value is the default
                 check = action.type or parser.checked(action.option_strings[0], values.boolean)
-                setattr(namespace, action.dest, check(value))  # type: ignore[operator]
+                checked = check(value)  # type: ignore[operator]
+                positional = not action.option_strings and action.dest in namespace
+                if action.dest not in parser.given and not positional:
+                    setattr(namespace, action.dest, checked)
         parser.source = ""
 
 

@@ -12,6 +12,7 @@ from kernelnorm.cli.options import (
     add_norms_argument,
     add_place_arguments,
     add_recipe_arguments,
+    check_agc,
     choices,
     command_parser,
     recipe_of,
@@ -67,6 +68,7 @@ def run(arguments: Namespace) -> None:
     from kernelnorm.experiments.sweep import Grid
 
     grid = make_runs(arguments)
+    check_agc(arguments, grid)
     out = arguments.out or Path("runs") / grid[0].case
     execute_plan(Grid(grid), out, arguments)
     if not arguments.dry_run:

@@ -10,6 +10,7 @@ from kernelnorm.cli import values
 from kernelnorm.cli.names import NORMS
 from kernelnorm.cli.options import (
     add_run_arguments,
+    check_agc,
     command_parser,
     configure_run,
     echo,
@@ -54,13 +55,11 @@ def make_parser() -> ArgumentParser:
 
 def run(arguments: Namespace) -> None:
     """Run the command."""
-    from kernelnorm.experiments.errors import RunError
     from kernelnorm.experiments.launch import Launch, leave
     from kernelnorm.experiments.trainer import train
 
     config = configure_run(arguments, arguments.norm, arguments.batch_size)
-    if arguments.agc is not None and config.agc is None:
-        raise RunError(f"--agc is for the norm nf: {config.norm} does not need it")
+    check_agc(arguments, [config])
     if arguments.init_from is not None:
         config = replace(config, init_from=_origin(arguments))
     explain_lr(arguments, [config])
@@ -100,5 +99,8 @@ def _origin(arguments: Namespace) -> str:
             raise
         return begun
     if begun and begun != found:
-        echo(f"{arguments.init_from} is not what {arguments.out} started from; it goes on anyway")
+        echo(
+            f"warning: {arguments.out} started from other weights than {arguments.init_from}. The "
+            "run resumes from its checkpoint; --init-from has no effect"
+        )
     return begun or found

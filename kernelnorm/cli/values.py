@@ -67,8 +67,8 @@ def positive_int(value: Any) -> int:
 
 
 def seed(value: Any) -> int:
-    """Check a random seed."""
-    return _integer(value, 0, 2**63 - 1, "must be an integer from 0 to 2**63 - 1")
+    """Check a random seed; PyTorch takes larger ones modulo 2**32."""
+    return _integer(value, 0, 2**32 - 1, "must be an integer from 0 to 2**32 - 1")
 
 
 def _number(value: Any, expected: str, zero: bool = False) -> float:
@@ -132,7 +132,7 @@ def several(
 
 integers = several(positive_int, "must be positive integers separated by commas")
 milestones = several(positive_int, "must be positive integers separated by commas", empty=True)
-seeds = several(seed, "must be integers from 0 to 2**63 - 1, separated by commas")
+seeds = several(seed, "must be integers from 0 to 2**32 - 1, separated by commas")
 
 
 def rates(value: Any) -> list[float] | str:

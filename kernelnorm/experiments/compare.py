@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.distributed import is_torchelastic_launched
 from tqdm import tqdm
 
 from kernelnorm.experiments.config import RunConfig
-from kernelnorm.experiments.errors import DivergedError, RunError
+from kernelnorm.experiments.errors import BusyError, DivergedError, RunError
 from kernelnorm.experiments.files import write_atomically
+from kernelnorm.experiments.inputs import ImageCheck
 from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.plotting import (
     MEAN_LABEL,
@@ -27,6 +29,7 @@ from kernelnorm.experiments.plotting import (
     png,
 )
 from kernelnorm.experiments.runs import Metrics, RunFolder, final_accuracy
+from kernelnorm.experiments.status import Status, read_status
 from kernelnorm.experiments.style import LABELS, line_style
 from kernelnorm.experiments.trainer import train
 from kernelnorm.norms import describe
@@ -77,7 +80,8 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
     Each run that ends adds a row to the table, on the screen and in ``comparison.md`` and
     ``comparison.json`` in ``out``; ``comparison.png`` is drawn at the end. A progress bar counts
     the epochs of all runs. A run that diverges, or cannot be trained, is a row with the reason
-    below it; the other runs are still trained.
+    below it; the other runs are still trained. A run that another process trains is waited for.
+    A run that is done is not trained again, also if its checkpoints were deleted.
 
     Args:
         configs: the runs, in the order of the table.
@@ -86,26 +90,32 @@ def compare(configs: Sequence[RunConfig], out: Path, launch: Launch | None = Non
 
     Raises:
         DataError: images are missing or damaged.
-        RunError: the table or the picture cannot be written, or ``launch`` has ``max_steps``.
+        RunError: the table or the picture cannot be written, ``launch`` has ``max_steps``, or a run
+            that is done is of other images.
     """
     launch = launch or Launch()
     if launch.max_steps is not None:
         raise RunError("a comparison trains whole runs: leave out max_steps")
+    before, check = [_status(config, out) for config in configs], ImageCheck(launch.data_dir)
+    for status in before:
+        if status.state == "done":
+            check(RunFolder(out / status.config.name), status.config)
     widths = [
         max(len(LABELS[config.norm]) for config in configs),
         *(max(len(heading), 7) for heading in _HEADINGS[1:]),
     ]
     _echo(_line(_HEADINGS, widths))
     rows: list[Row] = []
-    epochs = [_epochs_done(config, out) for config in configs]
-    with _bar(configs, sum(epochs)) as bar:
-        for config, done in zip(configs, epochs, strict=True):
+    with _bar(configs, sum(map(_epochs_done, before))) as bar:
+        for status in before:
+            config = status.config
             bar.set_description(f"run {len(rows) + 1} of {len(configs)}")
-            end = bar.n + config.epochs - done
-            own = replace(launch, out=out / config.name, verbose=False)
+            end = bar.n + config.epochs - _epochs_done(status)
+            folder, history = RunFolder(out / config.name), status.history
             try:
-                folder = train(config, own, bar.update)
-                row = Row(config, folder.read_metrics())
+                if status.state != "done":
+                    history = _trained(config, folder, launch, bar)
+                row = Row(config, history)
             except RunError as error:
                 # Other processes may not have this error, and would wait for this process.
                 if is_torchelastic_launched() and not isinstance(error, DivergedError):
@@ -130,13 +140,32 @@ def _echo(text: str) -> None:
         print(text, flush=True)
 
 
-def _epochs_done(config: RunConfig, out: Path) -> int:
-    """Return the finished epochs of a run; all of them if it has converged."""
+def _status(config: RunConfig, out: Path) -> Status:
     try:
-        history = RunFolder(out / config.name).read_metrics()
-    except RunError:  # train reports it
-        return 0
-    return config.epochs if config.finished(history) else len(history)
+        return read_status(RunFolder(out / config.name), config)
+    except RunError:  # a file is damaged: train reports it
+        return Status(config, "failed")
+
+
+def _trained(
+    config: RunConfig, folder: RunFolder, launch: Launch, bar: tqdm[Any]
+) -> Sequence[Metrics]:
+    """Train a run, after other processes that train it; return its metrics."""
+    launch = replace(launch, out=folder.path, verbose=False)
+    try:
+        return train(config, launch, bar.update).read_metrics()
+    except BusyError as error:
+        if is_torchelastic_launched():
+            raise
+        _echo(f"waiting: {error}")
+    while folder.is_locked():
+        time.sleep(1)
+    return _trained(config, folder, launch, bar)
+
+
+def _epochs_done(status: Status) -> int:
+    """Return the finished epochs of a run; all of them if it has converged."""
+    return status.config.epochs if status.state == "done" else len(status.history)
 
 
 def _bar(configs: Sequence[RunConfig], done: int) -> tqdm[Any]:

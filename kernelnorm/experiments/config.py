@@ -194,7 +194,7 @@ def configure(
     values = {**asdict(recipe), **choices, "norm": norm, "batch_size": batch_size}
     values["dataset"] = plain_dataset(values["dataset"])
     if values["schedule"] == "cosine" and choices.get("lr_milestones"):
-        raise RunError("lr_milestones need the schedule 'steps', got 'cosine': leave one out")
+        raise RunError("--lr-milestones needs --schedule steps, got cosine: leave one out")
     steps = values["schedule"] == "steps"
     values["lr_milestones"] = tuple(values["lr_milestones"]) if steps else ()
     for name in ("batch_size", "epochs", "image_size", "subset"):
@@ -203,7 +203,8 @@ def configure(
             raise RunError(f"{name} must be positive, got {value}")
     for name in ("weight_decay", "warmup_epochs"):
         if not 0 <= values[name] <= MAX_FLOAT:
-            raise RunError(f"{name} must be between 0 and {MAX_FLOAT:g}, got {values[name]}")
+            option = f"--{name.replace('_', '-')}"
+            raise RunError(f"{option} must be between 0 and {MAX_FLOAT:g}, got {values[name]}")
     if given := {"norm", "num_classes", "in_channels"} & {*values["model_options"]}:
         raise RunError(
             f"model_options cannot set {', '.join(sorted(given))}: the norm and the data set do"
@@ -213,7 +214,7 @@ def configure(
             raise RunError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}")
     if values["warmup_epochs"] and values["warmup_epochs"] >= values["epochs"]:
         raise RunError(
-            f"warmup_epochs must be fewer than epochs, got {values['warmup_epochs']:g} of "
+            f"--warmup-epochs must be less than --epochs, got {values['warmup_epochs']:g} of "
             f"{values['epochs']}"
         )
     if values.get("private") is not None:
@@ -222,8 +223,8 @@ def configure(
         )
     values["model_options"] = _model_options(values["model_options"])
     values["agc"] = _agc(norm, values.get("agc"), values.get("precision"))
-    if not 0 <= values.get("seed", 0) < 1 << 63:
-        raise RunError(f"seed must be between 0 and 2**63 - 1, got {values['seed']}")
+    if not 0 <= values.get("seed", 0) < 1 << 32:  # PyTorch takes larger ones modulo 2**32
+        raise RunError(f"seed must be between 0 and 2**32 - 1, got {values['seed']}")
     if lr is None:
         lr = auto_lr(recipe, norm, batch_size, values["optimizer"]).lr
     if not 0 < lr <= MAX_FLOAT:

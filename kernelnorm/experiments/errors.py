@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "DivergedError", "RunError", "error_message", "to_install"]
+__all__ = ["BusyError", "DataError", "DivergedError", "RunError", "error_message", "to_install"]
 
 
 class DataError(Exception):
@@ -11,6 +11,10 @@ class DataError(Exception):
 
 class RunError(Exception):
     """A run cannot be made, trained, read or written."""
+
+
+class BusyError(RunError):
+    """Another process trains the run."""
 
 
 class DivergedError(RunError):

@@ -43,7 +43,8 @@ def replacing(target: Path) -> Iterator[Path]:
     """Yield a path for a file or folder, which is renamed to ``target`` if the block succeeds.
 
     If the block fails, nothing is left. If the process is killed, ``.TARGET.*.part`` is left for
-    :func:`remove_parts`. Where two processes make the same folder, the first one's stays.
+    :func:`remove_parts`. If two processes make the same folder, the one that is renamed first is
+    kept.
     """
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from kernelnorm.experiments.checks import check_data
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.data import Images, Preprocess, load_images
 from kernelnorm.experiments.errors import RunError
+from kernelnorm.experiments.recipes import NAMED_DATASETS
+from kernelnorm.experiments.runs import RunFolder
 
-__all__ = ["check_splits", "describe_images", "load_split", "make_preprocess"]
+__all__ = ["ImageCheck", "check_splits", "describe_images", "load_split", "make_preprocess"]
 
 
 def load_split(config: RunConfig, split: Literal["train", "test"], data_dir: str | Path) -> Images:
@@ -34,6 +37,38 @@ def describe_images(**splits: Images) -> dict[str, Any]:
         **{f"{split}_images": len(images) for split, images in splits.items()},
         **{f"{split}_fingerprint": images.fingerprint() for split, images in splits.items()},
     }
+
+
+class ImageCheck:
+    """Checks that runs that have ended were trained on the images that a configuration names.
+
+    The name of a run's folder does not contain the path of a folder of images, so another folder of
+    the same name may hold a run on other images. Named data sets are not checked. The images of a
+    data set are loaded once.
+
+    Args:
+        data_dir: the folder of the data.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._found: dict[tuple[object, ...], dict[str, Any]] = {}
+
+    def __call__(self, folder: RunFolder, config: RunConfig) -> None:
+        """Check a run.
+
+        Raises:
+            DataError: images are missing or damaged.
+            RunError: the run is of other images.
+        """
+        if config.dataset in NAMED_DATASETS:
+            return
+        key = config.dataset, config.image_size, config.subset
+        if key not in self._found:
+            train = load_split(config, "train", self._data_dir)
+            test = load_split(config, "test", self._data_dir)
+            self._found[key] = describe_images(train=train, test=test)
+        check_data(folder, self._found[key])
 
 
 def make_preprocess(config: RunConfig, images: Images) -> Preprocess:

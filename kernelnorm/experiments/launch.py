@@ -138,8 +138,8 @@ def share(fabric: Fabric, network: nn.Module, seed: int) -> nn.Module:
     return network
 
 
-def environment(fabric: Fabric) -> dict[str, Any]:
-    """Return versions, device, processes and threads, for people to read."""
+def environment(fabric: Fabric, compile: bool = False) -> dict[str, Any]:
+    """Return versions, device, processes, threads, and ``compile`` if true, for people to read."""
     device = fabric.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -148,6 +148,7 @@ def environment(fabric: Fabric) -> dict[str, Any]:
         "device": f"{device.type}: {name}",
         "processes": fabric.world_size,
         **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+        **({"compile": True} if compile else {}),  # else as in runs of older versions
     }
 
 

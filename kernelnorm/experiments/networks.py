@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernelnorm import models
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.runs import RunFolder
@@ -38,8 +40,18 @@ def build_network(config: RunConfig, *, num_classes: int, in_channels: int) -> n
             **config.model_options,
         )
     except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: too large for the memory
-        raise RunError(f"cannot build {config.model}: {error}. See --model-options") from error
+        raise RunError(f"cannot build {config.model}: {_reason(error, config)}") from error
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _reason(error: Exception, config: RunConfig) -> str:
+    """Return why a network cannot be built; for an unknown option, the options that it has."""
+    taken = inspect.signature(getattr(models, config.model)).parameters
+    known = [name for name in taken if name not in ("norm", "num_classes", "in_channels")]
+    unknown = [name for name in config.model_options if name not in known]
+    if not unknown or "unexpected keyword" not in str(error):
+        return str(error)
+    return f"unknown option {unknown[0]!r} in --model-options, choose from: {', '.join(known)}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from kernelnorm.experiments.errors import DivergedError, RunError, error_message
+from kernelnorm.experiments.errors import BusyError, DivergedError, RunError, error_message
 from kernelnorm.experiments.files import Lock, remove_parts, write_atomically
 from kernelnorm.experiments.saved import load_checked, save_atomically
 
@@ -60,6 +60,15 @@ def environments(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [environment for environment in found if isinstance(environment, Mapping)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, with which a file of a few lines can take gigabytes of memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -98,15 +107,18 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         if not self.path.is_dir():
-            raise RunError(f"there is no folder {self.path}")
+            raise RunError(
+                f"there is no folder {self.path}: give the folder of a run, such as runs/CASE/NAME"
+            )
         if not file.exists():
             runs = sorted(place.parent.name for place in self.path.glob("*/config.yaml"))
             within = f", but it has run folders ({len(runs)}), such as {runs[0]}" if runs else ""
             raise RunError(f"{self.path} is not the folder of a run: it has no config.yaml{within}")
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or f"{file} is not valid YAML"
+            unread = f"{file} is not valid YAML without aliases"
+            reason = getattr(error, "strerror", None) or unread
             raise RunError(f"{self.path} is not the folder of a run: {reason}") from error
         if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
             raise RunError(f"{self.path} is not the folder of a run: {file} has no section 'run'")
@@ -123,14 +135,15 @@ class RunFolder:
         """Keep other processes from training in the folder, on systems that have such locks.
 
         Raises:
-            RunError: another process trains in the folder, or the folder is not writable.
+            BusyError: another process trains in the folder.
+            RunError: the folder is not writable.
         """
         lock = Lock(self.path / ".lock")
         with ExitStack() as stack:
             try:
                 held = stack.enter_context(lock.hold())
             except BlockingIOError as error:
-                raise RunError(f"another process trains in {self.path}") from error
+                raise BusyError(f"another process trains in {self.path}") from error
             except OSError as error:
                 raise RunError(f"cannot write {lock.file}: {error.strerror}") from error
             if held:  # without a lock another process may still be writing them

@@ -54,7 +54,7 @@ class Trained:
         Raises:
             TypeError: the image is none of these.
             RunError: the image does not have the size of the training images.
-            DataError: the file cannot be read, or the image has more than 8 bits a channel.
+            DataError: the file cannot be read, or the image has more than 8 bits per channel.
         """
         channels, height, width = self.image_shape
         size = height if height == width else None

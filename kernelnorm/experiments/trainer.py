@@ -21,6 +21,7 @@ from kernelnorm.experiments.console import Bar, epoch_line, pause_line, start_li
 from kernelnorm.experiments.errors import DivergedError, RunError, to_install
 from kernelnorm.experiments.evaluation import measure
 from kernelnorm.experiments.inputs import (
+    ImageCheck,
     check_splits,
     describe_images,
     load_split,
@@ -72,6 +73,7 @@ def train(
     check_config(folder, config)
     history = folder.read_metrics()
     if config.finished(history) and (folder.path / "last.ckpt").exists():
+        ImageCheck(launch.data_dir)(folder, config)
         if launch.verbose:
             epochs = "1 epoch" if len(history) == 1 else f"{len(history)} epochs"
             rank_zero_only(print)(f"{folder.path} is finished, after {epochs}.")
@@ -268,7 +270,7 @@ class _Training:
     def _config(self) -> dict[str, Any]:
         """Return the content of ``config.yaml``, after a check of the images if a run resumes."""
         found = describe_images(train=self.train_images, test=self.test_images)
-        record, where = self.config.as_dict(), environment(self.fabric)
+        record, where = self.config.as_dict(), environment(self.fabric, self.launch.compile)
         if (self.folder.path / "last.ckpt").exists():
             check_data(self.folder, found)
             return resumed(self.folder.read_config(), record, where)

@@ -163,6 +163,8 @@ def test_a_folder_without_a_file_is_refused(name: str, tmp_path: Path) -> None:
         ({"name": "__import__"}, "unknown model '__import__'"),
         ({"norm": "spectral"}, "unknown norm 'spectral'"),
         ({"rules": {"speed": 1}}, "unknown rule 'speed'"),
+        ({"options": {"num_classes": -5}}, "describes no network"),
+        ({"options": {"norm": "batch"}}, "options must not have the field norm"),
     ],
 )
 def test_a_wrong_configuration_is_refused(
@@ -187,6 +189,13 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     save_pretrained(small_network(), tmp_path)
     (tmp_path / name).write_bytes(b"\0damaged")
     with pytest.raises(ValueError, match=f"{name} is damaged"):
+        from_pretrained(tmp_path)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    save_pretrained(small_network(), tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
         from_pretrained(tmp_path)
 
 

@@ -30,11 +30,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from kernelnorm.experiments.bench.report import WIDTH, TimeTable, draw, memory_l
 from kernelnorm.experiments.bench.results import Result
 from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.files import write_atomically
+from kernelnorm.experiments.machine import cpu_name
 from kernelnorm.experiments.plotting import png
 
 __all__ = ["CASE_STUDIES", "Plan", "bench", "make_plan", "saved_bytes"]
@@ -150,21 +150,12 @@ def _machine(plan: Plan) -> dict[str, Any]:
     cuda = plan.device.type == "cuda"
     return {
         "torch": str(torch.__version__),
-        "device": f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {_processor()}",
+        "device": f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {cpu_name()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "tf32": cuda,
         "backend": kernelnorm.backend(torch.ones(1, 1, 1, 1, device=plan.device)),
     }
-
-
-def _processor() -> str:
-    """Return the processor's name, or at least its architecture."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(": ", 1)[1]
-    return platform.processor() or platform.machine()
 
 
 def _phrase(machine: dict[str, Any]) -> str:

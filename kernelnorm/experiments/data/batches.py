@@ -34,7 +34,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.mean or ()) != len(self.std or ()) or not all(s > 0 for s in self.std or ()):
             raise ValueError(
-                "mean and std need one number a channel each, std above 0; "
+                "mean and std must have one number per channel, and std must be above 0; "
                 f"got mean={self.mean}, std={self.std}"
             )
 

@@ -54,7 +54,7 @@ def read_image(path: str | Path, image_size: int | None = None, channels: int = 
         channels: 3 for colour, 1 for grey.
 
     Raises:
-        DataError: if the file is missing, corrupt, or has more than 8 bits a channel; colours of
+        DataError: if the file is missing, corrupt, or has more than 8 bits per channel; colours of
             16 bits are reduced to 8, as Pillow does it.
     """
     try:
@@ -83,7 +83,7 @@ def upright(image: Image.Image, channels: int, name: str = "the image") -> Image
     """Return a picture in grey or RGB, with its EXIF orientation applied.
 
     Raises:
-        DataError: if it has more than 8 bits a channel.
+        DataError: if it has more than 8 bits per channel.
     """
     if image.mode[0] in "IF":
         raise DataError(

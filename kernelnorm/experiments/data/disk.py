@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kernelnorm.experiments.errors import DataError
 from kernelnorm.experiments.files import Lock, remove_parts
+from kernelnorm.experiments.machine import user_cache
 
 
 def writable_home(data_dir: Path, subfolder: str = "") -> Path:
@@ -30,7 +31,7 @@ def writable_home(data_dir: Path, subfolder: str = "") -> Path:
     nearest = next((p for p in (target, *target.parents) if p.exists()), target)
     if os.access(nearest, os.W_OK):
         return data_dir
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernelnorm"
+    return user_cache()
 
 
 @contextmanager

@@ -164,10 +164,11 @@ def _verify(archive: Path, md5: str) -> None:
 def _download(url: str, target: Path, dataset: Dataset) -> Path:
     """Download ``url`` to ``target``, which appears once the md5 is right; at most 3 attempts."""
     part = target.with_name(target.name + ".part")
-    with space_for(dataset.megabytes * 1_000_000, target.parent):
+    arrived = part.stat().st_size if part.exists() else 0
+    with space_for(max(0, dataset.megabytes * 1_000_000 - arrived), target.parent):
         for attempt in (1, 2, 3):
             try:
-                _fetch_rest(url, part)
+                _fetch_rest(url, part, most=(2 * dataset.megabytes + 1) * 1_000_000)
                 found = _md5(part)
                 if found == dataset.md5:
                     break
@@ -182,8 +183,12 @@ def _download(url: str, target: Path, dataset: Dataset) -> Path:
         return part.replace(target)
 
 
-def _fetch_rest(url: str, part: Path) -> None:
-    """Append the missing rest of ``url`` to ``part``; start anew if the server cannot resume."""
+def _fetch_rest(url: str, part: Path, most: int) -> None:
+    """Append the missing rest of ``url`` to ``part``; start anew if the server cannot resume.
+
+    Raises:
+        ValueError: there are more than ``most`` bytes; ``part`` is removed.
+    """
     part.touch()
     start = part.stat().st_size
     headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
@@ -206,6 +211,11 @@ def _fetch_rest(url: str, part: Path) -> None:
         ):
             for chunk in response.iter_content(1 << 16):
                 bar.update(file.write(chunk))
+                if file.tell() > most:
+                    break
+    if part.stat().st_size > most:
+        part.unlink()
+        raise ValueError(f"it has more than {most / 1e6:,.0f} MB")
 
 
 def _unpack(archive: Path, target: Path) -> Path:

@@ -51,7 +51,8 @@ def report(root: Path, out: Path | None = None) -> Path:
         The path of ``report.html``, which contains its figures.
 
     Raises:
-        RunError: ``root`` is not a folder or has no runs, or a file cannot be written.
+        RunError: ``root`` is not a folder or has no runs, two runs differ in nothing that the
+            tables compare, or a file cannot be written.
     """
     out = out or root / "report"
     collection = collect(root, out)

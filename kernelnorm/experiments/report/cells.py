@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Rate:
     Args:
         lr: the learning rate.
         tuning: the accuracy by which the best rate is chosen, see :func:`make_cell`; ``None`` if
-            no run is done.
+            there is none, or if a run that chooses has diverged.
         accuracy: mean and deviation over all seeds that are done.
         states: the number of runs in each state.
     """
@@ -38,9 +39,11 @@ class Cell:
 
     Args:
         norm: the normalisation.
-        batch_size: images a step.
+        batch_size: images per step.
         rates: all learning rates that were tried.
-        lr: the best of these rates; ``None`` if no run is done.
+        lr: the best of these rates; ``None`` if there is none.
+        reported_chose: several rates were tried, and seed 0 has no result at one of them, so that
+            all seeds have chosen the rate, including those that are reported.
         records: the runs at the best rate that count, including diverged ones.
         accuracies: the final accuracy by seed, for the records that are done.
         accuracy: mean and deviation of ``accuracies``.
@@ -52,6 +55,7 @@ class Cell:
     batch_size: int
     rates: list[Rate]
     lr: float | None
+    reported_chose: bool
     records: list[Record]
     accuracies: dict[int, float]
     accuracy: Estimate | None
@@ -81,7 +85,7 @@ class Cell:
             states.update(rate.states)
         if not states:
             return "no run"
-        if set(states) == {"diverged"}:
+        if set(states) <= {"diverged", "done"}:
             rates = len(self.rates)
             return f"diverged at all {rates} learning rates" if rates > 1 else "diverged"
         there = (state for state in ("running", "unfinished", "failed") if states[state])
@@ -91,42 +95,42 @@ class Cell:
 def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
     """Choose the best learning rate, and the runs that count.
 
-    The best rate has the highest final accuracy of seed 0. If seed 0 is not done at some rate at
-    which other seeds are, the best rate has the highest mean over the seeds that are done.
+    The best rate has the highest final accuracy of seed 0; a rate at which seed 0 has diverged is
+    never the best. If seed 0 has no result at some rate at which other seeds have one, the best
+    rate has the highest mean over all seeds, of which none has diverged. A single rate is the best
+    if a run is done.
 
     If several rates were tried, seed 0 is left out at the best rate as soon as another seed is done
     or diverged. If one rate was tried, nothing was tuned, and all seeds count.
 
     Args:
         norm: the normalisation.
-        batch_size: images a step.
+        batch_size: images per step.
         records: the cell's runs, in any state.
     """
     by_rate = {
         lr: [record for record in records if record.config.lr == lr]
         for lr in sorted({record.config.lr for record in records})
     }
-    done = [record for record in records if record.state == "done"]
-    tuning = [record for record in done if record.config.seed == TUNING_SEED]
-    if {record.config.lr for record in tuning} != {record.config.lr for record in done}:
-        tuning = done
-    scores = {
-        lr: statistics.fmean(scored)
-        for lr in by_rate
-        if (scored := _accuracies([record for record in tuning if record.config.lr == lr]))
+    tuning, reported_chose = _tuning_runs(records)
+    results = {
+        lr: [_result(record) for record in tuning if record.config.lr == lr] for lr in by_rate
     }
+    scores = {lr: statistics.fmean(found) for lr, found in results.items() if found}
     rates = [
         Rate(
             lr,
-            scores.get(lr),
+            scores[lr] if scores.get(lr, -math.inf) > -math.inf else None,
             estimate(_accuracies(there)),
             dict(Counter(record.state for record in there)),
         )
         for lr, there in by_rate.items()
     ]
     lr = best_rate(scores)
+    if len(by_rate) == 1 and any(record.state == "done" for record in records):
+        lr = next(iter(by_rate))
     if lr is None:
-        return Cell(norm, batch_size, rates, None, [], {}, None, None, None)
+        return Cell(norm, batch_size, rates, None, False, [], {}, None, None, None)
     counted = by_rate[lr]
     others = [record for record in counted if record.config.seed != TUNING_SEED]
     if len(by_rate) > 1 and any(record.state in ("done", "diverged") for record in others):
@@ -138,6 +142,7 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
         batch_size,
         rates,
         lr,
+        reported_chose,
         [record for record in counted if record.state in ("done", "diverged")],
         accuracies,
         estimate(list(accuracies.values())),
@@ -146,13 +151,27 @@ def make_cell(norm: str, batch_size: int, records: Sequence[Record]) -> Cell:
     )
 
 
+def _tuning_runs(records: Sequence[Record]) -> tuple[list[Record], bool]:
+    """Return the runs that choose the rate, and whether they are of all seeds."""
+    ended = [record for record in records if record.state in ("done", "diverged")]
+    tuning = [record for record in ended if record.config.seed == TUNING_SEED]
+    rates = {record.config.lr for record in ended}
+    if {record.config.lr for record in tuning} == rates:
+        return tuning, False
+    return ended, len(rates) > 1
+
+
+def _result(record: Record) -> float:
+    return -math.inf if record.state == "diverged" else record.accuracy
+
+
 @dataclass(frozen=True)
 class Variant:
     """One variant at one batch size and learning rate; accuracies are in percent.
 
     Args:
         name: its changes of the paper's rules, see :attr:`RunConfig.variant`; empty: none.
-        batch_size: images a step.
+        batch_size: images per step.
         lr: the learning rate.
         states: the number of runs in each state.
         records: the runs that are done.

@@ -68,6 +68,12 @@ class Record:
         """The training time of each epoch, in seconds."""
         return [metrics["seconds"] for metrics in self.history]
 
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints of the training and test images; empty if they are not recorded."""
+        names = [f"{split}_fingerprint" for split in ("train", "test")]
+        return tuple(str(self.found[name]) for name in names if name in self.found)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the run as a dict for JSON, with accuracies in percent."""
         config = self.config
@@ -105,7 +111,8 @@ class Collection:
 
 
 def collect(root: Path, out: Path) -> Collection:
-    """Read every run folder below a root; a run with two folders is counted once.
+    """Read every run folder below a root, also links to run folders; a run with two folders is
+    counted once.
 
     Args:
         root: the folder that is searched.
@@ -118,7 +125,7 @@ def collect(root: Path, out: Path) -> Collection:
         raise RunError(f"{root} is not a folder: give the folder of runs, such as runs/")
     root = root.absolute()
     folders = sorted(_run_folders(root, out.absolute()))
-    records: dict[tuple[str, str], Record] = {}
+    records: dict[tuple[str, ...], Record] = {}
     unreadable = []
     for folder in tqdm(folders, unit=" runs", leave=False, disable=None, dynamic_ncols=True):
         place = folder.relative_to(root).as_posix()
@@ -128,7 +135,7 @@ def collect(root: Path, out: Path) -> Collection:
             reason = error_message(error)
             unreadable.append(Unreadable(place, reason.replace(f"{root}{os.sep}", "")))
             continue
-        run = record.config.name, str(record.found.get("train_fingerprint"))
+        run = record.config.name, *record.fingerprints
         other = records.setdefault(run, record)
         if other is not record:
             # Count the folder with more progress.
@@ -150,6 +157,9 @@ def _run_folders(root: Path, out: Path) -> Iterator[Path]:
         if not _SIGNS.isdisjoint(files):
             yield here
         folders[:] = [name for name in folders if here / name not in (out, root / "report")]
+        for place in map(here.__truediv__, folders):  # os.walk does not enter links
+            if place.is_symlink() and any((place / sign).exists() for sign in _SIGNS):
+                yield place
 
 
 def _progress(record: Record) -> tuple[bool, int]:

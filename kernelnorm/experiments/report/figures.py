@@ -101,7 +101,7 @@ def _against_epoch(section: Section) -> Picture | None:
     size = _nearest(sizes)
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    finals, drawn = [], []
+    finals, drawn, unequal = [], [], False
     for norm in section.norms:
         cell, style = section.cells[norm, size], line_style(norm)
         if cell.accuracy is None:
@@ -110,7 +110,9 @@ def _against_epoch(section: Section) -> Picture | None:
         done = [record for record in cell.records if record.state == "done"]
         curves(left, [record.train_losses for record in done], style)
         curves(right, [record.test_accuracies for record in done], style)
-        mean_line(right, max(len(record.seconds) for record in done), cell.accuracy.mean, style)
+        ends = {len(record.seconds) for record in done}
+        unequal = unequal or len(ends) > 1
+        mean_line(right, min(ends), cell.accuracy.mean, style)
         if theirs := paper_accuracy(section.config.case, norm, size):
             finals.append(f"{LABELS[norm]} {theirs[0]:.2f}")
     left.set_yscale("log")
@@ -120,6 +122,11 @@ def _against_epoch(section: Section) -> Picture | None:
     epoch_axes((left, right))
     legend(figure, (left, right))
     note = "Mean over the seeds; band: from the lowest to the highest seed."
+    if unequal:
+        note += (
+            " A curve ends with its shortest seed. The dashed line is drawn there, at the mean "
+            "over the last five epochs of each seed."
+        )
     if finals:
         note += f" The paper's final accuracies, in %: {', '.join(finals)}."
     return Picture(
@@ -152,7 +159,7 @@ def _against_rate(section: Section) -> Picture | None:
             best = [(lr, score) for lr, score in points if lr == cell.lr]
             ring = {"marker": "o", "markersize": 13, "fillstyle": "none", "linestyle": "none"}
             panel.plot([lr for lr, _ in best], [y for _, y in best], color=style["color"], **ring)
-            lost = [rate.lr for rate in cell.rates if set(rate.states) == {"diverged"}]
+            lost = [r.lr for r in cell.rates if r.tuning is None and r.states.get("diverged")]
             height = 0.04 + 0.05 * section.norms.index(cell.norm)
             panel.plot(
                 lost,
@@ -173,8 +180,9 @@ def _against_rate(section: Section) -> Picture | None:
         "Accuracy against learning rate",
         "Final test accuracy against learning rate, a panel for each batch size; the numbers are "
         "in the table of the learning rates.",
-        "Runs with the tuning seed. A ring marks the best learning rate; hollow marks at the lower "
-        "edge are learning rates whose runs all diverged.",
+        "The accuracy of seed 0, which chooses the learning rate; the mean over all seeds if seed "
+        "0 has no result at a rate. A ring marks the best rate; hollow marks at the lower edge are "
+        "rates at which training diverged.",
         png(figure),
     )
 

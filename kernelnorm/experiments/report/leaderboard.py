@@ -34,7 +34,7 @@ class Standing:
     """The place of a norm at one batch size.
 
     Args:
-        batch_size: images a step.
+        batch_size: images per step.
         rank: 1 for the highest mean accuracy; ``None`` if no run is done. Norms with a diverged run
             rank behind the others.
         norm: the normalisation.
@@ -49,10 +49,10 @@ class Standing:
             three digits.
         epochs: the number of epochs until the mean training loss of an epoch is at most ``loss``,
             the median over seeds; ``None`` if the median run does not reach it, or has diverged.
-        seconds_per_step: the median over epochs and runs; ``None`` if the section's runs used
-            several devices.
+        seconds_per_step: the median over epochs and runs; ``None`` if the section's runs differ in
+            their device, processes, threads or compilation.
         saved_bytes: the bytes stored for the backward pass, per image of a batch of this size.
-        batch_one: whether the norm is meant for training with one image a batch.
+        batch_one: whether the norm is meant for training with one image per batch.
         needs: what training needs in addition to the optimizer.
     """
 
@@ -84,7 +84,7 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
     sizes = sorted({batch_size for _, batch_size in cells})
     memory = _measure(cells)
     records = [record for cell in cells.values() for record in _done(cell)]
-    one_device = len(set[str]().union(*map(_devices, records))) < 2
+    comparable = _have_comparable_times(records)
     standings = []
     for batch_size in sizes:
         tried = [cell for cell in cells.values() if cell.batch_size == batch_size and cell.rates]
@@ -111,7 +111,7 @@ def make_standings(cells: Mapping[tuple[str, int], Cell]) -> list[Standing]:
                     "" if cell.accuracy else cell.absence,
                     loss,
                     None if loss is None else _epochs_to(loss, runs, cell.diverged),
-                    _seconds_per_step(runs) if one_device else None,
+                    _seconds_per_step(runs) if comparable else None,
                     None if kept is None else kept[0] / batch_size + kept[1],
                     norm.batch_one,
                     norm.needs,
@@ -128,8 +128,16 @@ def _order(cell: Cell) -> tuple[bool, bool, float]:
     return cell.accuracy is None, cell.diverged > 0, -mean
 
 
-def _devices(record: Record) -> set[str]:
-    return {str(environment.get("device")) for environment in environments(record.found)}
+def _have_comparable_times(records: Sequence[Record]) -> bool:
+    """Tell whether the runs had one device, and one number of processes and of threads where it is
+    recorded, and whether all or none of them were compiled.
+    """
+    found = [place for record in records for place in environments(record.found)]
+    compiled = {bool(place.get("compile")) for place in found}
+    return len(compiled) < 2 and all(
+        len({str(place[name]) for place in found if name in place}) < 2
+        for name in ("device", "processes", "threads")
+    )
 
 
 def _done(cell: Cell) -> list[Record]:

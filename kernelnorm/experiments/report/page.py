@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from kernelnorm.experiments.config import AGC, RunConfig
 from kernelnorm.experiments.paper import paper
 from kernelnorm.experiments.private_options import Privacy, rounded_up
+from kernelnorm.experiments.recipes import NAMED_DATASETS
 from kernelnorm.experiments.report.blocks import Entry, Picture, Table
 from kernelnorm.experiments.report.collect import Collection
 from kernelnorm.experiments.report.figures import section_pictures
@@ -161,6 +162,14 @@ def _privacy(section: Section, private: Privacy) -> str:
     return f"Differentially private: {private}{most}. The search for options is not counted."
 
 
+def _data(section: Section) -> str:
+    """Return the data set's name, or a folder with the fingerprints of its images."""
+    dataset = section.config.dataset
+    prints = next((record.fingerprints for record in section.records if record.fingerprints), ())
+    shown = prints and dataset not in NAMED_DATASETS
+    return f"{dataset} (fingerprints {', '.join(prints)})" if shown else dataset
+
+
 def _facts(section: Section) -> list[str]:
     config = section.config
     counts = [f"{number} {state}" for state, number in section.counts.items() if number]
@@ -173,7 +182,7 @@ def _facts(section: Section) -> list[str]:
     options = {name: value for name, value in config.model_options.items() if name != "rules"}
     with_options = "".join(f", {name} {value}" for name, value in options.items())
     facts = [
-        f"Data {config.dataset}{size}{subset}; network {config.model}{with_options}; at most "
+        f"Data {_data(section)}{size}{subset}; network {config.model}{with_options}; at most "
         f"{config.epochs} epochs{_unlike_the_paper(config)}; {config.precision}.",
         *([] if config.private is None else [_privacy(section, config.private)]),
         runs,

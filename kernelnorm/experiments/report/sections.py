@@ -6,9 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from kernelnorm.experiments.config import AGC, RunConfig
+from kernelnorm.experiments.errors import RunError
 from kernelnorm.experiments.paper import paper, paper_accuracy, paper_lr, paper_time
 from kernelnorm.experiments.recipes import RECIPES, Recipe
 from kernelnorm.experiments.report.cells import Cell, Variant, make_cell, make_variants
@@ -122,11 +124,30 @@ class Section:
 def make_sections(records: Sequence[Record]) -> list[Section]:
     """Group the runs, so that those of a section differ only in norm, batch size, learning rate,
     seed and rules; the paper's cases come first.
+
+    Images are recognised by their fingerprints, whatever the path of their folder. A run without
+    fingerprints, such as one that failed before it loaded images, belongs to the runs with its
+    path, if all of these have the same images.
+
+    Raises:
+        RunError: two runs of a section differ in nothing that the tables compare.
     """
+    images: dict[str, set[tuple[str, ...]]] = {}
+    for record in records:
+        known = images.setdefault(_key(_setting(record.config)), set())
+        known.update([record.fingerprints] if record.fingerprints else [])
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps(_setting(record.config), sort_keys=True), []).append(record)
+        setting = _setting(record.config)
+        known = images[_key(setting)]
+        found = record.fingerprints or (next(iter(known)) if len(known) == 1 else ())
+        setting["dataset"] = found or setting["dataset"]
+        groups.setdefault(_key(setting), []).append(record)
     return sorted((_make_section(group) for group in groups.values()), key=_place)
+
+
+def _key(setting: Mapping[str, Any]) -> str:
+    return json.dumps(setting, sort_keys=True)
 
 
 def _place(section: Section) -> tuple[int, str, int]:
@@ -137,6 +158,13 @@ def _place(section: Section) -> tuple[int, str, int]:
 
 def _make_section(group: Sequence[Record]) -> Section:
     records = sorted(group, key=_row)
+    for one, other in pairwise(record for record in records if record.state == "done"):
+        if _row(one) == _row(other):
+            raise RunError(
+                f"{one.folder} and {other.folder} have the same normalisation, batch size, "
+                "learning rate, seed and rules: move one of them to another folder, and report it "
+                "there"
+            )
     config = records[0].config
     plain = [record for record in records if not record.config.variant]
     grid = [

@@ -58,7 +58,7 @@ def _accuracy(section: Section) -> Table:
         "Final test accuracy in %: mean ± sample deviation over seeds, each the mean over its "
         "last five epochs, never the best epoch. If fewer than three seeds count, the cell gives "
         "their number. Seed 0 chooses the learning rate (Table 4), and then the other seeds count; "
-        "seed 0 counts if there are no others, or if a single rate was tried."
+        f"seed 0 counts if there are no others, or if a single rate was tried.{_untuned(section)}"
     )
     if section.config.case in paper():
         note += " Second line: the paper's value (three seeds), and (ours minus the paper's)."
@@ -131,12 +131,12 @@ def _time(section: Section) -> Table:
     if in_paper:
         note += " The paper's Table 2 is for batch size 32, on an RTX A6000."
     if len(section.environments) > 1:
-        note += " The runs used different devices or versions."
+        note += " The runs used different devices, threads or versions."
     return Table("Table 2. Training time", head, rows, note)
 
 
 def _lr(section: Section) -> Table:
-    note = "The rate with the best final accuracy of seed 0."
+    note = f"The rate with the best final accuracy of seed 0.{_untuned(section)}"
     if any(cell.edge for cell in section.cells.values()):
         note += " If it is the lowest or highest one tried, a rate beyond it may be better."
     if section.config.case in paper():
@@ -152,6 +152,21 @@ def _lr_entry(section: Section, cell: Cell) -> Entry:
     alone = " (the only one tried)" if len(cell.rates) == 1 else ""
     edge = f" (the {cell.edge} tried)" if cell.edge else alone
     return Entry(f"{cell.lr:g}{edge}", cell.lr, printed)
+
+
+def _untuned(section: Section) -> str:
+    """Return a sentence on the cells whose learning rate the reported seeds chose, if any."""
+    cells = [
+        f"{LABELS[cell.norm]} at batch size {cell.batch_size}"
+        for cell in section.cells.values()
+        if cell.reported_chose
+    ]
+    if not cells:
+        return ""
+    return (
+        " Where seed 0 has no result at one of the rates, the mean over all seeds chooses, and "
+        f"the reported accuracy is too high on average: {', '.join(cells)}."
+    )
 
 
 def _rates(section: Section) -> Table:
@@ -173,8 +188,8 @@ def _rates(section: Section) -> Table:
         rows = []  # nothing was tuned
     note = (
         "Tuning: the final accuracy of seed 0, by which the best rate is chosen (the mean over all "
-        "seeds, if seed 0 is not done at every rate). All seeds: mean ± sample deviation, "
-        "including seed 0."
+        "seeds, if seed 0 has no result at a rate); a rate at which such a run diverged is the "
+        "worst. All seeds: mean ± sample deviation, including seed 0."
     )
     return Table("Every learning rate that was tried", head, rows, note, folded=True)
 

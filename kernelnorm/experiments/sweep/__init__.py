@@ -16,7 +16,7 @@ from typing import Protocol
 
 from kernelnorm.experiments.config import RunConfig
 from kernelnorm.experiments.errors import RunError
-from kernelnorm.experiments.inputs import load_split
+from kernelnorm.experiments.inputs import ImageCheck, load_split
 from kernelnorm.experiments.runs import RunFolder
 from kernelnorm.experiments.status import Status, read_status
 from kernelnorm.experiments.sweep.grid import make_grid
@@ -89,6 +89,18 @@ class _Survey:
         """Return the status of each run that is wanted so far."""
         return [self.look(config) for config in self.plan.runs(self.result)]
 
+    def check_images(self, data_dir: Path) -> None:
+        """Check that the runs that have ended were trained on the images of the plan.
+
+        Raises:
+            DataError: images are missing or damaged.
+            RunError: a run is of other images.
+        """
+        check = ImageCheck(data_dir)
+        for status in self.statuses():
+            if status.result is not None:
+                check(RunFolder(self.root / status.config.name), status.config)
+
     def end(self, config: RunConfig, future: Future[str]) -> Status:
         """Record the end of a run, and return its status."""
         folder = RunFolder(self.root / config.name)
@@ -103,15 +115,21 @@ class _Survey:
         return self.look(config)
 
 
-def dry_run(plan: Plan, root: Path, jobs: int) -> None:
+def dry_run(plan: Plan, root: Path, jobs: int, data_dir: Path = Path("data")) -> None:
     """Print the runs that are wanted, with their states, and estimate the time they will take.
 
     Args:
         plan: the plan.
         root: the folder of the runs' folders.
         jobs: how many runs would be executed in parallel.
+        data_dir: the folder of the data.
+
+    Raises:
+        DataError: images of runs that have ended are missing or damaged.
+        RunError: a run that has ended is of other images.
     """
     survey = _Survey(plan, root)
+    survey.check_images(data_dir)
     statuses = survey.statuses()
     missing = [status for status in statuses if status.result is None]
     print("\n".join(table(statuses, plan.note)))
@@ -138,9 +156,14 @@ def sweep(plan: Plan, root: Path, pool: Pool, data_dir: Path) -> list[Status]:
 
     Returns:
         the status of each run.
+
+    Raises:
+        DataError: images are missing or damaged.
+        RunError: a run that has ended is of other images.
     """
     survey = _Survey(plan, root)
     with closing(pool):
+        survey.check_images(data_dir)
         _prepare([status.config for status in survey.statuses() if status.result is None], data_dir)
         try:
             _run_all(survey, pool)

@@ -66,7 +66,10 @@ def make_grid(
         for seed in seeds
     ]
     if not runs:
-        raise RunError("the sweep has no runs: give each of its lists a value")
+        raise RunError(
+            "the sweep has no runs: one of its lists (norms, batch sizes, learning rates, seeds) "
+            "is empty"
+        )
     for run in {(run.norm, str(run.model_options)): run for run in runs}.values():
         with torch.device("meta"):  # finds wrong options before a run starts
             build_network(run, num_classes=10, in_channels=3)
