@@ -89,8 +89,10 @@ def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
 def test_ctrl_c_is_an_exception_again_when_the_command_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    handlers: list[object] = []
+
     def run(_: object) -> None:
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        handlers.append(signal.getsignal(signal.SIGINT))
 
     monkeypatch.setattr("kernelnorm.cli.report.run", run)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -98,6 +100,7 @@ def test_ctrl_c_is_an_exception_again_when_the_command_runs(
         main(["report", "runs"])
     finally:
         signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.default_int_handler]
 
 
 def test_output_that_nobody_reads_ends_the_command_without_a_traceback() -> None:

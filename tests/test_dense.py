@@ -314,24 +314,36 @@ def test_hooks_see_their_layers(x: Tensor):
 
 def test_a_hook_that_changes_an_output_changes_the_block(x: Tensor):
     block = block_of()
+    before = run(block, block, x)[0]
     block[1].conv2.register_forward_hook(lambda module, args, y: y * 2)
-    assert_same(run(block, block, x), run(concatenated(block), block, x))
+    results = run(block, block, x)
+    assert_same(results, run(concatenated(block), block, x))
+    assert_same([results[0][:, 7:10]], [2 * before[:, 7:10]])
 
 
 def test_a_forward_that_was_replaced_is_called(x: Tensor):
     """As wrappers for checkpointing and offloading do."""
     block, calls = block_of(), []
+    before = run(block, block, x)[0]
     conv = block[1].conv2
     forward = conv.forward
     conv.forward = lambda x: calls.append(1) or forward(x) + 1
-    assert_same(run(block, block, x), run(concatenated(block), block, x))
+    results = run(block, block, x)
+    assert_same(results, run(concatenated(block), block, x))
     assert calls == [1, 1]
+    assert_same([results[0][:, 7:10]], [before[:, 7:10] + 1])
 
 
 def test_a_layer_that_was_replaced_is_called(x: Tensor):
     block = block_of()
-    block[2].conv2 = nn.Conv2d(12, 3, 3, padding=1).double()
-    assert_same(run(block, block, x), run(concatenated(block), block, x))
+    block[2].conv2 = conv = nn.Conv2d(12, 3, 3, padding=1).double()
+    inputs: list[Tensor] = []
+    conv.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    results = run(block, block, x)
+    assert_same(results, run(concatenated(block), block, x))
+    assert_same(
+        [results[0][:, 10:]], [nn.functional.conv2d(inputs[0], conv.weight, conv.bias, padding=1)]
+    )
 
 
 def test_other_norms_are_concatenated(x: Tensor):
@@ -361,6 +373,10 @@ def test_functional_transforms_see_the_layers(x: Tensor, training: bool):
         parameters, x
     )
     assert all(g.shape[0] == 2 for g in per_sample.values())
+    if not training:
+        for i, sample in enumerate(x):
+            alone = torch.autograd.grad(loss(parameters, sample), [*parameters.values()])
+            assert_same([g[i] for g in per_sample.values()], [*alone])
 
 
 @pytest.mark.parametrize("name", ["vgg8", "resnet18", "densenet121"])

@@ -112,11 +112,30 @@ def test_the_code_of_the_page_on_conversion_prints_what_it_says(
 
 
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its generator of random numbers
-def test_the_code_of_the_page_on_private_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_of_the_page_on_private_training_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("opacus")
-    (code, *_) = python_blocks(ROOT / "docs" / "private.md")
-    exec(code, {})
-    assert float(capsys.readouterr().out) > 0
+    code, augmented, distributed, precision = python_blocks(ROOT / "docs" / "private.md")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    exec(precision, {"torch": torch})
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+    names: dict[str, Any] = {"augment": lambda x: x.flip(3)}
+    exec(code, names)
+    names["network"].book.augmentations = 4
+    exec(augmented, names)
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        exec(code.replace("engine = ", f"{distributed}engine = "), {})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(float(epsilon) > 0 for epsilon in capsys.readouterr().out.split())
 
 
 def slow_if_it_exports(page: Path) -> Any:

@@ -194,6 +194,10 @@ def test_networks_with_published_weights_are_those_described(
 @pytest.mark.parametrize(("name", "small"), [(name, small) for name in NAMES for small in (0, 1)])
 def test_smaller_images_than_the_docstring_says_are_refused(name: str, small: int) -> None:
     least = LEAST[name][small]
+    documented = getattr(knresnet, "knresnet18" if name == "knresnet34" else name).__doc__
+    stated = re.search(r"at least (\d+), or (\d+) with\s+``small_images``", documented)
+    assert stated is not None
+    assert int(stated[1 + small]) == least
     network = create_model(name, small_images=bool(small))
     with torch.no_grad():
         assert network(torch.zeros(2, 3, least, least)).shape == (2, 1000)

@@ -127,6 +127,8 @@ def test_the_threads_are_those_of_pytorchs_runtime():
 
 def test_the_runtime_is_also_found_where_a_process_cannot_be_searched(monkeypatch):
     """On Windows the process itself, ``None``, is no library."""
+    expected = module._openmp()
+    assert sys.platform != "linux" or None not in expected
 
     def cdll(place: str | None) -> ctypes.CDLL:
         if place is None:
@@ -134,24 +136,34 @@ def test_the_runtime_is_also_found_where_a_process_cannot_be_searched(monkeypatc
         return ctypes.CDLL(place)
 
     monkeypatch.setattr(module, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": cdll}))
-    assert len(module._openmp()) == 3
+    assert module._openmp() == expected
 
 
-def test_without_an_openmp_runtime_there_is_one_thread(installed, monkeypatch):
-    layer = kn.KNConv2d(32, 32, 3, padding=1)
-    x = torch.randn(4, 32, 32, 32)
+def test_without_an_openmp_runtime_there_is_one_thread(installed, monkeypatch, set_threads):
+    """Each thread has sums of its own in the workspace of the epilogue's backward."""
+    layer, x = kn.KNConv2d(32, 32, 3, padding=1), torch.randn(4, 32, 32, 32)
+    empty, sums = cpu._empty, []
+
+    def recorded(shape: tuple[int, ...], *dtype: torch.dtype) -> Tensor:
+        made = empty(shape, *dtype)
+        if shape == (3 * 4 * 32,):
+            sums.append(made)
+        return made
+
+    set_threads(3)
+    monkeypatch.setattr(cpu, "_empty", recorded)
     expected = results(layer, x)
-    monkeypatch.setattr(module, "_openmp", lambda: [None] * 3)
-    installed(module.PATH)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert kn.backend(x) == "cpu"
-        torch.testing.assert_close(results(layer, x), expected, rtol=1e-3, atol=1e-3)
-    finally:
-        torch.set_num_threads(before)
-        monkeypatch.undo()
-        load(module.PATH)  # gives the threads back
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_openmp", lambda: [None] * 3)
+        installed(module.PATH)
+        try:
+            assert kn.backend(x) == "cpu"
+            torch.testing.assert_close(results(layer, x), expected, rtol=1e-3, atol=1e-3)
+        finally:
+            patched.undo()
+            load(module.PATH)  # gives the threads back
+    used = [workspace.view(3, -1).any(1).tolist() for workspace in sums]
+    assert used == [[True, True, True], [True, False, False]]
 
 
 def test_names_of_backends(monkeypatch: pytest.MonkeyPatch):

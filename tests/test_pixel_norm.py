@@ -84,6 +84,8 @@ def test_keeps_the_input_alone():
 
 def test_eager_backend_and_kernels_have_the_same_mask():
     x, layer = torch.randn(2, 16, 8, 8), KernelNorm2d(1, dropout_p=0.5)
+    if pixel_norm.backend_for(x) is eager:
+        pytest.skip("the installation has no C kernels")
     outputs = []
     for one in (pixel_norm.backend_for, lambda x: eager):
         with mock.patch.object(pixel_norm, "backend_for", one):

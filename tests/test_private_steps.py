@@ -72,6 +72,25 @@ def test_a_step_adds_the_clipped_gradients_of_a_loop(norm: str, views: int) -> N
 
 
 @known
+def test_a_step_does_not_use_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    steps, seen = steps_of(small(batch_size=6), images_of()), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    steps.model.register_forward_hook(lambda *_: seen.append(flags()))
+    steps.optimizer.attach_step_hook(lambda _: seen.append(flags()))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        steps.take(next(steps.batches(0, 0)))
+        assert flags() == (True, "high")  # as before
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert seen == [(False, "highest")] * 2
+
+
+@known
 @pytest.mark.parametrize("most", [2, 3, 5, 100])
 def test_micro_batches_have_the_sum_of_the_batch(most: int) -> None:
     """What augmentation draws for a sample is another thing in each part, so there is none."""

@@ -189,7 +189,27 @@ def test_compiled(name: str, compiler: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    ("name", "index", "expected"),
+    [
+        ("frn", 1, "FilterResponseNorm2d(8, eps=1e-06)"),
+        ("positional", 1, "PositionalNorm2d(8, eps=1e-05)"),
+        ("evonorm_s0", 1, "EvoNorm2dS0(8, eps=1e-05, group_size=8)"),
+        (
+            *("local_context_sliding", 1),
+            "SlidingLocalContextNorm2d(8, eps=1e-05, group_size=8, window=(8, 8))",
+        ),
+        (
+            *("nf", 0),
+            "ScaledWSConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))",
+        ),
+    ],
+)
+def test_layers_say_what_they_are(name: str, index: int, expected: str) -> None:
+    assert repr(block(name)[index]) == expected
+
+
 @every
-def test_layers_say_what_they_are(name: str) -> None:
+def test_layers_say_the_same_on_every_device(name: str) -> None:
     assert "eps=0.00" not in repr(block(name))
     assert repr(block(name)) == repr(block(name, device="meta"))

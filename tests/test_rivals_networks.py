@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import pytest
@@ -37,6 +38,13 @@ def small(norm: str, name: str = "vgg8", **options: object) -> nn.Module:
     return create_model(name, norm=norm, num_classes=5, **{**size, **options})
 
 
+def pairs(names: Iterable[str], norms: Iterable[str]) -> list[tuple[str, str]]:
+    """The networks with each norm, as far as there are such; at least one for each norm."""
+    made = [(name, norm) for norm in norms for name in names if name in list_models(norm)]
+    assert {norm for _, norm in made} == {*norms}
+    return made
+
+
 @cache
 def on_meta(name: str, norm: str) -> nn.Module:
     with torch.device("meta"):
@@ -66,11 +74,8 @@ def test_one_image_trains_a_network(norm: str) -> None:
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("norm", NEW)
-@pytest.mark.parametrize("name", ["vgg8", "resnet18", "densenet121"])
+@pytest.mark.parametrize(("name", "norm"), pairs(["vgg8", "resnet18", "densenet121"], NEW))
 def test_convolutions_are_the_norms_own(name: str, norm: str) -> None:
-    if name not in list_models(norm):
-        return
     network = small_densenet(norm) if name == "densenet121" else on_meta(name, norm)
     convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     if norm == "weight_norm":
@@ -81,11 +86,10 @@ def test_convolutions_are_the_norms_own(name: str, norm: str) -> None:
     assert {conv.bias is not None for conv in convs} == {describe(norm).bias}
 
 
-@pytest.mark.parametrize("norm", OWN_ACTIVATION)
-@pytest.mark.parametrize("name", ["vgg8", "resnet18", "resnet50", "densenet121"])
+@pytest.mark.parametrize(
+    ("name", "norm"), pairs(["vgg8", "resnet18", "resnet50", "densenet121"], OWN_ACTIVATION)
+)
 def test_an_own_activation_replaces_every_relu(name: str, norm: str) -> None:
-    if name not in list_models(norm):
-        return
     network = create_model(name, norm=norm).eval()
     assert not [m for m in network.modules() if isinstance(m, nn.ReLU)]
     order: list[type] = []

@@ -13,9 +13,11 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kernelnorm.cli import main
 from kernelnorm.cli.sweep import make_parser, make_runs
@@ -28,7 +30,15 @@ from kernelnorm.experiments.launch import Launch
 from kernelnorm.experiments.recipes import recipe_for
 from kernelnorm.experiments.runs import Metrics, RunFolder
 from kernelnorm.experiments.style import LABELS
-from kernelnorm.experiments.sweep import Grid, LocalPool, Status, dry_run, make_grid, sweep
+from kernelnorm.experiments.sweep import (
+    Grid,
+    LocalPool,
+    Status,
+    dry_run,
+    local,
+    make_grid,
+    sweep,
+)
 from kernelnorm.experiments.sweep.execute import execute
 from kernelnorm.experiments.sweep.local import cores, default_jobs
 from kernelnorm.experiments.sweep.reproduction import _SMALL, Scale
@@ -219,8 +229,8 @@ def test_a_run_compiles_with_as_many_processes_as_it_has_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    monkeypatch.setattr("kernelnorm.experiments.sweep.local._run", _compile_threads)
-    monkeypatch.setattr("kernelnorm.experiments.sweep.local.cores", lambda: 6)
+    monkeypatch.setattr(local, "_run", _compile_threads)
+    monkeypatch.setattr(local, "cores", lambda: 6)
     (config,) = small(norms=["batch"])
     pool = LocalPool(LAUNCH, jobs=2)
     try:
@@ -300,8 +310,26 @@ def test_images_of_finished_runs_are_loaded_once(
     assert loaded == ["train", "test"]
 
 
-def test_as_many_runs_at_a_time_as_there_are_cores() -> None:
-    assert default_jobs("cpu") == cores() >= 1
+def test_as_many_runs_at_a_time_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert default_jobs("cpu") == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert default_jobs("cpu") == 7
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "jobs"),
+    [("cuda", 0.5, 1), ("cuda", 15.9, 1), ("cuda", 16, 2), ("cuda", 80, 3), ("mps", 80, 1)],
+)
+def test_one_run_for_each_8_gib_of_a_gpus_free_memory_at_most_one_for_each_core(
+    monkeypatch: pytest.MonkeyPatch, device: str, gib: float, jobs: int
+) -> None:
+    fabric = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(local, "make_fabric", lambda _: fabric)
+    monkeypatch.setattr(local, "cores", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(gib * 2**30), 2**40))
+    assert default_jobs("auto") == jobs
 
 
 def test_dry_run_lists_and_trains_nothing(

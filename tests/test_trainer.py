@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -116,12 +117,17 @@ def test_batches_that_processes_cannot_share_are_an_error() -> None:
     check_shares(fabric_of(1), "batch", 8)
 
 
-def test_batch_norm_of_several_processes_sees_the_whole_batch() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+def test_batch_norm_of_several_processes_becomes_sync_batch_norm() -> None:
+    """Which trains on GPUs only: here it has the same weights, and evaluates as before."""
+    network, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), torch.randn(4, 1, 5, 5)
+    network(x)
+    y, expected = network.eval()(x), copy.deepcopy(network.state_dict())
     assert share(fabric_of(1), network, 0) is network
     shared = share(fabric_of(2), network, 0)
     assert isinstance(cast(nn.Sequential, shared)[1], nn.SyncBatchNorm)
-    assert shared.state_dict().keys() == network.state_dict().keys()
+    assert_close = torch.testing.assert_close
+    assert_close(shared.state_dict(), expected)
+    assert_close(shared.eval()(x), y)
 
 
 def test_every_process_of_every_seed_draws_its_own() -> None:

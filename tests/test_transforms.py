@@ -98,6 +98,25 @@ def test_second_derivatives_at_windows_of_one_value(keys: str):
     assert max(values) - min(values) <= 1e-6 * max(*values, 1)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own parts
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_forward_mode_derivatives(x: Tensor):
+    """In evaluation; ``linearize`` has no rule for a KNConv."""
+    module, x = conv_and_norm().double().eval(), x[:1, :, :5, :5].double()
+    jacobian = torch.autograd.functional.jacobian(module, x)
+    y, derivative = torch.func.jvp(module, (x,), (torch.ones_like(x),))
+    assert_all_close([y, derivative], [module(x), jacobian.sum((4, 5, 6, 7))], tolerance=1e-9)
+    assert_all_close([torch.func.jacfwd(module)(x)], [jacobian], tolerance=1e-9)
+
+    def scalar(x: Tensor) -> Tensor:
+        return module(x).sin().sum()
+
+    expected = torch.autograd.functional.hessian(scalar, x)
+    assert_all_close([torch.func.hessian(scalar)(x)], [expected], tolerance=1e-9)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.linearize(module, x)
+
+
 def test_an_ensemble_under_vmap():
     def make() -> nn.Module:
         return nn.Sequential(

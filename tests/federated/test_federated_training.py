@@ -46,9 +46,13 @@ def test_a_client_that_diverges_says_so(settings: Make) -> None:
 @pytest.mark.parametrize("norm", [*NORMS, "fixbn"])
 def test_every_norm_trains(settings: Make, norm: str) -> None:
     choice = settings(norm=norm, num_server_rounds=2, image_size=24)
+    network = task.build(choice, part(choice, 0))
+    start = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     state = run(choice, quiet)
-    assert all(math.isfinite(entry["loss"]) for entry in state.history)
+    losses = [entry["loss"] for entry in state.history]
+    assert losses[1] < losses[0] < math.inf
     assert all(tensor.isfinite().all() for tensor in state.network.values())
+    assert [name for name in start if state.network[name].equal(start[name])] == []
 
 
 @pytest.mark.parametrize(("model", "norm"), [("resnet18", "batch"), ("knresnet13", "kernel")])

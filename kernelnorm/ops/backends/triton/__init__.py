@@ -113,7 +113,7 @@ def epilogue(
     y = torch.empty_like(z) if slope is None else z
     flat = [t.contiguous() for term in terms for t in term]
     missing = [None] * (4 - len(flat))
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.resolve_neg().contiguous()
     _launch(kernels.epilogue, [z, y], *flat, *missing, rstd.contiguous(), bias, SLOPE=slope)
     return y, z if slope is None else None
 
@@ -137,7 +137,7 @@ def epilogue_backward(
     parts = torch.empty((2, programs, len(filter_sums)), dtype=rstd.dtype, device=rstd.device)
     _launch(
         kernels.epilogue_backward, large, rstd, mu, filter_sums.contiguous(),
-        None if bias is None else bias.contiguous(), *map(_bits, factors), pair, parts,
+        None if bias is None else bias.resolve_neg().contiguous(), *map(_bits, factors), pair, parts,
         prod(kept.shape[2:]), SLOPE=slope,
     )  # fmt: skip
     return grad_z, pair, parts[0].sum(0), parts[1].sum(0)
