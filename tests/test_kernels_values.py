@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from kernelnorm.functional import kn_conv
 from kernelnorm.ops import passes
-from kernelnorm.ops.backends import Statistics, compute_dtype, cpu
+from kernelnorm.ops.backends import Statistics, compute_dtype
 from kernelnorm.ops.settings import Settings
 from kernelnorm.ops.windows import Geometry
-from tests.oracle import DTYPES, EPS, Random, on_backend
+from tests.oracle import DTYPES, EPS, Random
 from tests.strategies import laid_out
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -112,13 +112,14 @@ def test_a_pixel_that_is_not_finite_spoils_its_windows_only(backend, value: floa
         assert y.isfinite()[:, :1][finite].all()
 
 
-def test_flag_of_a_negative_bias_of_one_element_is_seen():
+def test_flag_of_a_negative_bias_of_one_element_is_seen(backend):
     """One element is contiguous whatever its strides, so nothing would have copied it."""
-    x, weight = torch.randn(2, 3, 8, 8), torch.randn(1, 3, 3, 3)
-    bias = torch.view_as_complex(torch.tensor([[0.5, 1.5]])).conj().imag
+    device = backend.device
+    x, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(1, 3, 3, 3, device=device)
+    bias = torch.view_as_complex(torch.tensor([[0.5, 1.5]], device=device)).conj().imag
     assert bias.is_neg()
     assert bias.is_contiguous()
-    with on_backend(cpu):
+    with backend.running():
         y, expected = (kn_conv(x, weight, b, dropout_p=0) for b in (bias, bias.resolve_neg()))
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(y, kn_conv(x, weight, dropout_p=0) - 1.5)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(y, kn_conv(x, weight, dropout_p=0) - 1.5)

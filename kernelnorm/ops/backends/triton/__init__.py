@@ -135,10 +135,10 @@ def epilogue_backward(
     pair = torch.empty((len(kept), 2, *kept.shape[2:]), dtype=rstd.dtype, device=rstd.device)
     programs = _tiles(kept.shape, *(x.stride() for x in large))[0]
     parts = torch.empty((2, programs, len(filter_sums)), dtype=rstd.dtype, device=rstd.device)
+    bias = None if bias is None else bias.resolve_neg().contiguous()
     _launch(
-        kernels.epilogue_backward, large, rstd, mu, filter_sums.contiguous(),
-        None if bias is None else bias.resolve_neg().contiguous(), *map(_bits, factors), pair, parts,
-        prod(kept.shape[2:]), SLOPE=slope,
+        kernels.epilogue_backward, large, rstd, mu, filter_sums.contiguous(), bias,
+        *map(_bits, factors), pair, parts, prod(kept.shape[2:]), SLOPE=slope,
     )  # fmt: skip
     return grad_z, pair, parts[0].sum(0), parts[1].sum(0)
 
