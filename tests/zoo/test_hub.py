@@ -163,11 +163,8 @@ def test_a_folder_without_a_file_is_refused(name: str, tmp_path: Path) -> None:
         ({"name": "__import__"}, "unknown model '__import__'"),
         ({"norm": "spectral"}, "unknown norm 'spectral'"),
         ({"rules": {"speed": 1}}, "unknown rule 'speed'"),
-        (
-            {"options": {"num_classes": -5}},
-            "num_classes must be an integer of at least 1 .* got -5",
-        ),
-        ({"options": {"num_classes": 2**31 - 1}}, "describes no network"),
+        ({"options": {"num_classes": -5}}, "num_classes must be an integer of at least 1"),
+        ({"options": {"speed": 1}}, "describes no network: .*'speed'"),
         ({"options": {"norm": "batch"}}, "options must not have the field norm"),
     ],
 )
