@@ -111,8 +111,7 @@ class Collection:
 
 
 def collect(root: Path, out: Path) -> Collection:
-    """Read every run folder below a root, also links to run folders; a run with two folders is
-    counted once.
+    """Read every run folder below a root, also links; a run with two folders is counted once.
 
     Args:
         root: the folder that is searched.
